@@ -1,0 +1,1 @@
+"""The engine room: sequences, blocks, scheduler, model runner, sampler, tokenizer, worker protocol."""

@@ -1,0 +1,1 @@
+"""The hall: HTTP, command line, settings, clock, wiring, and every translation between rooms."""

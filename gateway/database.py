@@ -1,0 +1,102 @@
+"""Database connections: the one place where transactions begin and end.
+
+SQLite has one writer. Writers therefore queue on a lock in this process and start with BEGIN IMMEDIATE, so that a
+transaction never discovers half-way that it cannot write. Readers run beside them (WAL). On PostgreSQL both are
+plain transactions.
+"""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+BUSY_TIMEOUT_MS = 5_000  # how long a SQLite writer waits for another process (a CLI command) to finish
+
+
+class DatabaseUnavailableError(Exception):
+    """The database cannot be reached or refuses to write. The caller answers 503 and serves nothing unmetered."""
+
+
+class Database:
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.is_sqlite = url.startswith("sqlite")
+        # A write in WAL costs one fsync: FULL is kept because this file is a ledger.
+        self._engine: AsyncEngine = create_async_engine(url, pool_pre_ping=not self.is_sqlite, pool_timeout=5)
+        self._write_lock = asyncio.Lock() if self.is_sqlite else None
+        if self.is_sqlite:
+            _prepare_sqlite(self._engine)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """A read-write transaction: commits on normal exit, rolls back on any exception."""
+        async with self._write_lock or nullcontext():
+            with _mapped_errors():
+                async with self._engine.connect() as conn:
+                    if self.is_sqlite:
+                        await conn.exec_driver_sql("BEGIN IMMEDIATE")
+                    async with _committing(conn):
+                        yield conn
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """A consistent snapshot for reading; always rolled back."""
+        with _mapped_errors():
+            async with self._engine.connect() as conn:
+                if self.is_sqlite:
+                    await conn.exec_driver_sql("BEGIN")
+                try:
+                    yield conn
+                finally:
+                    await conn.rollback()
+
+    async def dispose(self) -> None:
+        await self._engine.dispose()
+
+
+@asynccontextmanager
+async def _committing(conn: AsyncConnection) -> AsyncIterator[None]:
+    try:
+        yield
+    except BaseException:
+        await conn.rollback()
+        raise
+    await conn.commit()
+
+
+class _mapped_errors:  # noqa: N801 - used as a context manager, reads as one
+    """The one table from driver errors to ours: lost, locked, full or read-only databases are unavailable."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OperationalError | InterfaceError | sqlite3.OperationalError | OSError | TimeoutError):
+            raise DatabaseUnavailableError(_reason(error)) from error
+        if isinstance(error, DBAPIError) and error.connection_invalidated:
+            raise DatabaseUnavailableError(_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    return f"{type(cause).__name__}: {cause}".splitlines()[0]
+
+
+def _prepare_sqlite(engine: AsyncEngine) -> None:
+    @event.listens_for(engine.sync_engine, "connect")
+    def on_connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # SQLAlchemy's own BEGIN below; the driver must not add another
+        cursor = connection.cursor()
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            f"busy_timeout={BUSY_TIMEOUT_MS}",
+            "foreign_keys=ON",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()

@@ -1,0 +1,25 @@
+"""What request handlers are given: every collaborator of the HTTP process, built once by bootstrap.py."""
+
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from engine.tokenizer import Tokenizer
+from gateway.database import Database
+from gateway.engine_link import EngineLink
+from gateway.secrets import Secrets
+from gateway.settings import Settings
+from gateway.world import World
+from tenancy.quota import Quota
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    settings: Settings
+    world: World
+    database: Database
+    redis: Redis
+    quota: Quota
+    engine: EngineLink
+    tokenizer: Tokenizer
+    secrets: Secrets

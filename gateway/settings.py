@@ -1,0 +1,99 @@
+"""Settings: read once from BULKHEAD_* variables, all errors reported together, unknown names refused.
+
+Every setting is described in docs/settings.md; a test fails when one is missing there.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+PREFIX = "BULKHEAD_"
+FOREIGN = {"BULKHEAD_TEST_PROFILE"}  # read by the test suite, not by the service
+
+
+class SettingsError(Exception):
+    """One or more BULKHEAD_* variables are wrong; the message lists every one of them."""
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65_535:
+        raise ValueError("a port is 0 (any free port) to 65535")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise ValueError("must be greater than 0")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError("must be 0 or greater")
+    return value
+
+
+def _setting(default: Any, cast: Callable[[str], Any]) -> Any:
+    return field(default=default, metadata={"cast": cast})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    data_dir: Path = _setting(Path("data"), Path)
+    host: str = _setting("127.0.0.1", str)
+    port: int = _setting(8443, _port)
+    database_url: str = _setting("", str)  # empty: SQLite in data_dir
+    redis_url: str = _setting("", str)  # empty: embedded Valkey in data_dir
+    model_dir: str = _setting("", str)  # empty: the demo model in data_dir
+    num_threads: int = _setting(0, _not_negative)  # engine threads; 0: cores minus one, at least one
+    max_num_seqs: int = _setting(32, _positive)
+    max_batched_tokens: int = _setting(256, _positive)
+    kv_cache_bytes: int = _setting(512 * 1024 * 1024, _positive)
+    block_size: int = _setting(32, _positive)
+    body_bytes_max: int = _setting(4 * 1024 * 1024, _positive)
+    header_bytes_max: int = _setting(32 * 1024, _positive)
+    max_tokens_default: int = _setting(256, _positive)  # where the client names none
+    hold_ttl_s: int = _setting(600, _positive)
+    lease_ttl_s: int = _setting(60, _positive)
+    send_timeout_s: int = _setting(20, _positive)  # a client that reads nothing for this long is gone
+    checkpoint_interval_ms: int = _setting(2_000, _positive)
+    heartbeat_interval_s: int = _setting(10, _positive)
+    drain_timeout_s: int = _setting(10, _positive)
+    log_origin: str = _setting("bulkhead.local/log", str)  # the log's name in its checkpoints
+    log_level: str = _setting("info", str)
+
+    @property
+    def effective_database_url(self) -> str:
+        return self.database_url or f"sqlite+aiosqlite:///{self.data_dir.absolute() / 'bulkhead.db'}"
+
+    @property
+    def effective_model_dir(self) -> Path:
+        return Path(self.model_dir) if self.model_dir else self.data_dir / "models" / "smollm2-135m-instruct"
+
+
+def load_settings(environ: Mapping[str, str]) -> Settings:
+    """Build settings from the environment.
+
+    Raises SettingsError naming every unknown variable and every value that does not parse.
+    """
+    known = {PREFIX + f.name.upper(): f for f in fields(Settings)}
+    problems = [
+        f"{name}: there is no such setting (see docs/settings.md)"
+        for name in sorted(environ)
+        if name.startswith(PREFIX) and name not in known and name not in FOREIGN
+    ]
+    values: dict[str, Any] = {}
+    for name, f in known.items():
+        if name not in environ:
+            continue
+        try:
+            values[f.name] = f.metadata["cast"](environ[name])
+        except ValueError as error:
+            problems.append(f"{name}={environ[name]!r}: {error}")
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return Settings(**values)

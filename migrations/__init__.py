@@ -1,0 +1,1 @@
+"""Alembic migrations over the tables of tenancy and audit."""

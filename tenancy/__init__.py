@@ -1,0 +1,1 @@
+"""The tenancy room: tenants, projects, keys, quotas, prices and the ledger."""

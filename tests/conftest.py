@@ -1,0 +1,9 @@
+"""Hypothesis profiles: `quick` by default, `deep` under make test-all (BULKHEAD_TEST_PROFILE=deep)."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("quick", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("deep", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("BULKHEAD_TEST_PROFILE", "quick"))
