@@ -70,7 +70,9 @@ def build(case: Case) -> Inputs:
     for row, (_, kv_len) in enumerate(case.rows):
         blocks = [order.pop() for _ in range(num_blocks[row])]
         tables[row, : len(blocks)] = blocks
-        slots = torch.tensor([blocks[i // case.block_size] * case.block_size + i % case.block_size for i in range(kv_len)])
+        slots = torch.tensor(
+            [blocks[i // case.block_size] * case.block_size + i % case.block_size for i in range(kv_len)]
+        )
         key, value = (torch.randn((kv_len, *shape[2:]), generator=generator).to(case.dtype) for _ in range(2))
         cpu.store_kv(key, value, key_cache, value_cache, slots)
         keys.append(key)
@@ -124,7 +126,11 @@ def test_both_twins_match_dense_attention(case: Case) -> None:
     for name, result in results.items():
         assert result.dtype == case.dtype
         torch.testing.assert_close(
-            result.double(), expected, atol=TOLERANCE[case.dtype], rtol=TOLERANCE[case.dtype], msg=lambda m, n=name: f"{n}: {m}"
+            result.double(),
+            expected,
+            atol=TOLERANCE[case.dtype],
+            rtol=TOLERANCE[case.dtype],
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -133,7 +139,11 @@ def test_no_rows_with_tokens_is_a_no_op() -> None:
     inputs = build(case)
     tables = {"cu_seqlens": inputs.cu_seqlens, "kv_lens": inputs.kv_lens, "block_tables": inputs.block_tables}
     plan = cpu.plan_attention(**tables, block_size=4)
-    assert cpu.paged_attention(inputs.query, inputs.key_cache, inputs.value_cache, plan=plan, scale=1.0).shape == (0, 1, 4)
+    assert cpu.paged_attention(inputs.query, inputs.key_cache, inputs.value_cache, plan=plan, scale=1.0).shape == (
+        0,
+        1,
+        4,
+    )
 
 
 @pytest.mark.parametrize("ops", [cpu, reference])

@@ -21,7 +21,13 @@ def random(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
-@given(num_tokens=st.integers(0, 9), size=st.sampled_from([1, 7, 64]), dtype=DTYPES, seed=st.integers(0, 99), add=st.booleans())
+@given(
+    num_tokens=st.integers(0, 9),
+    size=st.sampled_from([1, 7, 64]),
+    dtype=DTYPES,
+    seed=st.integers(0, 99),
+    add=st.booleans(),
+)
 def test_rms_norm(ops: object, num_tokens: int, size: int, dtype: torch.dtype, seed: int, add: bool) -> None:
     x, weight = random((num_tokens, size), seed, dtype), random((size,), seed + 1, dtype)
     residual = random((num_tokens, size), seed + 2, torch.float32) if add else None
@@ -34,7 +40,9 @@ def test_rms_norm(ops: object, num_tokens: int, size: int, dtype: torch.dtype, s
 
 
 @given(num_tokens=st.integers(1, 9), half=st.sampled_from([1, 4, 32]), dtype=DTYPES, seed=st.integers(0, 99))
-def test_rope_turns_pairs_and_depends_on_distance_only(num_tokens: int, half: int, dtype: torch.dtype, seed: int) -> None:
+def test_rope_turns_pairs_and_depends_on_distance_only(
+    num_tokens: int, half: int, dtype: torch.dtype, seed: int
+) -> None:
     x = random((num_tokens, 2, 2 * half), seed, dtype)
     angles = torch.arange(num_tokens)[:, None] * torch.linspace(1.0, 0.01, half)[None, :]
     turned = reference.rope(x, angles.cos(), angles.sin())

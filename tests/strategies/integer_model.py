@@ -147,5 +147,9 @@ def integer_core(
     return core, runner
 
 
-def submit(sequence_id: str, prompt: list[int], max_tokens: int, *, domain: str = "a", stop: tuple[str, ...] = ()) -> Submit:
-    return Submit(sequence_id, domain, b"salt", prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=stop))
+def submit(
+    sequence_id: str, prompt: list[int], max_tokens: int, *, domain: str = "a", stop: tuple[str, ...] = ()
+) -> Submit:
+    return Submit(
+        sequence_id, domain, b"salt", prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=stop)
+    )
