@@ -1,7 +1,7 @@
 """A model without arithmetic: its cache holds plain tokens, its next token is a hash of everything that it can see.
 
-It stands behind the same face as the real runner, so the whole engine runs on it in microseconds, and it is merciless: one
-token too many, too few, stale or foreign in the blocks of a sequence changes all that follows.
+It stands behind the same face as the real runner, so the whole engine runs on it in microseconds, and it is
+merciless: one token too many, too few, stale or foreign in the blocks of a sequence changes all that follows.
 """
 
 from dataclasses import dataclass, field
