@@ -41,6 +41,8 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
             raise ValueError(f"temperature must be between 0 and 100, not {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must fit into 64 bits, not {self.seed}")
         if any(not text for text in self.stop):
             raise ValueError("a stop string must not be empty")
 
@@ -138,8 +140,12 @@ _from_worker_decoder = msgspec.msgpack.Decoder(FromWorker)
 
 
 def encode_frame(message: ToWorker | FromWorker, *, frame_bytes_max: int = FRAME_BYTES_MAX) -> bytes:
-    """One message as bytes on the wire. Raises ProtocolError if it is larger than the limit."""
-    body = _encoder.encode(message)
+    """One message as bytes on the wire. Raises ProtocolError if it is larger than the limit or cannot be written: a
+    number beyond 64 bits, half of a surrogate pair in a text."""
+    try:
+        body = _encoder.encode(message)
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise ProtocolError(f"a message cannot be written: {error}") from error
     if len(body) > frame_bytes_max:
         raise ProtocolError(f"a frame of {len(body)} bytes is over the limit of {frame_bytes_max}")
     return len(body).to_bytes(_LENGTH_BYTES, "big") + body

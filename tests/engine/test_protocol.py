@@ -33,7 +33,7 @@ SAMPLING = st.builds(
     max_tokens=st.integers(1, 2**31),
     temperature=st.floats(0, 100),
     top_p=st.floats(0, 1, exclude_min=True),
-    seed=st.integers(0, 2**63),
+    seed=st.integers(-(2**63), 2**64 - 1),
     stop=st.lists(st.text(min_size=1, max_size=5), max_size=4).map(tuple),
     ignore_eos=st.booleans(),
 )
@@ -64,7 +64,22 @@ TOKEN_OUTPUTS = st.builds(
 )
 FROM_WORKER = st.one_of(
     TOKEN_OUTPUTS,
-    st.from_type(Ready),
+    st.builds(
+        Ready,
+        protocol_version=COUNTS,
+        epoch=NAMES,
+        pid=COUNTS,
+        model_id=NAMES,
+        model_digest=NAMES,
+        context_max=COUNTS,
+        vocab_size=COUNTS,
+        block_size=COUNTS,
+        num_blocks=COUNTS,
+        dtype=NAMES,
+        device=NAMES,
+        kernels=NAMES,
+        isolation=NAMES,
+    ),
     st.builds(
         Stats,
         step=COUNTS,
@@ -128,6 +143,12 @@ def test_a_length_over_the_limit_is_refused_before_its_body_is_buffered() -> Non
         encode_frame(Abort("x" * 100), frame_bytes_max=50)
 
 
+@pytest.mark.parametrize("message", [Drain(2**64), Abort("half a pair \ud800")])
+def test_what_msgpack_cannot_write_is_refused(message: ToWorker) -> None:
+    with pytest.raises(ProtocolError, match="cannot be written"):
+        encode_frame(message)
+
+
 def test_golden_frame() -> None:
     """What is on the wire today; a change here is a new protocol version."""
     submit = Submit("s1", "d", b"\x01", [5], SamplingParams(max_tokens=2, temperature=0.0))
@@ -143,6 +164,8 @@ def test_golden_frame() -> None:
         {"temperature": float("nan")},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"seed": 2**64},
+        {"seed": -(2**63) - 1},
         {"stop": ("",)},
     ],
 )
@@ -152,6 +175,8 @@ def test_sampling_params_are_checked_on_both_ends(changes: dict[str, object]) ->
     good = list(msgspec.structs.astuple(SamplingParams(max_tokens=1)))
     for name, value in changes.items():
         good[SamplingParams.__struct_fields__.index(name)] = value
+    if good[3] < -(2**63) or good[3] >= 2**64:
+        return  # no frame can hold it
     with pytest.raises(ProtocolError):
         decode_to_worker(msgspec.msgpack.encode(["submit", "s", "d", b"", [1], good, 0, 1]))
 

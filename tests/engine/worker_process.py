@@ -52,7 +52,7 @@ def main() -> int:
 
     settings = json.loads(sys.argv[1])
     paths = {name: Path(settings.pop(name)) for name in ("model_dir", "socket_path", "journal_dir")}
-    return run_worker(WorkerConfig(**paths, **settings), None)
+    return run_worker(WorkerConfig(**paths, **settings))
 
 
 if __name__ == "__main__":
