@@ -10,14 +10,18 @@ from gateway.listener import PortError
 from gateway.migrate import MigrationError
 from gateway.settings import SettingsError
 from gateway.supervisor import ChildFailedError
+from gateway.tls import TlsError
 
 KNOWN_ERRORS = (
     ChildFailedError,
     CommandError,
     DatabaseUnavailableError,
     FolderError,
+    KeyringError,
+    LogForkError,
     MigrationError,
     ModelError,
     PortError,
     SettingsError,
+    TlsError,
 )
