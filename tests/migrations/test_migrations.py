@@ -109,7 +109,3 @@ def test_there_is_one_head() -> None:
     assert len(ScriptDirectory.from_config(config).get_heads()) == 1
 
 
-def test_the_schema_survives_a_downgrade_and_an_upgrade(url: str) -> None:
-    migrate(url)
-    before = run(url, lambda connection: sorted(inspect(connection).get_table_names()))
-    assert {table.name for metadata in METADATA for table in metadata.sorted_tables} < set(before)
