@@ -7,12 +7,12 @@ a key, the client gets the same answer after the same work.
 from dataclasses import dataclass
 
 from starlette.types import Scope
-from tenancy.directory import load_scopes
-from tenancy.keys import Principal, authenticate
-from tenancy.quota import ScopeLimits
 
 from gateway.problems import MissingScopeError
 from gateway.services import Services
+from tenancy.directory import load_scopes
+from tenancy.keys import Principal, authenticate
+from tenancy.quota import ScopeLimits
 
 INFERENCE_SCOPE = "inference"
 KEY_CHARS_MAX = 512

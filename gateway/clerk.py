@@ -29,17 +29,18 @@ class Clerk:
 
     async def create_tenant(self, name: str, *, organisation: str) -> tuple[str, str]:
         """A new organisation of that name (or the one that exists), a tenant, and its project `default`: their ids."""
-        organisation_id = await directory.find_organisation(self.conn, organisation)
-        if organisation_id is None:
-            made = await directory.create_organisation(self.conn, organisation, entropy=self.entropy, now_ns=self.now_ns)
-            organisation_id = made.organisation_id
+        owner = await directory.get_organisation_by_name(self.conn, organisation)
+        if owner is None:
+            owner = await directory.create_organisation(
+                self.conn, organisation, entropy=self.entropy, now_ns=self.now_ns
+            )
         tenant = await directory.create_tenant(
-            self.conn, organisation_id, name, entropy=self.entropy, now_ns=self.now_ns
+            self.conn, owner.organisation_id, name, entropy=self.entropy, now_ns=self.now_ns
         )
         project = await directory.create_project(
             self.conn, tenant.tenant_id, "default", entropy=self.entropy, now_ns=self.now_ns
         )
-        await self._log("tenant.created", tenant.tenant_id, {"organisation_id": organisation_id, "name": name})
+        await self._log("tenant.created", tenant.tenant_id, {"organisation_id": owner.organisation_id, "name": name})
         return tenant.tenant_id, project.project_id
 
     async def set_tenant_limits(

@@ -30,10 +30,10 @@ from gateway.folders import Folders, only_server, open_folders
 from gateway.housekeeping import Housekeeping
 from gateway.listener import HttpsServer, bind, https_server
 from gateway.migrate import migrate
+from gateway.recovery import recover
 from gateway.secrets import load_secrets
 from gateway.services import Services
 from gateway.settings import Settings
-from gateway.recovery import recover
 from gateway.tls import TlsFiles, ensure_certificates, own_certificate
 from gateway.valkey import connect_redis, valkey_child
 from gateway.world import World
@@ -71,9 +71,7 @@ def tls_files(settings: Settings, world: World, folders: Folders) -> TlsFiles:
     return ensure_certificates(folders.tls, settings.host, world.now_ns())
 
 
-async def _serve(
-    settings: Settings, world: World, folders: Folders, listener: socket.socket, console: Console
-) -> int:
+async def _serve(settings: Settings, world: World, folders: Folders, listener: socket.socket, console: Console) -> int:
     task = asyncio.current_task()
     assert task is not None
     server: HttpsServer | None = None
@@ -133,9 +131,7 @@ async def _start(
         async with database.transaction() as conn:
             fresh = None
             if settings.demo_tenants:
-                fresh = await first_run(
-                    conn, world.entropy, world.now_ns(), secrets.key_pepper, tokenizer.model_id
-                )
+                fresh = await first_run(conn, world.entropy, world.now_ns(), secrets.key_pepper, tokenizer.model_id)
         ready = link.status.ready
         await recover(services, folders, ready.epoch if ready is not None else "")
         keyring = load_keyring(folders.log_keys, origin=settings.log_origin, entropy=world.entropy)

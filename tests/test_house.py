@@ -36,7 +36,9 @@ def source_files() -> list[Path]:
 def test_source_keeps_the_rules(path: Path) -> None:
     text = path.read_text()
     name = str(path.relative_to(ROOT))
-    assert len(text.splitlines()) <= LINES_MAX, f"{name} is longer than {LINES_MAX} lines: which two nouns does it hold?"
+    assert len(text.splitlines()) <= LINES_MAX, (
+        f"{name} is longer than {LINES_MAX} lines: which two nouns does it hold?"
+    )
     if name in ALLOWED:
         return
     for pattern, remedy in NEVER.items():

@@ -9,7 +9,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, insert, inspect, text
+from sqlalchemy import Connection, insert, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -107,5 +107,3 @@ def test_there_is_one_head() -> None:
     config = Config()
     config.set_main_option("script_location", "migrations:")
     assert len(ScriptDirectory.from_config(config).get_heads()) == 1
-
-
