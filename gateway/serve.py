@@ -95,9 +95,9 @@ async def _serve(settings: Settings, world: World, folders: Folders, listener: s
             tls = tls_files(settings, world, folders)
             server = https_server(app, tls, settings.drain_timeout_s)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
-            while not (server.started or serving.done()):
-                await asyncio.sleep(0.01)
-            ready_banner(console, settings, folders, tls, services.tokenizer.model_id, listener.getsockname()[1], fresh)
+            await server.listening.wait()
+            port = listener.getsockname()[1]
+            ready_banner(console, settings, folders, tls, services.tokenizer.model_id, port, fresh)
             await serving
     return 0
 

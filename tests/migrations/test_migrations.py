@@ -46,21 +46,19 @@ def test_head_equals_the_declared_tables(url: str) -> None:
     assert migrate(url) is True
     assert migrate(url) is False
 
-    def differences(connection: Connection) -> list[Any]:
+    def differences(connection: Connection) -> Any:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
-        return [compare_metadata(context, metadata) for metadata in [_merged()]][0]
+        return compare_metadata(context, merged())
 
     assert run(url, differences) == []
 
 
-def _merged() -> Any:
-    from sqlalchemy import MetaData
-
-    merged = MetaData()
+def merged() -> MetaData:
+    both = MetaData()
     for metadata in METADATA:
         for table in metadata.sorted_tables:
-            table.to_metadata(merged)
-    return merged
+            table.to_metadata(both)
+    return both
 
 
 def test_append_only_tables_refuse_changes(url: str) -> None:
@@ -70,7 +68,8 @@ def test_append_only_tables_refuse_changes(url: str) -> None:
     def triggers(connection: Connection) -> set[str]:
         source = {
             "sqlite": "SELECT DISTINCT tbl_name FROM sqlite_master WHERE type = 'trigger'",
-            "postgresql": "SELECT DISTINCT relname FROM pg_trigger JOIN pg_class c ON c.oid = tgrelid WHERE NOT tgisinternal",
+            "postgresql": "SELECT DISTINCT relname FROM pg_trigger"
+            " JOIN pg_class c ON c.oid = tgrelid WHERE NOT tgisinternal",
         }[connection.dialect.name]
         return set(connection.execute(text(source)).scalars())
 

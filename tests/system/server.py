@@ -1,4 +1,4 @@
-"""A whole Bulkhead for tests: `bulkhead serve` as a user starts it, on a free loopback port, with a folder of its own."""
+"""A whole Bulkhead for tests: `bulkhead serve` as a user starts it, on a free loopback port, in a folder of its own."""
 
 import os
 import re
