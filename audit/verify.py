@@ -450,8 +450,11 @@ def verify_report(path: str, log_folder: str | None = None, key_texts: Sequence[
         differences = list(_differences(predicate["figures"], counted, "figures"))
         late = sum(x.body is None and log.receipts.get(x.index, 0) >= len(leaves) for x in leaves) if log else 0
         if differences and late:
-            findings.not_proven.append(f"figures that rest on {late} leaves erased since: {'; '.join(differences[:5])}")
-            return f"{late} leaves were erased after the report; figures that do not rest on them are equal"
+            findings.not_proven.append(
+                f"these figures: {late} leaves were erased after the report was issued, and that may or may not be why "
+                f"they cannot be counted again: {'; '.join(differences)}"
+            )
+            return f"{len(differences)} figures differ after {late} later erasures and are listed as not proven"
         if differences:
             raise Failure("; ".join(differences[:10]))
         return f"{sum(1 for _ in _scalars(counted))} figures counted again from the log, all equal"
