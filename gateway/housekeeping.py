@@ -43,12 +43,12 @@ class Housekeeping:
     async def sequence(self) -> None:
         services = self._services
         async with services.database.transaction() as conn:
-            batch = await sequence(
+            await sequence(
                 conn, signer=self._keyring, origin=services.settings.log_origin, now_ns=services.world.now_ns()
             )
-        if batch is not None:
-            async with services.database.read() as conn:
-                await publish(conn, self._folders.log, signer=self._keyring)
+        # Published even when nothing was sequenced here: a command may have done it.
+        async with services.database.read() as conn:
+            await publish(conn, self._folders.log, signer=self._keyring)
 
     async def reap(self) -> None:
         """Void holds whose time is over. A hold outlives its request only when a gateway died."""

@@ -1,6 +1,7 @@
 """bulkhead audit: log, report, verify."""
 
 import json
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -10,24 +11,26 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from audit import verify as verifier
+from audit.checkpoint import parse_checkpoint, parse_note
 from audit.commitment import pseudonym
 from audit.entry import Entry
-from audit.keyring import load_keyring
-from audit.log import sequence
+from audit.keyring import Keyring, load_keyring
+from audit.log import publish, sequence
 from audit.outbox import append
 from audit.report import Report, build_report, write_report
 from audit.tables import log_leaf, log_opening
 from gateway.commands.session import CommandError, Session, in_transaction, open_session
+from gateway.folders import FolderError, only_server
 from tenancy.directory import list_tenants
 
 app = typer.Typer(no_args_is_help=True, help="The transparency log, reports and their verification.")
 
+PUBLISH_TIMEOUT_NS = 30 * 10**9
 HEARTBEATS_MISSED_MAX = 3  # a gap longer than this many intervals is reported as blind
 
 # What a reader of a report must know about this version's engine; the rest of the limits is the report's own text.
 ENGINE_EXCLUSIONS = (
-    "Bitwise non-interference is not promised: the engine runs in relaxed mode, in which the other sequences of a batch "
-    "can change the last bits of a row's numbers.",
+    "Bitwise non-interference is not promised: in relaxed mode a batch's other sequences can change a row's last bits.",
     "Prefix caching is off, so no KV block is ever shared between sequences.",
     "Scrubbing of blocks before another tenant gets them is reported by the engine and not verified by reading bytes.",
     "Queueing delay and load are not hidden from tenants.",
@@ -119,6 +122,7 @@ def audit_report(
         await append(conn, entry, entropy=session.world.entropy)
 
     in_transaction(session, record)
+    bring_log_up_to(session, keyring, report.head.size)
     typer.echo(written.dsse_path)
     typer.echo(written.pdf_path)
 
@@ -146,6 +150,28 @@ def audit_verify(
     raise typer.Exit(code)
 
 
+def bring_log_up_to(session: Session, keyring: Keyring, num_leaves: int) -> None:
+    """Have the published log cover `num_leaves`: by the running server, which publishes alone, or else by us."""
+    try:
+        with only_server(session.folders):
+            in_transaction(session, lambda conn: publish(conn, session.folders.log, signer=keyring))
+            return
+    except FolderError:
+        pass  # a server is running: it publishes every few seconds
+    deadline_ns = session.world.monotonic_ns() + PUBLISH_TIMEOUT_NS
+    while published_size(session.folders.log) < num_leaves:
+        if session.world.monotonic_ns() > deadline_ns:
+            raise CommandError(f"the running server has not published the log in {session.folders.log}; see its errors")
+        time.sleep(0.1)
+
+
+def published_size(folder: Path) -> int:
+    try:
+        return parse_checkpoint(parse_note((folder / "checkpoint").read_text()).body).size
+    except FileNotFoundError:
+        return 0
+
+
 def own_keys(session: Session) -> list[str]:
     """The verifier keys of this data folder's own secrets: here there is no need to trust the log's copy."""
     keyring = load_keyring(session.folders.log_keys, origin=session.settings.log_origin, entropy=session.world.entropy)
@@ -157,9 +183,7 @@ def parse_time(text: str, option: str) -> int:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
-        raise CommandError(
-            f"{option} {text!r} is not an ISO 8601 time such as 2026-11-01 or 2026-11-01T12:00"
-        ) from error
+        raise CommandError(f"{option} {text!r} is not an ISO 8601 time, such as 2026-11-01T12:00") from error
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return int(moment.timestamp()) * 10**9
