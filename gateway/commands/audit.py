@@ -134,7 +134,7 @@ def audit_verify(
     key: Annotated[list[str] | None, typer.Option(help="a verifier key to trust, or a file of them")] = None,
     since_checkpoint: Annotated[Path | None, typer.Option(help="an earlier checkpoint that you kept")] = None,
 ) -> None:
-    """Check the published log, and a report, offline. Exit code 0: all that was checked holds; 1: something does not."""
+    """Check the published log, and a report, offline; exit code 1 when something does not hold."""
     pinned = list(key or [])
     if log is None:
         session = open_session()
