@@ -23,6 +23,14 @@ _VERDICTS = {
     "blind": ("Blind: not audited", "bad"),
     "no_activity": ("No activity", "idle"),
 }
+_ACCESS = {
+    "keys_created": "API keys created",
+    "keys_revoked": "API keys revoked",
+    "limits_changed": "Limits changed",
+    "logins": "Operator log-ins",
+    "logins_failed": "Log-ins refused",
+    "operators_created": "Operators created",
+}
 _REASONS = {
     "no_heartbeat": "The auditor sent no heartbeat",
     "self_test_failed": "The auditor's self test failed",
@@ -68,7 +76,7 @@ def page_data(statement: dict[str, Any], digest: str, file_name: str) -> dict[st
             [f"{violations:,}", "violations", f"{coverage['num_self_tests']:,} self tests of the auditor"],
             [seconds(blind_ns), "blind time", f"of {seconds(up_ns)} of engine time"],
         ],
-        "tenants": [_tenant(row, predicate["tenant_names"]) for row in figures["tenants"]],
+        "tenants": sorted(_tenant(row, predicate["tenant_names"]) for row in figures["tenants"]),
         "total": _tenant({"tenant": "", **requests, **figures["money"]}, {}),
         "coverage": _coverage(coverage, predicate["scope"]),
         "gaps": [
@@ -79,7 +87,7 @@ def page_data(statement: dict[str, Any], digest: str, file_name: str) -> dict[st
             [utc(int(i["at_ns"])), f"{i['leaf_index']:,}", i["rule"], f"{i['step']:,}", i["detail"]]
             for i in figures["incidents"]
         ],
-        "access": [[f"{value:,}", name.replace("_", " ")] for name, value in figures["access"].items()],
+        "access": [[f"{figures['access'][name]:,}", label] for name, label in _ACCESS.items()],
         "controls": [
             [f"{c['framework']} {c['clause']}", c["title"], c["status"], c["evidence"]] for c in predicate["controls"]
         ],
@@ -123,11 +131,15 @@ def _coverage(coverage: dict[str, Any], scope: dict[str, Any]) -> list[list[str]
         ["Longest silence that does not count as blind", seconds(int(scope["heartbeat_gap_max_ns"]))],
         [
             "Self tests (a synthetic violation must be caught)",
-            f"{coverage['num_self_tests']:,} run, "
-            f"{coverage['num_heartbeats_self_test_failed']:,} heartbeats after a failed one",
+            _self_tests(coverage),
         ],
         ["Last entry of the log", utc(int(coverage["last_entry_ns"]))],
     ]
+
+
+def _self_tests(coverage: dict[str, Any]) -> str:
+    failed = coverage["num_heartbeats_self_test_failed"]
+    return f"{coverage['num_self_tests']:,} run; {failed:,} heartbeats after a failure"
 
 
 def _short_model(text: str) -> str:

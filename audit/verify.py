@@ -97,6 +97,7 @@ class Findings:
     passed: list[tuple[int, str]] = field(default_factory=list)
     failed: list[tuple[int, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    keys: list["Key"] = field(default_factory=list)  # whose signatures held
     not_proven: list[str] = field(default_factory=list)
 
     def run(self, number: int, check: Callable[[], str]) -> bool:
@@ -123,6 +124,7 @@ class Key:
     key_id: bytes
     raw: bytes
     pinned: bool
+    fingerprint: str  # sha256 of the verifier key's text
 
     @property
     def label(self) -> str:
@@ -214,7 +216,7 @@ def _check_head(log: Log, note: bytes) -> str:
     head, signers = open_checkpoint(note, log.keys, "checkpoint")
     if loose := unpinned(signers):
         log.findings.not_proven.append(f"whose log this is: {loose}")
-    log.head = head
+    log.head, log.findings.keys = head, signers
     return f"checkpoint of {head.origin}, {head.size} leaves, signed by {' and '.join(k.label for k in signers)}"
 
 
@@ -409,6 +411,7 @@ def verify_report(path: str, log_folder: str | None = None, key_texts: Sequence[
         pae = b"DSSEv1 %d %s %d %s" % (len(PAYLOAD_TYPE), PAYLOAD_TYPE.encode(), len(body), body)
         name = predicate["log"]["origin"] + "/report"
         signers = _signers(report["keys"], name, (ED25519, MLDSA_REPORT), signatures, pae, path)
+        findings.keys += signers
         if loose := unpinned(signers):
             findings.not_proven.append(f"who issued the report: {loose}")
         return f"statement of {len(body)} bytes, sha256 {hashlib.sha256(body).hexdigest()}, signed by " + " and ".join(
@@ -430,6 +433,7 @@ def verify_report(path: str, log_folder: str | None = None, key_texts: Sequence[
             raise Failure(f"{path} log: origin, size or root differ from the checkpoint")
         if log is None and (loose := unpinned(signers)):
             findings.not_proven.append(f"whose log the report speaks of: {loose}")
+        findings.keys += signers
         report["head"] = head
         return f"log head {head.origin} at {head.size} leaves, signed by {' and '.join(k.label for k in signers)}"
 
@@ -667,7 +671,8 @@ def _read_key(text: object, pinned: bool) -> Key:
             key_id = hashlib.sha256(parts[0].encode() + b"\n" + blob).digest()[:4]
             if key_id.hex() != parts[1]:
                 raise Failure(f"key of {parts[0]}: its id is {key_id.hex()}, not {parts[1]}")
-            return Key(parts[0], kind, key_id, blob[len(prefix) :], pinned)
+            fingerprint = hashlib.sha256("+".join(parts).encode()).hexdigest()
+            return Key(parts[0], kind, key_id, blob[len(prefix) :], pinned, fingerprint)
     raise Failure(f"key {parts[0]}+{parts[1]}: unknown type or length")
 
 
@@ -983,6 +988,8 @@ def print_findings(findings: Findings) -> None:
         print(f"  FAIL  ({number}) {text}")
     for text in findings.notes:
         print(f"  note  {text}")
+    for key in findings.keys:
+        print(f"  key   {key.label}, sha256 {key.fingerprint}, {'pinned' if key.pinned else 'NOT pinned'}")
     print("\nNot proven by this run:")
     for text in findings.not_proven:
         print(f"  -     {text}")

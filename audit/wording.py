@@ -61,20 +61,22 @@ def result(figures: Figures, scope: Scope) -> str:
         f"The isolation auditor checked {coverage.num_steps:,} engine steps and {coverage.num_slots_checked:,} cache "
         "writes, each before it ran"
     )
+    blind = (
+        f"For {seconds(coverage.blind_ns)} of the {seconds(coverage.worker_up_ns)} that the engine ran, nothing shows "
+        "that the auditor was awake: for that time this report is blind."
+    )
     match figures.verdict:
         case "clean":
-            verdict = f"{checked}, and found no violation. It was awake for the whole time that the engine ran."
+            allowed = seconds(scope.heartbeat_gap_max_ns)
+            verdict = f"{checked}, and found no violation. It was never silent for longer than {allowed} meanwhile."
         case "clean_with_gaps":
-            verdict = (
-                f"{checked}, and found no violation. For {seconds(coverage.blind_ns)} of the "
-                f"{seconds(coverage.worker_up_ns)} that the engine ran, nothing shows that it was awake: for that time this report is blind."
-            )
+            verdict = f"{checked}, and found no violation. {blind}"
         case "violations":
             found = max(len(figures.incidents), coverage.num_violations)
             verdict = (
-                f"{checked}, and found {found:,} {_plural('violation', found)} of isolation. Affected requests were "
-                "stopped before the step ran; each logged incident is listed below."
+                f"{checked}, and found {found:,} {_plural('violation', found)} of isolation, listed below as logged."
             )
+            verdict += f" {blind}" if coverage.blind_ns else ""
         case "blind":
             verdict = (
                 f"The engine ran for {seconds(coverage.worker_up_ns)}, but the isolation auditor was not heard: this "
@@ -109,7 +111,7 @@ def controls(figures: Figures) -> Sequence[Control]:
             "Logical access",
             bool(figures.requests.num_admitted or access.keys_created or access.logins),
             f"{figures.requests.num_admitted:,} requests, each with its key's id; {access.keys_created:,} keys "
-            f"created, {access.keys_revoked:,} revoked; {access.logins:,} operator log-ins, {access.logins_failed:,} refused",
+            f"created, {access.keys_revoked:,} revoked; {access.logins:,} log-ins, {access.logins_failed:,} refused",
         ),
         control("SOC 2", "CC7.2", "Monitoring for anomalies", bool(coverage.num_heartbeats), heard),
         control(
