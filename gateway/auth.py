@@ -7,9 +7,8 @@ a key, the client gets the same answer after the same work.
 from dataclasses import dataclass
 
 from starlette.types import Scope
-from tenancy.directory import load_scopes
 from tenancy.keys import Principal, authenticate
-from tenancy.quota import ScopeLimits
+from tenancy.limits import ScopeLimits, load_scopes
 
 from gateway.problems import MissingScopeError
 from gateway.services import Services
