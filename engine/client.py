@@ -1,7 +1,7 @@
 """The gateway's end of the socket: submit sequences, iterate their output, learn when the worker is gone.
 
-One reader task takes frames apart and hands each to its Generation. A slow consumer never blocks the others: its deltas are
-merged into one pending TokenOutput, which max_tokens bounds anyway. No torch here.
+One reader task takes frames apart and hands each to its Generation. A slow consumer never blocks the others: its
+deltas are merged into one pending TokenOutput, which max_tokens bounds anyway. No torch here.
 """
 
 import asyncio

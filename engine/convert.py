@@ -2,12 +2,13 @@
 
     python -m engine.convert model.gguf OUT_DIR
 
-Weights are dequantised to bfloat16 by the `gguf` library; llama.cpp's row permutation of q and k is undone. The tokenizer and chat
-template come through transformers' GGUF reader. The folder holds model.safetensors, config.json, tokenizer.json,
-tokenizer_config.json, chat_template.jinja and generation_config.json, and appears whole or not at all: everything is written
-beside it first and renamed at the end.
+Weights are dequantised to bfloat16 by the `gguf` library; llama.cpp's row permutation of q and k is undone. The
+tokenizer and chat template come through transformers' GGUF reader. The folder holds model.safetensors, config.json,
+tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json, and appears whole or not at
+all: everything is written beside it first and renamed at the end.
 
-transformers' own way (`gguf_file=`) gives the same bits, which was checked, but wants a further package (accelerate) for it.
+transformers' own way (`gguf_file=`) gives the same bits, which was checked, but wants a further package (accelerate)
+for it.
 """
 
 import json
@@ -68,7 +69,8 @@ def convert(gguf_path: Path, out_dir: Path) -> None:
 
 
 def undo_permutation(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
-    """llama.cpp stores q and k rows [head, half, 2] for its interleaved rope; give back [head, 2, half] (half-rotation).
+    """llama.cpp stores q and k rows [head, half, 2] for its interleaved rope; give back [head, 2, half]
+    (half-rotation).
 
     weight [num_heads * head_dim, hidden]; same shape back.
     """
@@ -160,8 +162,8 @@ def _write_tokenizer(gguf_path: Path, work_dir: Path) -> None:
 
 
 def split_digits(tokenizer: dict[str, Any], pre: str) -> None:
-    """SmolLM splits every digit off before byte-level BPE (llama.cpp knows it as pre-tokenizer "smollm"); the GGUF reader of
-    transformers drops that step, which changes for example two spaces before a number."""
+    """SmolLM splits every digit off before byte-level BPE (llama.cpp knows it as pre-tokenizer "smollm"); the GGUF
+    reader of transformers drops that step, which changes for example two spaces before a number."""
     if pre == "smollm" and tokenizer["pre_tokenizer"]["type"] == "ByteLevel":
         digits = {"type": "Digits", "individual_digits": True}
         tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, tokenizer["pre_tokenizer"]]}

@@ -1,15 +1,17 @@
 """Text out of a growing list of tokens: never half a character, never a part of a stop string.
 
-Tokens do not decode one by one: a character may span tokens, and some tokenizers drop the first space of whatever they decode.
-So text is decoded from a window that starts at a settled border, one settled piece further back than needed:
+Tokens do not decode one by one: a character may span tokens, and some tokenizers drop the first space of whatever
+they decode. So text is decoded from a window that starts at a settled border, one settled piece further back than
+needed:
 
     token ids:  [ ... settled ... | window: last settled piece | new tokens ]
     decode(window) = characters sent already (`_num_sent`) + new text + at most 3 U+FFFD held back
 
-An unfinished character shows as up to three U+FFFD at the end (one per byte with byte-fallback tokenizers); these wait for the
-next token or for `finish`. Text that could still become a stop string waits too.
+An unfinished character shows as up to three U+FFFD at the end (one per byte with byte-fallback tokenizers); these
+wait for the next token or for `finish`. Text that could still become a stop string waits too.
 
-Not known here: a byte-fallback tokenizer that turns an earlier good character bad when invalid bytes follow; what was sent stays.
+Not known here: a byte-fallback tokenizer that turns an earlier good character bad when invalid bytes follow; what was
+sent stays.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,8 +60,8 @@ class IncrementalDetokenizer:
         self._num_sent = len(self._decode(self._window))
 
     def _settle_broken(self, text: str) -> None:
-        """Cut a window of broken bytes where both sides decode alone to what they decode to together: since the right side
-        has text, no later byte can change the left."""
+        """Cut a window of broken bytes where both sides decode alone to what they decode to together: since the right
+        side has text, no later byte can change the left."""
         for cut in range(len(self._window) - 1, 0, -1):
             left, right = self._decode(self._window[:cut]), self._decode(self._window[cut:])
             if right and left + right == text and len(left) <= self._num_sent:

@@ -6,7 +6,8 @@ class EngineError(Exception):
 
 
 class ConfigError(EngineError):
-    """A setting or a model file does not fit; the message says what to change. The worker prints it and exits with 2."""
+    """A setting or a model file does not fit; the message says what to change. The worker prints it and exits with
+    2."""
 
 
 class ProtocolError(EngineError):

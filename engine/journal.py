@@ -4,9 +4,10 @@ One append-only file per worker epoch, one line per sequence and step that emitt
 
     <crc32 in 8 hex digits> <json array [sequence_id, num_prompt_tokens, num_completion_tokens, finish_reason]>\n
 
-A step's lines are handed to the operating system in one write *before* the step's frames are sent, so what a client saw is in
-the journal. The page cache outlives the process; a power cut may lose the last moments (no fsync per step), and then no client
-was served either. Counts are cumulative: the last good line of a sequence is the truth. A torn or damaged line ends the file.
+A step's lines are handed to the operating system in one write *before* the step's frames are sent, so what a client
+saw is in the journal. The page cache outlives the process; a power cut may lose the last moments (no fsync per step),
+and then no client was served either. Counts are cumulative: the last good line of a sequence is the truth. A torn or
+damaged line ends the file.
 """
 
 import json

@@ -1,8 +1,9 @@
 """What the gateway and the engine worker say to each other over the unix socket.
 
-A frame is a 4-byte big-endian length and one msgpack body. A body is an array whose first element is the message's tag, so a
-frame stays small and an old reader meets an unknown tag instead of a half-read map. Fields are only ever added at the end.
-A frame longer than the reader's limit closes the connection: lengths are checked before anything is buffered.
+A frame is a 4-byte big-endian length and one msgpack body. A body is an array whose first element is the message's
+tag, so a frame stays small and an old reader meets an unknown tag instead of a half-read map. Fields are only ever
+added at the end. A frame longer than the reader's limit closes the connection: lengths are checked before anything is
+buffered.
 
 Nothing here imports torch: the HTTP process reads this module.
 """
@@ -147,17 +148,19 @@ def encode_frame(message: ToWorker | FromWorker, *, frame_bytes_max: int = FRAME
 def decode_to_worker(body: bytes) -> ToWorker:
     """Raises ProtocolError on anything that is not a whole, valid message."""
     try:
-        return _to_worker_decoder.decode(body)
+        message: ToWorker = _to_worker_decoder.decode(body)
     except (msgspec.MsgspecError, ValueError) as error:
         raise ProtocolError(f"bad frame from the client: {error}") from error
+    return message
 
 
 def decode_from_worker(body: bytes) -> FromWorker:
     """Raises ProtocolError on anything that is not a whole, valid message."""
     try:
-        return _from_worker_decoder.decode(body)
+        message: FromWorker = _from_worker_decoder.decode(body)
     except (msgspec.MsgspecError, ValueError) as error:
         raise ProtocolError(f"bad frame from the worker: {error}") from error
+    return message
 
 
 class FrameReader:

@@ -1,4 +1,5 @@
-"""Text to token ids and back, without torch: the HTTP process counts prompt tokens with this, the worker decodes with it.
+"""Text to token ids and back, without torch: the HTTP process counts prompt tokens with this, the worker decodes with
+it.
 
 Reads tokenizer.json (the `tokenizers` library), tokenizer_config.json, chat_template.jinja, config.json and
 generation_config.json of a model folder. Chat templates come with the model, so they run in jinja2's immutable sandbox.
