@@ -10,10 +10,6 @@ whether T1 committed.
 from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncConnection
-from tenancy.keys import Principal
-from tenancy.ledger import InsufficientCredit, balance, place_hold
-from tenancy.prices import Price, price_at, worst_case_nano_usd
-from tenancy.quota import Lease, QuotaSnapshot, Refused
 
 from audit.entry import Entry
 from audit.outbox import append
@@ -22,6 +18,10 @@ from gateway.problems import CreditExhaustedError, Headers, NeverFitsError, Rate
 from gateway.services import Services
 from gateway.translation import Work
 from gateway.world import new_id
+from tenancy.keys import Principal
+from tenancy.ledger import InsufficientCredit, balance, place_hold
+from tenancy.prices import Price, price_at, worst_case_nano_usd
+from tenancy.quota import Lease, QuotaSnapshot, Refused
 
 KIND_OF_LIMIT = {"requests_per_minute": "requests", "tokens_per_minute": "tokens", "concurrency_max": "concurrency"}
 

@@ -7,11 +7,11 @@ a key, the client gets the same answer after the same work.
 from dataclasses import dataclass
 
 from starlette.types import Scope
-from tenancy.keys import Principal, authenticate
-from tenancy.limits import ScopeLimits, load_scopes
 
 from gateway.problems import MissingScopeError
 from gateway.services import Services
+from tenancy.keys import Principal, authenticate
+from tenancy.limits import ScopeLimits, load_scopes
 
 INFERENCE_SCOPE = "inference"
 KEY_CHARS_MAX = 512

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
-from tenancy.meter import Usage
 
 from gateway import wire
 from gateway.auth import authenticated
@@ -13,6 +12,7 @@ from gateway.services import Services
 from gateway.settlement import Settler
 from gateway.shapes import Frame, Json, fingerprint, usage_json
 from gateway.translation import Translator
+from tenancy.meter import Usage
 
 
 class ChatCompletions:

@@ -80,5 +80,3 @@ def main() -> None:
     except KNOWN_ERRORS as error:
         typer.echo(f"bulkhead: {error}", err=True)
         sys.exit(1)
-
-

@@ -29,7 +29,9 @@ log = structlog.get_logger(__name__)
 
 
 class EngineHost:
-    def __init__(self, settings: Settings, world: World, folders: Folders, database: Database, link: EngineLink) -> None:
+    def __init__(
+        self, settings: Settings, world: World, folders: Folders, database: Database, link: EngineLink
+    ) -> None:
         self._world = world
         self._folders = folders
         self._database = database
@@ -91,7 +93,9 @@ class EngineHost:
         if self._client is not None:
             await self._client.close()
         try:
-            await self._log(Entry("worker.lost", "", self._world.now_ns(), {"epoch": epoch, "reason": f"exit code {code}"}))
+            await self._log(
+                Entry("worker.lost", "", self._world.now_ns(), {"epoch": epoch, "reason": f"exit code {code}"})
+            )
         except DatabaseUnavailableError as error:
             # The worker's end shows in the log all the same: its heartbeats stop.
             log.error("worker.lost was not logged", error=str(error))

@@ -21,8 +21,6 @@ from typing import Any
 import msgspec
 import structlog
 from starlette.types import Receive, Scope, Send
-from tenancy.meter import Usage
-from tenancy.quota import Lease, QuotaUnavailableError
 
 from engine.client import EngineClient, Generation
 from engine.errors import EngineGoneError
@@ -35,6 +33,8 @@ from gateway.settlement import NOTHING, Outcome, Settler
 from gateway.shapes import Shape
 from gateway.streaming import HEARTBEAT, HEARTBEAT_S, EventStream, SlowReaderError, bounded_send, event
 from gateway.translation import Work, submit_of
+from tenancy.meter import Usage
+from tenancy.quota import Lease, QuotaUnavailableError
 
 FINAL_COUNTS_S = 5.0  # how long an aborted sequence's last frame is awaited
 SETTLE_WAIT_S = 2.0  # how long the last frame waits for T2; then it is settled behind the client's back

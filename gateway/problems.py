@@ -15,13 +15,13 @@ from typing import Any
 
 import msgspec
 from starlette.exceptions import HTTPException
-from tenancy.keys import InvalidApiKeyError
-from tenancy.prices import PriceMissingError
-from tenancy.quota import QuotaUnavailableError
 
 from engine.errors import EngineGoneError
 from gateway.database import DatabaseUnavailableError
 from gateway.engine_link import EngineUnavailableError
+from tenancy.keys import InvalidApiKeyError
+from tenancy.prices import PriceMissingError
+from tenancy.quota import QuotaUnavailableError
 
 Headers = tuple[tuple[str, str], ...]
 FINAL: Headers = (("x-should-retry", "false"),)

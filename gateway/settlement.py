@@ -19,16 +19,16 @@ from typing import Any
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
-from tenancy.ledger import HoldSettledError, capture, get_hold, void
-from tenancy.meter import Usage, UsageConflictError, UsageRecord, record_usage
-from tenancy.prices import charge_nano_usd
-from tenancy.quota import Lease, QuotaUnavailableError
 
 from audit.entry import Entry
 from audit.outbox import append
 from gateway.admission import Admission
 from gateway.database import DatabaseUnavailableError
 from gateway.services import Services
+from tenancy.ledger import HoldSettledError, capture, get_hold, void
+from tenancy.meter import Usage, UsageConflictError, UsageRecord, record_usage
+from tenancy.prices import charge_nano_usd
+from tenancy.quota import Lease, QuotaUnavailableError
 
 FIRST_RETRY_S = 0.1
 RETRY_MAX_S = 5.0

@@ -4,9 +4,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tenancy.meter import Usage
-
 from engine.protocol import Ready
+from tenancy.meter import Usage
 
 Json = dict[str, Any]
 

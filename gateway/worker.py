@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from audit.isolation import IsolationAuditor
-from engine.events import EngineEvent, Finding, StepEvidence
+from engine.events import EngineEvent, StepEvidence, Violation
 
 SELF_TEST_INTERVAL_STEPS = 256  # how often the auditor must prove that it is awake while the engine is busy
 SELF_TEST_INTERVAL_S = 5.0  # and at the latest after this long, so that an idle engine is covered too
@@ -39,7 +39,7 @@ class AuditObserver:
                 sequence_id=event.sequence_id,
             )
 
-    def before_launch(self, evidence: StepEvidence) -> list[Finding]:
+    def before_launch(self, evidence: StepEvidence) -> list[Violation]:
         violations = self._auditor.check_step(
             step=evidence.step,
             sequence_ids=evidence.sequence_ids,
@@ -50,7 +50,7 @@ class AuditObserver:
             slot_mapping=evidence.slot_mapping,
         )
         self._steps_since_self_test += 1
-        return [Finding(v.kind, v.sequence_ids, v.domains, v.block_id, v.detail) for v in violations]
+        return [(v.kind, v.sequence_ids, v.domains, v.block_id, v.detail) for v in violations]
 
     def counters(self) -> dict[str, int]:
         """The auditor's counts, after a self-test if one is due. Called by the worker once a second."""
@@ -75,8 +75,9 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the gateway, which stops its workers in order
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # The imports wait until here: torch takes seconds, and a wrong command line should not.
-    from engine.config import WorkerConfig
     from engine.worker import run_worker
+
+    from engine.config import WorkerConfig
 
     raw = msgspec.json.decode(arguments.config.encode())
     paths = {name: Path(raw[name]) for name in ("model_dir", "socket_path", "journal_dir")}

@@ -60,12 +60,12 @@ class Hall:
         settler: Settler = self.app.state.settler
         return settler
 
-    async def call(self, method: str, path: str, body: Any = None, *, tenant: str | None = "acme", **how: Any) -> Answer:
+    async def call(
+        self, method: str, path: str, body: Any = None, *, tenant: str | None = "acme", **how: Any
+    ) -> Answer:
         return await self.prepare(method, path, body, tenant=tenant, **how).run(self.app)
 
-    def prepare(
-        self, method: str, path: str, body: Any = None, *, tenant: str | None = "acme", **how: Any
-    ) -> Call:
+    def prepare(self, method: str, path: str, body: Any = None, *, tenant: str | None = "acme", **how: Any) -> Call:
         """A call that has not been made yet. `body` is bytes as they are, or anything that JSON can hold."""
         headers = dict(how.pop("headers", {}))
         if tenant is not None:

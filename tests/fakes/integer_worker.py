@@ -36,7 +36,9 @@ class IntegerModel:
     eos_every: int = 23
 
     def token(self, prompt: list[int], seed: int, position: int) -> int:
-        mixed = (sum((i + 1) * t for i, t in enumerate(prompt)) * 31 + seed * 17 + position * position * 7 + 3) % 1_000_003
+        mixed = (
+            sum((i + 1) * t for i, t in enumerate(prompt)) * 31 + seed * 17 + position * position * 7 + 3
+        ) % 1_000_003
         return EOS if mixed % self.eos_every == 0 else 1 + mixed % (VOCAB_SIZE - 2)
 
     def answer(self, prompt: list[int], seed: int, max_tokens: int) -> tuple[list[int], str]:

@@ -64,7 +64,9 @@ class Stage:
         folder = self._folder / f"hall-{self._num}"
         folder.mkdir()
         model = write_byte_model(folder / "model", context_max=context_max)
-        worker = IntegerWorker(self._short_folder / f"{folder.parent.name[-8:]}-{self._num}.sock", context_max=context_max)
+        worker = IntegerWorker(
+            self._short_folder / f"{folder.parent.name[-8:]}-{self._num}.sock", context_max=context_max
+        )
         await worker.start()
         self._stack.push_async_callback(worker.stop)
         hall = await self._stack.enter_async_context(

@@ -70,9 +70,7 @@ def test_a_whole_chat_answer(hall: Hall, worker: IntegerWorker, runner: asyncio.
 
 
 def test_a_streamed_chat_answer(hall: Hall, worker: IntegerWorker, runner: asyncio.Runner) -> None:
-    answer = runner.run(
-        hall.chat("hello", max_tokens=9, seed=5, stream=True, stream_options={"include_usage": True})
-    )
+    answer = runner.run(hall.chat("hello", max_tokens=9, seed=5, stream=True, stream_options={"include_usage": True}))
     *chunks, done = answer.events()
     text, reason, num_tokens = expected(worker)
     assert answer.complete
@@ -130,9 +128,7 @@ def test_the_books_agree_with_the_engine(hall: Hall, worker: IntegerWorker, runn
     assert runner.run(hall.leases()) == 0
 
 
-def test_tenants_are_domains_with_salts_of_their_own(
-    hall: Hall, worker: IntegerWorker, runner: asyncio.Runner
-) -> None:
+def test_tenants_are_domains_with_salts_of_their_own(hall: Hall, worker: IntegerWorker, runner: asyncio.Runner) -> None:
     async def salts() -> list[tuple[str, bytes]]:
         for tenant, more in (("acme", {}), ("globex", {}), ("acme", {"cache_salt": "team"}), ("acme", {})):
             await hall.chat(tenant=tenant, max_tokens=1, **more)
@@ -205,7 +201,16 @@ def test_bad_prompts(hall: Hall, runner: asyncio.Runner, prompt: Any) -> None:
 
 def test_a_wrong_key_has_one_answer(hall: Hall, runner: asyncio.Runner) -> None:
     secret = hall.accounts["acme"].secret
-    presented = (None, "", "Bearer", "Bearer x", f"Basic {secret}", f"Bearer {secret}x", f"Bearer {secret[:-1]}", secret)
+    presented = (
+        None,
+        "",
+        "Bearer",
+        "Bearer x",
+        f"Basic {secret}",
+        f"Bearer {secret}x",
+        f"Bearer {secret[:-1]}",
+        secret,
+    )
 
     async def ask(authorization: str | None) -> Answer:
         headers = {} if authorization is None else {"authorization": authorization}
