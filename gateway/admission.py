@@ -19,9 +19,11 @@ from gateway.services import Services
 from gateway.translation import Work
 from gateway.world import new_id
 from tenancy.keys import Principal
-from tenancy.ledger import InsufficientCredit, place_hold
+from tenancy.ledger import InsufficientCredit, balance, place_hold
 from tenancy.prices import Price, price_at, worst_case_nano_usd
 from tenancy.quota import Lease, QuotaSnapshot, Refused
+
+KIND_OF_LIMIT = {"requests_per_minute": "requests", "tokens_per_minute": "tokens", "concurrency_max": "concurrency"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,8 @@ async def _hold(conn: AsyncConnection, services: Services, admission: Admission)
         now_ns=admission.started_ns,
     )
     if isinstance(held, InsufficientCredit):
-        raise CreditExhaustedError(held.available_nano_usd, held.needed_nano_usd)
+        in_flight_nano_usd = (await balance(conn, tenant_id)).held_nano_usd
+        raise CreditExhaustedError(held.available_nano_usd, held.needed_nano_usd, in_flight_nano_usd)
     body = {
         "request_id": admission.request_id,
         "key_id": admission.principal.key_id,
@@ -118,11 +121,10 @@ async def _hold(conn: AsyncConnection, services: Services, admission: Admission)
 
 def _refusal(refused: Refused, work: Work) -> Exception:
     headers = rate_limit_headers(refused.snapshot)
-    if refused.code == "never_fits":
+    if refused.code == "never_fits" and refused.limit_name == "tokens_per_minute":
         num_tokens = work.num_prompt_tokens + work.sampling.max_tokens
-        return NeverFitsError(num_tokens, refused.snapshot.limit_tokens or 0, headers)
-    kind = {"requests_per_minute": "requests", "tokens_per_minute": "tokens"}.get(refused.limit_name, "concurrency")
-    return RateLimitedError(kind, refused.retry_after_ms, headers)
+        return NeverFitsError(num_tokens, refused.limit, headers)
+    return RateLimitedError(KIND_OF_LIMIT[refused.limit_name], refused.retry_after_ms, headers)
 
 
 def rate_limit_headers(snapshot: QuotaSnapshot) -> Headers:

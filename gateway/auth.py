@@ -10,9 +10,8 @@ from starlette.types import Scope
 
 from gateway.problems import MissingScopeError
 from gateway.services import Services
-from tenancy.directory import load_scopes
 from tenancy.keys import Principal, authenticate
-from tenancy.quota import ScopeLimits
+from tenancy.limits import ScopeLimits, load_scopes
 
 INFERENCE_SCOPE = "inference"
 KEY_CHARS_MAX = 512

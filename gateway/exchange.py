@@ -294,7 +294,9 @@ class Exchange:
         while True:
             await asyncio.sleep(self._services.settings.lease_ttl_s / 3)
             try:
-                await self._services.quota.renew(self._admission.lease)
+                kept = await self._services.quota.renew(self._admission.lease)
+                if not kept:
+                    log.warning("lease.expired", request_id=self._admission.request_id)
             except QuotaUnavailableError as error:
                 log.warning("lease.not_renewed", request_id=self._admission.request_id, error=str(error))
 

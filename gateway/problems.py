@@ -106,9 +106,10 @@ class NeverFitsError(Exception):
 class CreditExhaustedError(Exception):
     """The tenant's credit does not cover the worst case of this request (integer nano-USD)."""
 
-    def __init__(self, available_nano_usd: int, needed_nano_usd: int) -> None:
+    def __init__(self, available_nano_usd: int, needed_nano_usd: int, in_flight_nano_usd: int = 0) -> None:
         super().__init__(needed_nano_usd)
         self.available_nano_usd, self.needed_nano_usd = available_nano_usd, needed_nano_usd
+        self.in_flight_nano_usd = in_flight_nano_usd  # held by requests that run now; part of it will come back
 
 
 class EngineRefusedError(Exception):
@@ -160,7 +161,8 @@ def _invalid_key(_: Any) -> Problem:
 
 
 def _rate_limited(error: RateLimitedError) -> Problem:
-    headers = error.headers + retry_after(error.retry_after_ms)
+    # 0: waiting does not help, because the limit itself is 0
+    headers = error.headers + (retry_after(error.retry_after_ms) if error.retry_after_ms else FINAL)
     if error.kind == "concurrency":
         message = "Too many requests of this tenant are running: wait until one has ended."
         return Problem(429, "concurrency", message, None, "concurrency_limit_exceeded", headers)
@@ -181,6 +183,9 @@ def _credit_exhausted(error: CreditExhaustedError) -> Problem:
         f"You exceeded your current credit: this request needs up to {error.needed_nano_usd} nano-USD, "
         f"{error.available_nano_usd} nano-USD are available."
     )
+    if error.available_nano_usd + error.in_flight_nano_usd >= error.needed_nano_usd:
+        message += " More may come back when requests in flight have ended."
+        return Problem(429, "insufficient_quota", message, None, "credit_on_hold", retry_after(1_000))
     return Problem(429, "insufficient_quota", message, None, "insufficient_quota", FINAL)
 
 

@@ -25,8 +25,8 @@ from audit.outbox import append
 from gateway.admission import Admission
 from gateway.database import DatabaseUnavailableError
 from gateway.services import Services
-from tenancy.ledger import capture, void
-from tenancy.meter import Usage, UsageRecord, record_usage
+from tenancy.ledger import HoldSettledError, capture, get_hold, void
+from tenancy.meter import Usage, UsageConflictError, UsageRecord, record_usage
 from tenancy.prices import charge_nano_usd
 from tenancy.quota import Lease, QuotaUnavailableError
 
@@ -137,7 +137,7 @@ class Settler:
                 return
             except DatabaseUnavailableError as error:
                 log.warning("settlement.waits", request_id=request_id, error=str(error), retry_s=pause_s)
-            except HoldStateError as error:
+            except (HoldSettledError, UsageConflictError) as error:
                 log.warning(
                     "settlement.late", request_id=request_id, error=str(error)
                 )  # expired and resolved by the reaper
@@ -162,34 +162,34 @@ class Settler:
 async def write_settlement(
     conn: AsyncConnection, admission: Admission, outcome: Outcome, *, entropy: Callable[[int], bytes]
 ) -> None:
-    """T2's statements. Writes nothing when an earlier try has committed after all."""
-    if await usage_exists(conn, admission.request_id):
+    """T2's statements. Writes nothing when an earlier try has committed after all.
+
+    Raises HoldSettledError or UsageConflictError when the hold's expiry has decided otherwise.
+    """
+    usage = outcome.usage
+    at_ns = max(outcome.finished_ns, admission.started_ns)  # a wall clock may step back
+    amount_nano_usd = 0 if usage == NOTHING else charge_nano_usd(admission.price, usage)
+    principal = admission.principal
+    record = UsageRecord(
+        request_id=admission.request_id,
+        tenant_id=principal.tenant_id,
+        project_id=principal.project_id,
+        key_id=principal.key_id,
+        model=admission.model,
+        usage=usage,
+        price_id=admission.price.price_id,
+        amount_nano_usd=amount_nano_usd,
+        started_ns=admission.started_ns,
+        finished_ns=at_ns,
+        finish_reason=outcome.finish_reason,
+        stream=admission.stream,
+    )
+    if not await record_usage(conn, record):
         return
-    usage, at_ns = outcome.usage, outcome.finished_ns
     if usage == NOTHING:
-        amount_nano_usd = 0
         await void(conn, admission.hold_id, at_ns)
     else:
-        amount_nano_usd = charge_nano_usd(admission.price, usage)
         await capture(conn, admission.hold_id, amount_nano_usd, at_ns)
-    principal = admission.principal
-    await record_usage(
-        conn,
-        UsageRecord(
-            request_id=admission.request_id,
-            tenant_id=principal.tenant_id,
-            project_id=principal.project_id,
-            key_id=principal.key_id,
-            model=admission.model,
-            usage=usage,
-            price_id=admission.price.price_id,
-            amount_nano_usd=amount_nano_usd,
-            started_ns=admission.started_ns,
-            finished_ns=at_ns,
-            finish_reason=outcome.finish_reason,
-            stream=admission.stream,
-        ),
-    )
     entry = settled_entry(
         admission.request_id,
         principal.tenant_id,
@@ -206,8 +206,8 @@ async def write_void_if_held(
     conn: AsyncConnection, hold_id: str, *, now_ns: int, entropy: Callable[[int], bytes]
 ) -> None:
     """Void a hold that may never have been placed, because the reply to its T1 was lost."""
-    hold = await pending_hold(conn, hold_id)
-    if hold is None:
+    hold = await get_hold(conn, hold_id)
+    if hold is None or hold.state != "pending":
         return
     await void(conn, hold_id, now_ns)
     entry = settled_entry(hold.request_id, hold.tenant_id, NOTHING, 0, "not_started", "voided", now_ns)
