@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "BULKHEAD_"
+LOG_LEVELS = ("debug", "info", "warning", "error")
 FOREIGN = {"BULKHEAD_TEST_PROFILE"}  # read by the test suite, not by the service
 
 
@@ -35,6 +36,19 @@ def _not_negative(text: str) -> int:
     if value < 0:
         raise ValueError("must be 0 or greater")
     return value
+
+
+def _boolean(text: str) -> bool:
+    values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in values:
+        raise ValueError("use 1 or 0")
+    return values[text.lower()]
+
+
+def _log_level(text: str) -> str:
+    if text not in LOG_LEVELS:
+        raise ValueError(f"use one of {', '.join(LOG_LEVELS)}")
+    return text
 
 
 def _setting(default: Any, cast: Callable[[str], Any]) -> Any:
@@ -64,7 +78,8 @@ class Settings:
     heartbeat_interval_s: int = _setting(10, _positive)
     drain_timeout_s: int = _setting(10, _positive)
     log_origin: str = _setting("bulkhead.local/log", str)  # the log's name in its checkpoints
-    log_level: str = _setting("info", str)
+    log_level: str = _setting("warning", _log_level)
+    demo_tenants: bool = _setting(True, _boolean)  # create acme and globex in an empty database
 
     @property
     def effective_database_url(self) -> str:
