@@ -34,6 +34,10 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     def ends_ns(self) -> int:
         return min(self.seen_ns + IDLE_NS, self.created_ns + ABSOLUTE_NS)
 
+    def accepts(self, csrf_token: str) -> bool:
+        """Whether a form's token is this session's, compared in constant time."""
+        return hmac.compare_digest(csrf_token.encode(), self.csrf_token.encode())
+
 
 class SessionStore:
     def __init__(
