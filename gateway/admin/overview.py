@@ -14,8 +14,8 @@ from gateway.admin.chart import Bar
 from gateway.admin.limits import LimitUse, limits_in_use
 from gateway.admin.wording import NS_PER_S, utc, utc_minute
 from gateway.services import Services
+from tenancy.overview import tenant_overview
 
-CURRENCY = "USD"
 NUM_MINUTES = 60  # of the charts
 MINUTE_NS = 60 * NS_PER_S
 
@@ -81,10 +81,7 @@ async def gather(services: Services, period: Period) -> Overview:
     until_ns = now_ns + 1  # what finished in this very nanosecond counts
     started_ns = services.world.monotonic_ns()
     async with services.database.read() as conn:
-        tenants = await queries.all_tenants(conn)
-        usage = await queries.usage_sums(conn, since_ns, until_ns)
-        balances = await queries.account_balances(conn)
-        limits = await queries.tenant_limits(conn)
+        tenants = await tenant_overview(conn, since_ns, until_ns)
         minutes = await gather_minutes(conn, now_ns)
         heartbeat = await audit_queries.last_entry(conn, "audit.heartbeat")
         worker_started = await audit_queries.last_entry(conn, "worker.started")
@@ -92,18 +89,25 @@ async def gather(services: Services, period: Period) -> Overview:
         log = await audit_queries.log_state(conn)
     database_us = (services.world.monotonic_ns() - started_ns) // 1000
     started_ns = services.world.monotonic_ns()
-    used = await limits_in_use(services.quota, [t.tenant_id for t in tenants], limits)
+    limits = await limits_in_use(services.quota, [tenant.limits for tenant in tenants])
     valkey_us = (services.world.monotonic_ns() - started_ns) // 1000
 
     engine = services.engine.status
     blocks = engine.stats.blocks_by_domain if engine.stats is not None else {}
     rows = tuple(
-        _figures(
-            t,
-            usage.get(t.tenant_id, queries.UsageSums()),
-            balances.get(t.tenant_id, {}),
+        TenantFigures(
+            tenant_id=t.tenant_id,
+            name=t.name,
+            status=t.status,
+            num_requests=t.num_requests,
+            num_prompt_tokens=t.num_prompt_tokens,
+            num_cached_tokens=t.num_cached_tokens,
+            num_completion_tokens=t.num_completion_tokens,
+            billed_nano_usd=t.billed_nano_usd,
+            held_nano_usd=t.held_nano_usd,
+            credit_nano_usd=t.credit_nano_usd,
             num_blocks=blocks.get(t.tenant_id, 0),  # a tenant's domain in the engine is its id
-            limits=used[t.tenant_id],
+            limits=limits[t.tenant_id],
             minutes=minutes.get(t.tenant_id) or empty_minutes(now_ns),
         )
         for t in tenants
@@ -172,32 +176,6 @@ def add_up(rows: Sequence[TenantFigures], now_ns: int) -> TenantFigures:
         credit_nano_usd=sum(row.credit_nano_usd for row in rows),
         num_blocks=sum(row.num_blocks for row in rows),
         limits={},
-        minutes=minutes,
-    )
-
-
-def _figures(
-    tenant: queries.TenantRow,
-    usage: queries.UsageSums,
-    balances: Mapping[str, int],
-    *,
-    num_blocks: int,
-    limits: Mapping[str, LimitUse],
-    minutes: tuple[Bar, ...],
-) -> TenantFigures:
-    return TenantFigures(
-        tenant_id=tenant.tenant_id,
-        name=tenant.name,
-        status=tenant.status,
-        num_requests=usage.num_requests,
-        num_prompt_tokens=usage.num_prompt_tokens,
-        num_cached_tokens=usage.num_cached_tokens,
-        num_completion_tokens=usage.num_completion_tokens,
-        billed_nano_usd=usage.amount_nano_usd,
-        held_nano_usd=balances.get("held", 0),
-        credit_nano_usd=balances.get("credit", 0),
-        num_blocks=num_blocks,
-        limits=limits,
         minutes=minutes,
     )
 

@@ -1,6 +1,6 @@
 """What the admin page reads from the tenancy tables. Read only; one snapshot, the caller's; money as the ledger has it.
 
-Every list is bounded: the overview by TENANTS_MAX, the tenant page by its page size.
+The overview's rows come from tenancy/overview.py; here is what it does not have. Every list is bounded.
 """
 
 from collections.abc import Sequence
@@ -9,26 +9,16 @@ from dataclasses import dataclass
 from sqlalchemy import Select, and_, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy.tables import account, api_key, hold, ledger_entry, operator, project, scope_limit, tenant, usage_record
-
-TENANTS_MAX = 500  # rows of the overview; beyond that it needs search and paging, not a longer table
+from tenancy.ledger import CURRENCY
+from tenancy.meter import TenantUsage
+from tenancy.tables import account, api_key, hold, ledger_entry, operator, project, tenant, usage_record
 
 
 @dataclass(frozen=True, slots=True)
 class TenantRow:
     tenant_id: str
-    organisation_id: str
     name: str
     status: str
-
-
-@dataclass(frozen=True, slots=True)
-class UsageSums:
-    num_requests: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_completion_tokens: int = 0
-    amount_nano_usd: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +27,6 @@ class MinuteSums:
     num_prompt_tokens: int
     num_cached_tokens: int
     num_completion_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    concurrency_max: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,37 +61,24 @@ class HoldRow:
     expires_ns: int
 
 
-_TENANT = select(tenant.c.id, tenant.c.organisation_id, tenant.c.name, tenant.c.status)
-
-
-async def all_tenants(conn: AsyncConnection) -> list[TenantRow]:
-    """By name, in every status: a suspended tenant still has money here."""
-    rows = await conn.execute(_TENANT.order_by(tenant.c.name).limit(TENANTS_MAX))
-    return [TenantRow(*row) for row in rows]
-
-
 async def one_tenant(conn: AsyncConnection, tenant_id: str) -> TenantRow | None:
-    row = (await conn.execute(_TENANT.where(tenant.c.id == tenant_id))).first()
+    query = select(tenant.c.id, tenant.c.name, tenant.c.status).where(tenant.c.id == tenant_id)
+    row = (await conn.execute(query)).first()
     return TenantRow(*row) if row is not None else None
 
 
-async def usage_sums(
-    conn: AsyncConnection, since_ns: int, until_ns: int, tenant_id: str | None = None
-) -> dict[str, UsageSums]:
-    """Per tenant, over requests that finished in [since_ns, until_ns)."""
+async def usage_of(conn: AsyncConnection, tenant_id: str) -> TenantUsage:
+    """One tenant's usage of all time."""
     u = usage_record.c
     query = select(
-        u.tenant_id,
         func.count(),
-        func.sum(u.num_prompt_tokens),
-        func.sum(u.num_cached_tokens),
-        func.sum(u.num_completion_tokens),
-        func.sum(u.amount_nano_usd),
-    ).where(u.finished_ns >= since_ns, u.finished_ns < until_ns)
-    if tenant_id is not None:
-        query = query.where(u.tenant_id == tenant_id)
-    rows = await conn.execute(query.group_by(u.tenant_id))
-    return {row[0]: UsageSums(*(int(value) for value in row[1:])) for row in rows}
+        func.coalesce(func.sum(u.num_prompt_tokens), 0),
+        func.coalesce(func.sum(u.num_cached_tokens), 0),
+        func.coalesce(func.sum(u.num_completion_tokens), 0),
+        func.coalesce(func.sum(u.amount_nano_usd), 0),
+    ).where(u.tenant_id == tenant_id)
+    row = (await conn.execute(query)).one()
+    return TenantUsage(tenant_id, *(int(value) for value in row))
 
 
 async def minute_sums(
@@ -132,15 +102,11 @@ async def minute_sums(
     return found
 
 
-async def account_balances(conn: AsyncConnection, tenant_id: str | None = None) -> dict[str, dict[str, int]]:
-    """Per tenant: account kind -> balance in nano-USD, as the ledger keeps it."""
-    query = select(account.c.tenant_id, account.c.kind, account.c.balance_nano_usd).where(account.c.currency == "USD")
-    if tenant_id is not None:
-        query = query.where(account.c.tenant_id == tenant_id)
-    found: dict[str, dict[str, int]] = {}
-    for owner, kind, balance in await conn.execute(query):
-        found.setdefault(owner, {})[kind] = int(balance)
-    return found
+async def account_balances(conn: AsyncConnection, tenant_id: str) -> dict[str, int]:
+    """Account kind -> balance in nano-USD, as the ledger keeps it."""
+    a = account.c
+    query = select(a.kind, a.balance_nano_usd).where(a.tenant_id == tenant_id, a.currency == CURRENCY)
+    return {kind: int(balance) for kind, balance in await conn.execute(query)}
 
 
 async def entry_sums(conn: AsyncConnection, tenant_id: str) -> dict[str, int]:
@@ -149,18 +115,10 @@ async def entry_sums(conn: AsyncConnection, tenant_id: str) -> dict[str, int]:
         select(account.c.kind, func.coalesce(func.sum(ledger_entry.c.amount_nano_usd), 0))
         .select_from(account)
         .outerjoin(ledger_entry, ledger_entry.c.account_id == account.c.id)
-        .where(account.c.tenant_id == tenant_id, account.c.currency == "USD")
+        .where(account.c.tenant_id == tenant_id, account.c.currency == CURRENCY)
         .group_by(account.c.kind)
     )
     return {kind: int(total) for kind, total in await conn.execute(query)}
-
-
-async def tenant_limits(conn: AsyncConnection) -> dict[str, Limits]:
-    """Limits set on tenants, by tenant id."""
-    s = scope_limit.c
-    query = select(s.scope_id, s.requests_per_minute, s.tokens_per_minute, s.concurrency_max)
-    rows = await conn.execute(query.where(s.scope_kind == "tenant"))
-    return {row[0]: Limits(*row[1:]) for row in rows}
 
 
 async def recent_usage(
@@ -228,3 +186,7 @@ async def pending_sum(conn: AsyncConnection, tenant_id: str) -> tuple[int, int]:
 async def is_active_operator(conn: AsyncConnection, operator_id: str) -> bool:
     query = select(operator.c.id).where(operator.c.id == operator_id, operator.c.disabled_ns.is_(None))
     return (await conn.execute(query)).first() is not None
+
+
+async def operator_exists(conn: AsyncConnection, name: str) -> bool:
+    return (await conn.execute(select(operator.c.id).where(operator.c.name == name))).first() is not None

@@ -27,6 +27,8 @@ from gateway.admin.sessions import COOKIE, Session, SessionStore
 from gateway.admin.view import overview_view
 from gateway.database import DatabaseUnavailableError
 from gateway.services import Services
+from tenancy.ids import NAME_LENGTH_MAX
+from tenancy.operators import PASSWORD_LENGTH_MAX
 from tenancy.quota import QuotaUnavailableError
 
 logger = logging.getLogger(__name__)
@@ -184,10 +186,10 @@ class AdminSite:
             "login.html",
             status_code=status_code,
             headers={"Retry-After": str(retry_after_s)} if retry_after_s else None,
-            name=name[: login.NAME_CHARS_MAX],
+            name=name[: NAME_LENGTH_MAX],
             message=message,
-            name_chars_max=login.NAME_CHARS_MAX,
-            password_chars_max=login.PASSWORD_CHARS_MAX,
+            name_chars_max=NAME_LENGTH_MAX,
+            password_chars_max=PASSWORD_LENGTH_MAX,
         )
 
     # Errors: the one table

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from gateway.admin import queries
 from gateway.admin.chart import Chart, stacked_bars
 from gateway.admin.health import Fact
-from gateway.admin.overview import CURRENCY, empty_minutes, gather_minutes
+from gateway.admin.overview import empty_minutes, gather_minutes
 from gateway.admin.wording import count, duration, plural, utc
 from gateway.services import Services
+from tenancy.ledger import CURRENCY
+from tenancy.meter import TenantUsage
 from tenancy.money import format_nano_usd
 
 REQUESTS_PER_PAGE = 50
@@ -83,9 +85,9 @@ async def gather(services: Services, tenant_id: str, *, before: str) -> TenantPa
         tenant = await queries.one_tenant(conn, tenant_id)
         if tenant is None:
             return None
-        balances = (await queries.account_balances(conn, tenant_id)).get(tenant_id, {})
+        balances = await queries.account_balances(conn, tenant_id)
         sums = await queries.entry_sums(conn, tenant_id)
-        billed = (await queries.usage_sums(conn, 0, INT64_MAX, tenant_id)).get(tenant_id, queries.UsageSums())
+        billed = await queries.usage_of(conn, tenant_id)
         minutes = (await gather_minutes(conn, now_ns, tenant_id)).get(tenant_id)
         requests = await queries.recent_usage(conn, tenant_id, cursor, REQUESTS_PER_PAGE + 1)
         num_held, held_nano_usd = await queries.pending_sum(conn, tenant_id)
@@ -114,12 +116,12 @@ async def gather(services: Services, tenant_id: str, *, before: str) -> TenantPa
 def check_account(
     balances: Mapping[str, int], sums: Mapping[str, int], billed_nano_usd: int, held_nano_usd: int
 ) -> Fact:
-    """Three figures that are kept apart must agree: balances and entries, billed and captured, held and holds."""
+    """Three figures that are kept apart must agree: balances and entries, billed and revenue, held and holds."""
     differences = {
         "Balances minus ledger entries": sum(
             abs(balances.get(kind, 0) - sums.get(kind, 0)) for kind in balances.keys() | sums.keys()
         ),
-        "Usage billed minus ledger captured": billed_nano_usd - balances.get("captured", 0),
+        "Usage billed minus ledger revenue": billed_nano_usd - balances.get("revenue", 0),
         "Pending holds minus ledger held": held_nano_usd - balances.get("held", 0),
         "Sum of all accounts": sum(balances.values()),
     }
@@ -141,7 +143,7 @@ def format_cursor(row: queries.UsageRow) -> str:
     return f"{row.finished_ns}.{row.request_id}"
 
 
-def _money(balances: Mapping[str, int], billed: queries.UsageSums, num_held: int) -> tuple[MoneyFact, ...]:
+def _money(balances: Mapping[str, int], billed: TenantUsage, num_held: int) -> tuple[MoneyFact, ...]:
     return (
         MoneyFact("Credit left", format_nano_usd(balances.get("credit", 0)), ("Neither billed nor held",)),
         MoneyFact("Held", format_nano_usd(balances.get("held", 0)), (plural(num_held, "pending hold"),)),

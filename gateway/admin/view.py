@@ -8,8 +8,9 @@ import hashlib
 from dataclasses import dataclass
 
 from gateway.admin.chart import BAR_WIDTH, HEIGHT, Chart, stacked_bars
-from gateway.admin.overview import CURRENCY, NUM_MINUTES, Overview, TenantFigures
+from gateway.admin.overview import NUM_MINUTES, Overview, TenantFigures
 from gateway.admin.wording import count, utc
+from tenancy.ledger import CURRENCY
 from tenancy.money import format_nano_usd
 
 TOTAL = "total"
