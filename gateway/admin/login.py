@@ -12,14 +12,15 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from tenancy.ids import NAME_LENGTH_MAX
+from tenancy.operators import PASSWORD_LENGTH_MAX, Operator, verify_operator
+
 from audit.entry import Entry
 from audit.outbox import append
 from gateway.admin.attempts import Attempts
 from gateway.admin.queries import operator_exists
 from gateway.admin.sessions import SessionStore
 from gateway.services import Services
-from tenancy.ids import NAME_LENGTH_MAX
-from tenancy.operators import PASSWORD_LENGTH_MAX, Operator, verify_operator
 
 HASHES_MAX = 2  # argon2 computations at a time
 WAITERS_MAX = 16  # log-ins waiting for a place; more are told to come back
@@ -50,9 +51,8 @@ class LoginDesk:
         if len(name) > NAME_LENGTH_MAX or len(password) > PASSWORD_LENGTH_MAX:
             raise WrongPasswordError  # nobody is called that; not worth a hash
         await self._attempts.count(name, address)
-        async with self._place():
-            async with self._services.database.read() as conn:
-                operator = await verify_operator(conn, name, password)
+        async with self._place(), self._services.database.read() as conn:
+            operator = await verify_operator(conn, name, password)
         await self._record(operator, name)
         if operator is None:
             raise WrongPasswordError

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from sqlalchemy.ext.asyncio import AsyncConnection
+from tenancy.overview import tenant_overview
 
 from gateway.admin import audit_queries, health, queries
 from gateway.admin.chart import Bar
 from gateway.admin.limits import LimitUse, limits_in_use
 from gateway.admin.wording import NS_PER_S, utc, utc_minute
 from gateway.services import Services
-from tenancy.overview import tenant_overview
 
 NUM_MINUTES = 60  # of the charts
 MINUTE_NS = 60 * NS_PER_S
@@ -120,9 +120,7 @@ async def gather(services: Services, period: Period) -> Overview:
         ),
         "worker": health.worker_fact(engine, worker_started, sum(blocks.values()) - total.num_blocks, now_ns),
         "log": health.log_fact(log, checkpoint_interval_ms=settings.checkpoint_interval_ms, now_ns=now_ns),
-        "stores": health.stores_fact(
-            "SQLite" if services.database.is_sqlite else "PostgreSQL", database_us, valkey_us
-        ),
+        "stores": health.stores_fact("SQLite" if services.database.is_sqlite else "PostgreSQL", database_us, valkey_us),
     }
     return Overview(now_ns, period, since_ns, rows, total, facts)
 

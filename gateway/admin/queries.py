@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from sqlalchemy import Select, and_, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
-
 from tenancy.ledger import CURRENCY
 from tenancy.meter import TenantUsage
 from tenancy.tables import account, api_key, hold, ledger_entry, operator, project, tenant, usage_record
@@ -62,6 +61,8 @@ class HoldRow:
 
 
 async def one_tenant(conn: AsyncConnection, tenant_id: str) -> TenantRow | None:
+    if not tenant_id.isprintable():  # PostgreSQL refuses NUL in a parameter
+        return None
     query = select(tenant.c.id, tenant.c.name, tenant.c.status).where(tenant.c.id == tenant_id)
     row = (await conn.execute(query)).first()
     return TenantRow(*row) if row is not None else None
@@ -189,4 +190,6 @@ async def is_active_operator(conn: AsyncConnection, operator_id: str) -> bool:
 
 
 async def operator_exists(conn: AsyncConnection, name: str) -> bool:
+    if not name.isprintable():  # PostgreSQL refuses NUL in a parameter
+        return False
     return (await conn.execute(select(operator.c.id).where(operator.c.name == name))).first() is not None

@@ -3,15 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tenancy.ledger import CURRENCY
+from tenancy.meter import TenantUsage
+from tenancy.money import format_nano_usd
+
 from gateway.admin import queries
 from gateway.admin.chart import Chart, stacked_bars
 from gateway.admin.health import Fact
 from gateway.admin.overview import empty_minutes, gather_minutes
 from gateway.admin.wording import count, duration, plural, utc
 from gateway.services import Services
-from tenancy.ledger import CURRENCY
-from tenancy.meter import TenantUsage
-from tenancy.money import format_nano_usd
 
 REQUESTS_PER_PAGE = 50
 KEYS_MAX = 200
@@ -134,7 +135,7 @@ def check_account(
 def parse_cursor(text: str) -> tuple[int, str] | None:
     """`<finished_ns>.<request_id>`."""
     at, _, request_id = text.partition(".")
-    if not (at.isascii() and at.isdigit() and len(at) <= 19 and request_id):
+    if not (at.isascii() and at.isdigit() and len(at) <= 19 and request_id and request_id.isprintable()):
         return None
     return (int(at), request_id) if int(at) <= INT64_MAX else None
 

@@ -28,7 +28,7 @@ def test_bars_stay_in_their_box_and_nothing_that_exists_is_invisible(bars: list[
             if index in drawn[kind]:
                 top, height = drawn[kind][index]
                 assert top + height == bottom, "parts of a bar touch and never overlap"
-                assert 0 <= top
+                assert top >= 0
                 assert getattr(bar, kind) > 0
                 bottom = top
         assert (bottom < HEIGHT) == (bar.total > 0)
