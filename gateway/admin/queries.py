@@ -5,6 +5,7 @@ The overview's rows come from tenancy/overview.py; here is what it does not have
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Select, and_, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -127,7 +128,7 @@ async def recent_usage(
 ) -> Sequence[UsageRow]:
     """Newest first, from just below `before` (finished_ns, request_id); two rows never share a place."""
     u = usage_record.c
-    query: Select[tuple[str, str, str, int, int, int, int, int, str]] = (
+    query: Select[Any] = (
         select(
             u.request_id,
             api_key.c.public_id,
