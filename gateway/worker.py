@@ -82,7 +82,7 @@ def main() -> int:
     raw = msgspec.json.decode(arguments.config.encode())
     paths = {name: Path(raw[name]) for name in ("model_dir", "socket_path", "journal_dir")}
     config = WorkerConfig(**{**raw, **paths})
-    return run_worker(config, AuditObserver(config.num_blocks, config.block_size))
+    return run_worker(config, AuditObserver)
 
 
 if __name__ == "__main__":
