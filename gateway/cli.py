@@ -9,6 +9,7 @@ import sys
 import typer
 from rich.console import Console
 
+from gateway import __version__
 from gateway.commands import audit as audit_commands
 from gateway.commands import directory as directory_commands
 from gateway.commands.errors import KNOWN_ERRORS
@@ -72,9 +73,7 @@ def model_fetch() -> None:
 @app.command()
 def version() -> None:
     """Print the version."""
-    from importlib.metadata import version as installed
-
-    typer.echo(installed("bulkhead"))
+    typer.echo(__version__)
 
 
 def main() -> None:

@@ -1,11 +1,10 @@
 """The loops behind a serving gateway: sequence and publish the log, expire overdue holds, write heartbeats."""
 
-from importlib.metadata import version
-
 from audit.entry import Entry
 from audit.keyring import Keyring
 from audit.log import publish, sequence
 from audit.outbox import append
+from gateway import __version__
 from gateway.background import Loop
 from gateway.engine_host import EngineHost
 from gateway.folders import Folders
@@ -29,7 +28,7 @@ class Housekeeping:
         )
 
     async def start(self) -> None:
-        await self._note("gateway.started", {"version": version("bulkhead")})
+        await self._note("gateway.started", {"version": __version__})
         for loop in self.loops:
             loop.start()
 

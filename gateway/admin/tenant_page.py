@@ -3,16 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tenancy.ledger import CURRENCY
-from tenancy.meter import TenantUsage
-from tenancy.money import format_nano_usd
-
 from gateway.admin import queries
 from gateway.admin.chart import Chart, stacked_bars
 from gateway.admin.health import Fact
 from gateway.admin.overview import empty_minutes, gather_minutes
 from gateway.admin.wording import count, duration, plural, utc
 from gateway.services import Services
+from tenancy.ledger import CURRENCY
+from tenancy.meter import TenantUsage
+from tenancy.money import format_nano_usd
 
 REQUESTS_PER_PAGE = 50
 KEYS_MAX = 200

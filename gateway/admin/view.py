@@ -7,12 +7,11 @@ that ``data-field``; admin.js writes the same names again. Nothing is formatted 
 import hashlib
 from dataclasses import dataclass
 
-from tenancy.ledger import CURRENCY
-from tenancy.money import format_nano_usd
-
 from gateway.admin.chart import BAR_WIDTH, HEIGHT, Chart, stacked_bars
 from gateway.admin.overview import NUM_MINUTES, Overview, TenantFigures
 from gateway.admin.wording import count, utc
+from tenancy.ledger import CURRENCY
+from tenancy.money import format_nano_usd
 
 TOTAL = "total"
 

@@ -12,7 +12,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from audit import verify as verifier
 from audit.checkpoint import parse_checkpoint, parse_note
-from audit.commitment import pseudonym
 from audit.entry import Entry
 from audit.keyring import Keyring, load_keyring
 from audit.log import publish, sequence
@@ -94,15 +93,14 @@ def audit_report(
         # What waits in the outbox belongs to the period: sequence it first, so that the report covers it.
         while await sequence(conn, signer=keyring, origin=session.settings.log_origin, now_ns=now_ns):
             pass
-        names = {pseudonym(keyring.pseudonym_key, t.tenant_id): t.name for t in await list_tenants(conn)}
         return await build_report(
             conn,
-            since_ns,
+            since_ns or await first_entry_ns(conn),
             until_ns,
             signer=keyring,
             now_ns=now_ns,
             heartbeat_gap_max_ns=HEARTBEATS_MISSED_MAX * session.settings.heartbeat_interval_s * 10**9,
-            tenant_names=names,
+            tenant_names={tenant.tenant_id: tenant.name for tenant in await list_tenants(conn)},
             exclusions=ENGINE_EXCLUSIONS,
         )
 
@@ -113,7 +111,7 @@ def audit_report(
     body: dict[str, str | int | bool | list[str]] = {
         "name": name,
         "statement_sha256": written.statement_sha256,
-        "since_ns": since_ns,
+        "since_ns": report.scope.since_ns,
         "until_ns": until_ns,
     }
 
@@ -148,6 +146,11 @@ def audit_verify(
         since = ["--since-checkpoint", str(since_checkpoint)] if since_checkpoint is not None else []
         code = verifier.main(["log", str(log), *since, *keys])
     raise typer.Exit(code)
+
+
+async def first_entry_ns(conn: AsyncConnection) -> int:
+    """When the log began: the start of a report that names none."""
+    return int(await conn.scalar(select(log_leaf.c.at_ns).where(log_leaf.c.leaf_index == 0)) or 0)
 
 
 def bring_log_up_to(session: Session, keyring: Keyring, num_leaves: int) -> None:
