@@ -37,7 +37,6 @@ from tenancy.money import MoneyRangeError
 from tests.tenancy.conftest import create_tables, opened
 from tests.tenancy.world import SECOND, T0, Populated, counting_entropy, populate
 
-
 MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None  # thousands of commits: spare the disk
 
 
@@ -199,7 +198,9 @@ async def _fund(database: Database, amount: int = 1_000) -> Populated:
     return made
 
 
-async def _hold(conn: Any, made: Populated, hold_id: str = "hold_1", amount: int = 100) -> Hold | InsufficientCredit:
+async def _hold(
+    conn: Any, made: Populated, hold_id: str = "hold_1", amount: int = 100, ttl_s: int = 60
+) -> Hold | InsufficientCredit:
     return await place_hold(
         conn,
         hold_id=hold_id,
@@ -207,7 +208,7 @@ async def _hold(conn: Any, made: Populated, hold_id: str = "hold_1", amount: int
         request_id=f"req_{hold_id}",
         price_id=made.price_id,
         amount_nano_usd=amount,
-        expires_ns=T0 + 60 * SECOND,
+        expires_ns=T0 + ttl_s * SECOND,
         now_ns=T0,
     )
 
@@ -374,8 +375,27 @@ def test_forty_holds_at_once_against_credit_for_ten(postgres_url: str) -> None:
     asyncio.run(run())
 
 
+def test_the_same_ids_at_once_move_money_once(postgres_url: str) -> None:
+    async def run() -> None:
+        async with opened(postgres_url) as database:
+            made = await _fund(database, amount=1_000)
+
+            async def one() -> Hold | InsufficientCredit:
+                async with database.transaction() as conn:
+                    await grant_credit(conn, made.tenant_id, 50, transfer_id="second", now_ns=T0)
+                    return await _hold(conn, made)
+
+            results = await asyncio.gather(*(one() for _ in range(12)))
+            assert len({result.hold_id for result in results if isinstance(result, Hold)}) == 1
+            async with database.read() as conn:
+                assert await balance(conn, made.tenant_id) == Balance(950, 100, 0)
+                assert (await check_ledger(conn)).num_transactions == 3
+
+    asyncio.run(run())
+
+
 def test_racing_settlements_end_a_hold_once(postgres_url: str) -> None:
-    """Captures, voids and expiries of the same holds at once, two tenants: no deadlock, one end each."""
+    """Captures, voids and expiries of the same holds at once, and new holds, two tenants: no deadlock, one end each."""
 
     async def run() -> None:
         async with opened(postgres_url) as database:
@@ -400,16 +420,21 @@ def test_racing_settlements_end_a_hold_once(postgres_url: str) -> None:
                 async with database.transaction() as conn:
                     return len(await expire_due(conn, T0 + 60 * SECOND, 3))
 
+            async def place(number: int) -> int:
+                async with database.transaction() as conn:
+                    assert isinstance(await _hold(conn, tenants[number % 2], f"new_{number}", 1, ttl_s=99), Hold)
+                return 0
+
             now_ns = T0 + SECOND
-            calls = [
-                call for id_ in ids for call in (settle(capture, id_, 60, now_ns), settle(void, id_, now_ns), sweep())
-            ]
+            calls = []
+            for number, id_ in enumerate(ids):
+                calls += [settle(capture, id_, 60, now_ns), settle(void, id_, now_ns), sweep(), place(number)]
             assert sum(await asyncio.gather(*calls)) == len(ids)
             async with database.read() as conn:
                 ends = [await get_hold(conn, id_) for id_ in ids]
                 captured = sum(hold.captured_nano_usd or 0 for hold in ends if hold is not None)
                 left = [await balance(conn, tenant.tenant_id) for tenant in tenants]
-                assert sum(b.credit_nano_usd for b in left) + captured == 2_000
+                assert sum(b.credit_nano_usd + b.held_nano_usd for b in left) + captured == 2_000
                 assert sum(b.captured_nano_usd for b in left) == captured
                 assert (await check_ledger(conn)).ok
 
