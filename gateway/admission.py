@@ -106,7 +106,7 @@ async def _hold(conn: AsyncConnection, services: Services, admission: Admission)
     if isinstance(held, InsufficientCredit):
         in_flight_nano_usd = (await balance(conn, tenant_id)).held_nano_usd
         raise CreditExhaustedError(held.available_nano_usd, held.needed_nano_usd, in_flight_nano_usd)
-    body = {
+    body: dict[str, str | int | bool | list[str]] = {
         "request_id": admission.request_id,
         "key_id": admission.principal.key_id,
         "model": admission.model,
