@@ -27,14 +27,21 @@ from engine.errors import EngineGoneError
 from engine.protocol import TokenOutput
 from gateway.admission import Admission, acquire, admit, new_hold_id, rate_limit_headers
 from gateway.auth import Caller
-from gateway.problems import DeadlineExceededError, EngineRefusedError, internal_problem, problem_of
+from gateway.problems import (
+    CreditExhaustedError,
+    DeadlineExceededError,
+    EngineRefusedError,
+    internal_problem,
+    problem_of,
+)
 from gateway.services import Services
 from gateway.settlement import NOTHING, Outcome, Settler
 from gateway.shapes import Shape
 from gateway.streaming import HEARTBEAT, HEARTBEAT_S, EventStream, SlowReaderError, bounded_send, event
 from gateway.translation import Work, submit_of
 from tenancy.meter import Usage
-from tenancy.quota import Lease, QuotaUnavailableError
+from tenancy.prices import PriceMissingError
+from tenancy.quota import QuotaUnavailableError
 
 FINAL_COUNTS_S = 5.0  # how long an aborted sequence's last frame is awaited
 SETTLE_WAIT_S = 2.0  # how long the last frame waits for T2; then it is settled behind the client's back
@@ -63,13 +70,15 @@ async def serve(
 ) -> None:
     """Admit, run, settle. Raises what problems.py knows, as long as nothing has been sent."""
     request_id: str = scope["state"]["request_id"]
+    lease = await acquire(services, caller, work, request_id)  # cancelled here, a lease frees itself when it expires
+    scope["state"]["answer_headers"] = rate_limit_headers(lease.snapshot)
     hold_id = new_hold_id(services)
-    lease: Lease | None = None
     settler.opened()
     try:
-        lease = await acquire(services, caller, work, request_id)
-        scope["state"]["answer_headers"] = rate_limit_headers(lease.snapshot)
         admission = await admit(services, caller, work, request_id, lease, hold_id)
+    except (CreditExhaustedError, PriceMissingError):
+        settler.give_back(lease, None, request_id)
+        raise
     except BaseException:
         settler.give_back(lease, hold_id, request_id)
         raise

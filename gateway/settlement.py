@@ -74,8 +74,8 @@ class Settler:
         """Start T2 and the quota's release. Never raises; awaiting the task is optional."""
         return self._start(self._settle(admission, outcome))
 
-    def give_back(self, lease: Lease | None, hold_id: str, request_id: str) -> asyncio.Task[None]:
-        """Undo an admission that failed: it is not known whether its T1 committed."""
+    def give_back(self, lease: Lease, hold_id: str | None, request_id: str) -> asyncio.Task[None]:
+        """Undo an admission that failed. With a `hold_id`, it is not known whether its T1 committed."""
         return self._start(self._give_back(lease, hold_id, request_id))
 
     async def drain(self, timeout_s: float) -> int:
@@ -116,9 +116,10 @@ class Settler:
 
         await self._insist(attempt, admission.request_id, admission.expires_ns)
 
-    async def _give_back(self, lease: Lease | None, hold_id: str, request_id: str) -> None:
-        if lease is not None:
-            await self._release(lease, 0)
+    async def _give_back(self, lease: Lease, hold_id: str | None, request_id: str) -> None:
+        await self._release(lease, 0)
+        if hold_id is None:
+            return
         world = self._services.world
 
         async def attempt() -> None:
