@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import Select, and_, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
+
 from tenancy.ledger import CURRENCY
 from tenancy.meter import TenantUsage
 from tenancy.tables import account, api_key, hold, ledger_entry, operator, project, tenant, usage_record
