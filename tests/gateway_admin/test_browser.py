@@ -131,10 +131,10 @@ async def test_figures_change_by_themselves(site: tuple[House, str, Browser]) ->
 
         placed = await house.hold(acme, 120, 80)
         held = page.locator(f'[data-field="{acme.tenant_id}.held"]')
-        await page.wait_for_function("e => e.textContent !== '$0.00'", arg=await held.element_handle())
+        await page.wait_for_function("e => e.textContent.trim() !== '$0.00'", arg=await held.element_handle())
         await house.settle(acme, placed, Usage(120, 32, 64))
         await page.wait_for_function("e => e.textContent === '1'", arg=await requests.element_handle())
-        assert await held.inner_text() == "$0.00"
+        assert (await held.inner_text()).strip() == "$0.00"
         assert await page.locator('[data-field="total.prompt"]').inner_text() == "120"
         assert (await bars.get_attribute("d") or "").startswith("M")
 

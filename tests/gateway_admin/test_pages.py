@@ -11,7 +11,6 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from markupsafe import escape
 from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import update
 from starlette.routing import BaseRoute, Mount, Route
@@ -68,7 +67,7 @@ class PageText(HTMLParser):
 
 
 def nano_usd(text: str) -> int:
-    match = MONEY.fullmatch(text)
+    match = MONEY.fullmatch(text.rstrip("\u2007"))
     assert match is not None, text
     sign, whole, fraction = match.groups()
     value = int(whole.replace(",", "")) * NANO_PER_USD + int(fraction.ljust(9, "0"))
@@ -346,7 +345,7 @@ async def test_the_heartbeat_is_found_before_and_after_it_is_sequenced(house: Ho
         after = await fields_of(browser)
         assert before["audit.word"] == after["audit.word"] == "Awake"
         assert before["audit.heartbeat"] == after["audit.heartbeat"]
-        assert after["audit.heartbeat"] == "Last heartbeat 4 s ago, 2026-11-23 11:59:56 UTC"
+        assert after["audit.heartbeat"] == "Last heartbeat 4 s ago, 11:59:56 UTC"
         assert (after["log.word"], after["log.size"]) == ("Signed", "2 leaves under the last checkpoint")
         await house.heartbeat(num_violations=1)
         assert (await fields_of(browser))["audit.word"] == "Isolation was violated"
@@ -378,7 +377,7 @@ def render_overview(name: str, status: str) -> tuple[str, str]:
     from gateway.admin.limits import LimitUse
     from gateway.admin.overview import Overview
 
-    use = {key: LimitUse(0, None) for key in ("requests", "tokens", "concurrency")}
+    use = {key: LimitUse(None, None) for key in ("requests", "tokens", "concurrency")}
     row = Figures("ten_1", name, status, 0, 0, 0, 0, 0, 0, 0, 0, use, empty_minutes(NOON_NS))
     lines = dict.fromkeys(
         (
