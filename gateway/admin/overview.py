@@ -3,10 +3,9 @@
 The total is added up from the very rows that are shown, so it cannot say anything else than their sum.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import cast
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -92,7 +91,7 @@ async def gather(services: Services, period: Period) -> Overview:
         log = await audit_queries.log_state(conn)
     database_us = (services.world.monotonic_ns() - started_ns) // 1000
     started_ns = services.world.monotonic_ns()
-    await cast("Awaitable[bool]", services.redis.ping())
+    await services.redis.ping()
     valkey_us = (services.world.monotonic_ns() - started_ns) // 1000
     scopes = [replace(t.limits, organisation_id=organisation[t.tenant_id]) for t in tenants]
     limits = await limits_in_use(services.quota, scopes)

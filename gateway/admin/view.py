@@ -66,7 +66,8 @@ def overview_view(overview: Overview) -> View:
             use = tenant.limits[kind]
             key = f"{tenant.tenant_id}.limit_{kind}"
             fields[key] = use.text()
-            meters[key] = use.percent()
+            if use.maximum is not None:
+                meters[key] = use.percent()
             limits.append(LimitRow(key, label, use.maximum is not None))
         rows.append(Row(tenant.tenant_id, tenant.name, tenant.status, tuple(limits)))
     _add_figures(fields, charts, TOTAL, overview.total, subject="All tenants")
