@@ -1,7 +1,7 @@
 """The isolation auditor: a second opinion, at every step, on who may read and write which KV block.
 
-It shares nothing with the engine. From events it keeps its own ledger of the blocks (audit/block_ledger.py); before each
-launch it gets the very arrays that the kernels will get, and compares. What it decides, for all rows of a step:
+It shares nothing with the engine. From events it keeps its own ledger of the blocks (audit/block_ledger.py); before
+each launch it gets the very arrays that the kernels will get, and compares. What it decides, for all rows of a step:
 
     reads    every block that a row can reach, block_tables[row][: ceil(kv_len / block_size)], is allocated, is owned by
              the row's domain and belongs to the row's sequence

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey
 
 SEED_BYTES = 32
+ORIGIN_BYTES_MAX = 200  # tlog-cosignature allows 255 bytes for a name; "/report" must fit too
 TYPE_ED25519 = b"\x01"
 TYPE_MLDSA_COSIGNATURE = b"\x06"
 TYPE_MLDSA_DSSE = b"\xffdsse-ml-dsa-44\n"
@@ -88,6 +89,10 @@ def load_keyring(folder: Path, *, origin: str, entropy: Callable[[int], bytes]) 
     """
     if not origin or "+" in origin or any(c.isspace() or ord(c) < 0x20 for c in origin):
         raise KeyringError(f"{origin!r} cannot name a log: use something like example.com/log, no spaces, no '+'")
+    if origin.endswith("/report") or len(origin.encode()) > ORIGIN_BYTES_MAX:
+        raise KeyringError(
+            f"{origin!r} cannot name a log: too long, or it ends in /report, which names the report's keys"
+        )
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def seed(name: str) -> bytes:

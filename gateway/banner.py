@@ -1,4 +1,4 @@
-"""What a person sees when the server is ready: where it is, keys that are shown once, and two ways to ask it something."""
+"""What a person sees when the server is ready: where it is, keys that are shown once, and two snippets to paste."""
 
 from rich.console import Console
 from rich.rule import Rule

@@ -42,7 +42,7 @@ def ensure_demo_model(folder: Path, say: Callable[[str], None] = print) -> Path:
     free_bytes = shutil.disk_usage(folder.parent).free
     if free_bytes < FREE_BYTES_MIN:
         raise ModelError(
-            f"{folder.parent} has {free_bytes // 2**20} MiB free and the demo model needs {FREE_BYTES_MIN // 2**20} MiB:"
+            f"{folder.parent} has {free_bytes // 2**20} MiB free, the demo model needs {FREE_BYTES_MIN // 2**20} MiB:"
             " free some space or point BULKHEAD_DATA_DIR at a larger disk"
         )
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:

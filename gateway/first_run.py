@@ -4,19 +4,13 @@ Secrets are returned once, to be shown once; only their hashes are stored. Every
 first start that is interrupted is a first start again.
 """
 
-import base64
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit.entry import Entry
-from audit.outbox import append
-from tenancy.directory import create_organisation, create_project, create_tenant, list_tenants, set_limits
-from tenancy.keys import mint_key
-from tenancy.ledger import grant_credit, open_accounts
-from tenancy.operators import create_operator
-from tenancy.prices import add_price
+from gateway.clerk import Clerk
+from tenancy.directory import list_tenants
 
 NANO_USD = 10**9
 DEMO_TENANTS = ("acme", "globex")
@@ -39,3 +33,27 @@ class FirstRun:
     tenant_keys: dict[str, str]  # tenant name -> API key
     operator_name: str
     operator_password: str
+
+
+async def first_run(
+    conn: AsyncConnection, entropy: Callable[[int], bytes], now_ns: int, pepper: bytes, model: str
+) -> FirstRun | None:
+    """Fill an empty database; None (and nothing done) when there is a tenant already."""
+    if await list_tenants(conn):
+        return None
+    clerk = Clerk(conn, entropy, now_ns)
+    await clerk.add_price(
+        model,
+        input_pico_usd=DEMO_INPUT_PICO_USD,
+        cached_input_pico_usd=DEMO_CACHED_INPUT_PICO_USD,
+        output_pico_usd=DEMO_OUTPUT_PICO_USD,
+        request_nano_usd=DEMO_REQUEST_NANO_USD,
+    )
+    keys = {}
+    for name in DEMO_TENANTS:
+        tenant_id, project_id = await clerk.create_tenant(name, organisation=name)
+        await clerk.set_tenant_limits(tenant_id, DEMO_REQUESTS_PER_MINUTE, DEMO_TOKENS_PER_MINUTE, DEMO_CONCURRENCY_MAX)
+        await clerk.grant_credit(tenant_id, DEMO_CREDIT_NANO_USD, memo="demo credit")
+        keys[name] = (await clerk.create_key(tenant_id, project_id, "first key", pepper)).secret_text
+    password = await clerk.create_operator(OPERATOR_NAME)
+    return FirstRun(keys, OPERATOR_NAME, password)

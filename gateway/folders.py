@@ -1,4 +1,4 @@
-"""The data folder (kept) and the runtime folder (sockets, gone at reboot), and the lock that keeps a second server out."""
+"""The data folder (kept), the runtime folder (sockets, gone at reboot), and the lock that keeps a second server out."""
 
 import fcntl
 import hashlib

@@ -4,6 +4,7 @@ The socket is bound before anything slow happens, so that a taken port is the fi
 own signal handling is replaced: it re-raises SIGTERM after its shutdown, and our children still have to be stopped.
 """
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
@@ -37,6 +38,16 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class HttpsServer(uvicorn.Server):
+    """`listening` is set once connections are accepted."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield

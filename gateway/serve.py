@@ -30,11 +30,11 @@ from gateway.folders import Folders, only_server, open_folders
 from gateway.housekeeping import Housekeeping
 from gateway.listener import HttpsServer, bind, https_server
 from gateway.migrate import migrate
+from gateway.recovery import recover
 from gateway.secrets import load_secrets
 from gateway.services import Services
 from gateway.settings import Settings
-from gateway.recovery import recover
-from gateway.tls import ensure_certificates
+from gateway.tls import TlsFiles, ensure_certificates, own_certificate
 from gateway.valkey import connect_redis, valkey_child
 from gateway.world import World
 from tenancy.quota import Quota
@@ -65,9 +65,13 @@ def prepare_model(settings: Settings, say: Callable[[str], None]) -> None:
         )
 
 
-async def _serve(
-    settings: Settings, world: World, folders: Folders, listener: socket.socket, console: Console
-) -> int:
+def tls_files(settings: Settings, world: World, folders: Folders) -> TlsFiles:
+    if settings.tls_certificate or settings.tls_key:
+        return own_certificate(settings.tls_certificate, settings.tls_key)
+    return ensure_certificates(folders.tls, settings.host, world.now_ns())
+
+
+async def _serve(settings: Settings, world: World, folders: Folders, listener: socket.socket, console: Console) -> int:
     task = asyncio.current_task()
     assert task is not None
     server: HttpsServer | None = None
@@ -88,12 +92,12 @@ async def _serve(
             services, fresh = await _start(settings, world, folders, stack, console)
             app = create_app(services, extra_routes=admin_routes(services))
             stack.push_async_callback(app.state.settler.drain, settings.drain_timeout_s)
-            tls = ensure_certificates(folders.tls, settings.host, world.now_ns())
+            tls = tls_files(settings, world, folders)
             server = https_server(app, tls, settings.drain_timeout_s)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
-            while not (server.started or serving.done()):
-                await asyncio.sleep(0.01)
-            ready_banner(console, settings, folders, tls, services.tokenizer.model_id, listener.getsockname()[1], fresh)
+            await server.listening.wait()
+            port = listener.getsockname()[1]
+            ready_banner(console, settings, folders, tls, services.tokenizer.model_id, port, fresh)
             await serving
     return 0
 
@@ -125,8 +129,11 @@ async def _start(
         services = Services(settings, world, database, redis, Quota(redis), link, tokenizer, secrets)
         status.update("first run and recovery")
         async with database.transaction() as conn:
-            fresh = await first_run(conn, world, secrets, tokenizer.model_id) if settings.demo_tenants else None
-        await recover(services, folders)
+            fresh = None
+            if settings.demo_tenants:
+                fresh = await first_run(conn, world.entropy, world.now_ns(), secrets.key_pepper, tokenizer.model_id)
+        ready = link.status.ready
+        await recover(services, folders, ready.epoch if ready is not None else "")
         keyring = load_keyring(folders.log_keys, origin=settings.log_origin, entropy=world.entropy)
         housekeeping = Housekeeping(services, folders, keyring, engine)
         await housekeeping.start()

@@ -10,7 +10,7 @@ from typing import Any
 
 PREFIX = "BULKHEAD_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
-FOREIGN = {"BULKHEAD_TEST_PROFILE"}  # read by the test suite, not by the service
+FOREIGN = {"BULKHEAD_TEST_PROFILE", "BULKHEAD_TEST_MODEL_DIR"}  # read by the test suite, not by the service
 
 
 class SettingsError(Exception):
@@ -60,6 +60,8 @@ class Settings:
     data_dir: Path = _setting(Path("data"), Path)
     host: str = _setting("127.0.0.1", str)
     port: int = _setting(8443, _port)
+    tls_certificate: str = _setting("", str)  # empty: a certificate of the local CA
+    tls_key: str = _setting("", str)
     database_url: str = _setting("", str)  # empty: SQLite in data_dir
     redis_url: str = _setting("", str)  # empty: embedded Valkey in data_dir
     model_dir: str = _setting("", str)  # empty: the demo model in data_dir

@@ -2,6 +2,7 @@
 
 The CA lives in the data folder for ten years; the server certificate is renewed at start when it has less than thirty
 days left or does not name the configured host. Production hands in its own certificate instead (docs/operations.md).
+Private keys never leave their folder; the CA's public certificate is what clients are told to trust.
 """
 
 import datetime as dt
@@ -21,11 +22,27 @@ LEAF_DAYS = 397  # the longest that browsers accept
 RENEW_DAYS = 30
 
 
+class TlsError(Exception):
+    """The configured certificate cannot be used; the message says what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    ca: Path
+    ca: Path  # what a client must trust
     certificate: Path
     key: Path
+
+
+def own_certificate(certificate: str, key: str) -> TlsFiles:
+    """The operator's certificate and key. Raises TlsError if they cannot be read or do not belong together."""
+    files = TlsFiles(Path(certificate), Path(certificate), Path(key))
+    try:
+        server_context(files)
+    except OSError as error:  # ssl.SSLError is one
+        raise TlsError(
+            f"BULKHEAD_TLS_CERTIFICATE={certificate} and BULKHEAD_TLS_KEY={key} cannot be used together: {error}"
+        ) from error
+    return files
 
 
 def ensure_certificates(folder: Path, host: str, now_ns: int) -> TlsFiles:
@@ -130,9 +147,7 @@ def _read_private(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def _write_private(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(pem)

@@ -9,12 +9,11 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from audit.isolation import IsolationAuditor
-from engine.events import EngineEvent, Finding, StepEvidence
+from engine.events import EngineEvent, StepEvidence, Violation
 
 SELF_TEST_INTERVAL_STEPS = 256  # how often the auditor must prove that it is awake while the engine is busy
 SELF_TEST_INTERVAL_S = 5.0  # and at the latest after this long, so that an idle engine is covered too
@@ -39,7 +38,7 @@ class AuditObserver:
                 sequence_id=event.sequence_id,
             )
 
-    def before_launch(self, evidence: StepEvidence) -> list[Finding]:
+    def before_launch(self, evidence: StepEvidence) -> list[Violation]:
         violations = self._auditor.check_step(
             step=evidence.step,
             sequence_ids=evidence.sequence_ids,
@@ -50,7 +49,7 @@ class AuditObserver:
             slot_mapping=evidence.slot_mapping,
         )
         self._steps_since_self_test += 1
-        return [Finding(v.kind, v.sequence_ids, v.domains, v.block_id, v.detail) for v in violations]
+        return [(v.kind, v.sequence_ids, v.domains, v.block_id, v.detail) for v in violations]
 
     def counters(self) -> dict[str, int]:
         """The auditor's counts, after a self-test if one is due. Called by the worker once a second."""
@@ -61,11 +60,6 @@ class AuditObserver:
             self._last_self_test_s = now_s
             self._steps_since_self_test = 0
         return self._auditor.counters()
-
-
-def command(config: dict[str, Any]) -> list[str]:
-    """The command line that starts a worker with `config` (the fields of engine.config.WorkerConfig)."""
-    return [sys.executable, "-m", "gateway.worker", "--config", msgspec.json.encode(config).decode()]
 
 
 def main() -> int:
@@ -81,7 +75,7 @@ def main() -> int:
     raw = msgspec.json.decode(arguments.config.encode())
     paths = {name: Path(raw[name]) for name in ("model_dir", "socket_path", "journal_dir")}
     config = WorkerConfig(**{**raw, **paths})
-    return run_worker(config, AuditObserver(config.num_blocks, config.block_size))
+    return run_worker(config, AuditObserver)
 
 
 if __name__ == "__main__":

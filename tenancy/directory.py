@@ -70,6 +70,13 @@ async def create_organisation(conn: AsyncConnection, name: str, *, entropy: Entr
     return made
 
 
+async def get_organisation_by_name(conn: AsyncConnection, name: str) -> Organisation | None:
+    table = tables.organisation
+    query = select(table.c.id, table.c.name, table.c.created_ns).where(table.c.name == name)
+    row = (await conn.execute(query)).first()
+    return None if row is None else Organisation(*row)
+
+
 async def create_tenant(
     conn: AsyncConnection, organisation_id: str, name: str, *, entropy: Entropy, now_ns: int
 ) -> Tenant:

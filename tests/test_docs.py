@@ -70,7 +70,7 @@ def test_links_between_documents_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}, which is not there"
+                assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}: not there"
 
 
 def test_the_readme_names_commands_that_exist() -> None:

@@ -8,10 +8,10 @@ from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from tenancy.quota import QuotaUnavailableError
 
 from gateway.admin.render import SESSION_SCOPE, Pages
 from gateway.database import DatabaseUnavailableError
+from tenancy.quota import QuotaUnavailableError
 
 HOME = "/admin"
 LOGIN = "/admin/login"

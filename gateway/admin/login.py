@@ -12,15 +12,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from tenancy.ids import NAME_LENGTH_MAX
-from tenancy.operators import PASSWORD_LENGTH_MAX, Operator, verify_operator
-
 from audit.entry import Entry
 from audit.outbox import append
 from gateway.admin.attempts import Attempts
 from gateway.admin.queries import operator_exists
 from gateway.admin.sessions import SessionStore
 from gateway.services import Services
+from tenancy.ids import NAME_LENGTH_MAX
+from tenancy.operators import PASSWORD_LENGTH_MAX, Operator, verify_operator
 
 HASHES_MAX = 2  # argon2 computations at a time
 WAITERS_MAX = 16  # log-ins waiting for a place; more are told to come back

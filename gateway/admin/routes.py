@@ -12,8 +12,6 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
-from tenancy.ids import NAME_LENGTH_MAX
-from tenancy.operators import PASSWORD_LENGTH_MAX
 
 from gateway.admin import chart, forms, login, overview, tenant_page
 from gateway.admin.attempts import TooManyAttemptsError
@@ -26,6 +24,8 @@ from gateway.admin.sessions import COOKIE, Session, SessionStore
 from gateway.admin.view import overview_view
 from gateway.database import Database
 from gateway.services import Services
+from tenancy.ids import NAME_LENGTH_MAX
+from tenancy.operators import PASSWORD_LENGTH_MAX
 
 LOGOUT = "/admin/logout"
 LIVE = "/admin/overview.json"

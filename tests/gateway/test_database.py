@@ -83,11 +83,15 @@ def test_a_full_disk_is_unavailable_and_keeps_what_was_there(tmp_path: Path) -> 
         async with db.transaction() as conn:
             await conn.execute(text("CREATE TABLE t (n TEXT)"))
             await conn.execute(text("INSERT INTO t VALUES ('kept')"))
-        with pytest.raises(DatabaseUnavailableError, match="full"):
+
+        async def fill() -> None:
             async with db.transaction() as conn:
                 await conn.execute(text("PRAGMA max_page_count = 2"))  # SQLite's own way to run out of room
                 for _ in range(100):
                     await conn.execute(text("INSERT INTO t VALUES (:x)"), {"x": "x" * 4096})
+
+        with pytest.raises(DatabaseUnavailableError, match="full"):
+            await fill()
         await db.dispose()
         db = database(tmp_path)
         async with db.read() as conn:

@@ -11,7 +11,7 @@ from gateway.listener import PortError, bind
 
 def test_a_data_folder_that_is_a_file_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("")
-    with pytest.raises(FolderError, match="cannot be written.*BULKHEAD_DATA_DIR"):
+    with pytest.raises(FolderError, match=r"cannot be written.*BULKHEAD_DATA_DIR"):
         open_folders(tmp_path / "data")
 
 

@@ -51,7 +51,9 @@ def test_a_killed_parent_leaves_no_child() -> None:
         "    await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert parent.stdout is not None
     pid = next(int(line.split()[1]) for line in parent.stdout if line.startswith("pid "))
     assert is_running(pid)
@@ -98,7 +100,9 @@ def test_a_child_that_never_becomes_ready_is_reported() -> None:
 
 
 def test_a_child_that_ignores_sigterm_is_killed() -> None:
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    )
 
     async def scenario() -> None:
         one = child([sys.executable, "-c", stubborn])
