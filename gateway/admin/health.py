@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gateway.admin.audit_queries import LoggedEntry, LogState
-from gateway.admin.wording import NS_PER_S, count, duration, plural, utc
+from gateway.admin.wording import NS_PER_S, count, duration, moment, plural
 from gateway.engine_link import EngineStatus
 
 HEARTBEATS_MISSED_MAX = 3
@@ -37,7 +37,7 @@ def audit_fact(
     in_epoch = int(body.get("num_violations", 0))
     lines = {
         "heartbeat": "No heartbeat has been logged.",
-        "violations": f"{plural(num_violations, 'violation')} ever, {count(in_epoch)} since the worker started",
+        "violations": f"{plural(num_violations, 'violation')} ever, {count(in_epoch)} under this worker",
         "checked": f"{plural(int(body.get('num_steps', 0)), 'step')}, "
         f"{plural(int(body.get('num_slots_checked', 0)), 'KV slot')} checked",
         "self_test": "No self-test has been logged.",
@@ -46,7 +46,7 @@ def audit_fact(
     if heartbeat is not None:
         age_ns = now_ns - heartbeat.at_ns
         is_late = age_ns > HEARTBEATS_MISSED_MAX * heartbeat_interval_s * NS_PER_S
-        lines["heartbeat"] = f"Last heartbeat {duration(age_ns)} ago, {utc(heartbeat.at_ns)}"
+        lines["heartbeat"] = f"Last heartbeat {duration(age_ns)} ago, {moment(heartbeat.at_ns, now_ns)}"
     if "last_self_test_ok" in body:
         passed = "passed" if body["last_self_test_ok"] else "FAILED"
         lines["self_test"] = f"{plural(int(body['num_self_tests']), 'self-test')}, the last one {passed}"
@@ -104,7 +104,7 @@ def log_fact(log: LogState, *, checkpoint_interval_ms: int, now_ns: int) -> Fact
         return Fact("bad" if is_behind else "warn", "Unsigned", lines)
     lines = {
         "size": f"{plural(log.num_leaves, 'leaf', 'leaves')} under the last checkpoint",
-        "signed": f"Signed {duration(now_ns - log.signed_ns)} ago, {utc(log.signed_ns)}",
+        "signed": f"Signed {duration(now_ns - log.signed_ns)} ago, {moment(log.signed_ns, now_ns)}",
         "lag": lag,
     }
     return Fact("bad", "Behind", lines) if is_behind else Fact("good", "Signed", lines)

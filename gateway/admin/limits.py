@@ -10,15 +10,19 @@ from tenancy.quota import Quota
 
 @dataclass(frozen=True, slots=True)
 class LimitUse:
-    used: int
+    used: int | None  # None: nobody counts it, as nothing limits it
     maximum: int | None  # None: no limit
 
     def text(self) -> str:
-        return f"{count(self.used)} of {count(self.maximum)}" if self.maximum is not None else "no limit"
+        if self.used is None:
+            return "no limit"
+        return (
+            f"{count(self.used)}, no limit" if self.maximum is None else f"{count(self.used)} of {count(self.maximum)}"
+        )
 
     def percent(self) -> int:
         """0 to 100; a limit of 0 is always full."""
-        if self.maximum is None:
+        if self.maximum is None or self.used is None:
             return 0
         return min(100, self.used * 100 // self.maximum) if self.maximum else 100
 
@@ -37,4 +41,6 @@ async def limits_in_use(quota: Quota, tenants: Sequence[ScopeLimits]) -> dict[st
 
 
 def _spent(maximum: int | None, remaining: int | None) -> LimitUse:
-    return LimitUse((maximum or 0) - (remaining or 0), maximum)
+    if maximum is None or remaining is None:
+        return LimitUse(None, maximum)
+    return LimitUse(maximum - remaining, maximum)

@@ -4,7 +4,7 @@ The total is added up from the very rows that are shown, so it cannot say anythi
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -14,7 +14,6 @@ from gateway.admin.chart import Bar
 from gateway.admin.limits import LimitUse, limits_in_use
 from gateway.admin.wording import NS_PER_S, utc, utc_minute
 from gateway.services import Services
-from tenancy.directory import list_tenants
 from tenancy.overview import tenant_overview
 
 NUM_MINUTES = 60  # of the charts
@@ -83,7 +82,6 @@ async def gather(services: Services, period: Period) -> Overview:
     started_ns = services.world.monotonic_ns()
     async with services.database.read() as conn:
         tenants = await tenant_overview(conn, since_ns, until_ns)
-        organisation = {t.tenant_id: t.organisation_id for t in await list_tenants(conn)}
         minutes = await gather_minutes(conn, now_ns)
         heartbeat = await audit_queries.last_entry(conn, "audit.heartbeat")
         worker_started = await audit_queries.last_entry(conn, "worker.started")
@@ -91,9 +89,9 @@ async def gather(services: Services, period: Period) -> Overview:
         log = await audit_queries.log_state(conn)
     database_us = (services.world.monotonic_ns() - started_ns) // 1000
     started_ns = services.world.monotonic_ns()
-    scopes = [replace(t.limits, organisation_id=organisation[t.tenant_id]) for t in tenants]
-    limits = await limits_in_use(services.quota, scopes)
+    await services.redis.ping()
     valkey_us = (services.world.monotonic_ns() - started_ns) // 1000
+    limits = await limits_in_use(services.quota, [tenant.limits for tenant in tenants])
 
     engine = services.engine.status
     blocks = engine.stats.blocks_by_domain if engine.stats is not None else {}

@@ -33,5 +33,8 @@ class Pages:
     ) -> HTMLResponse:
         """Render `template` with `values` and the request's session, if it has one."""
         session: Session | None = request.scope.get(SESSION_SCOPE)
-        text = self._environment.get_template(template).render(session=session, **values)
+        text = self.text(template, session=session, **values)
         return HTMLResponse(text, status_code=status_code, headers=headers)
+
+    def text(self, template: str, **values: Any) -> str:
+        return self._environment.get_template(template).render(**values)

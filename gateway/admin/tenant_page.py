@@ -7,7 +7,7 @@ from gateway.admin import queries
 from gateway.admin.chart import Chart, stacked_bars
 from gateway.admin.health import Fact
 from gateway.admin.overview import empty_minutes, gather_minutes
-from gateway.admin.wording import count, duration, plural, utc
+from gateway.admin.wording import count, duration, plural, usd_in_column, utc
 from gateway.services import Services
 from tenancy.ledger import CURRENCY
 from tenancy.meter import TenantUsage
@@ -167,7 +167,7 @@ def _request_line(row: queries.UsageRow) -> RequestLine:
         prompt=count(row.num_prompt_tokens),
         cached=count(row.num_cached_tokens),
         completion=count(row.num_completion_tokens),
-        amount=format_nano_usd(row.amount_nano_usd),
+        amount=usd_in_column(row.amount_nano_usd),
         finish_reason=row.finish_reason,
         request_id=row.request_id,
     )
@@ -176,7 +176,7 @@ def _request_line(row: queries.UsageRow) -> RequestLine:
 def _hold_line(row: queries.HoldRow, now_ns: int) -> HoldLine:
     left_ns = row.expires_ns - now_ns
     expires = f"in {duration(left_ns)}" if left_ns > 0 else f"{duration(-left_ns)} ago, waiting to be settled"
-    return HoldLine(row.request_id, format_nano_usd(row.amount_nano_usd), expires)
+    return HoldLine(row.request_id, usd_in_column(row.amount_nano_usd), expires)
 
 
 def _key_line(row: queries.KeyRow, now_ns: int) -> KeyLine:

@@ -5,13 +5,13 @@ that ``data-field``; admin.js writes the same names again. Nothing is formatted 
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.admin.chart import BAR_WIDTH, HEIGHT, Chart, stacked_bars
 from gateway.admin.overview import NUM_MINUTES, Overview, TenantFigures
-from gateway.admin.wording import count, utc
+from gateway.admin.wording import count, usd_in_column, utc
 from tenancy.ledger import CURRENCY
-from tenancy.money import format_nano_usd
 
 TOTAL = "total"
 
@@ -20,6 +20,7 @@ TOTAL = "total"
 class LimitRow:
     key: str
     label: str
+    is_limited: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class View:
     chart_height: int = HEIGHT
 
 
-LIMITS = (LimitRow("requests", "Requests/min"), LimitRow("tokens", "Tokens/min"), LimitRow("concurrency", "At once"))
+LIMITS = {"requests": "Requests/min", "tokens": "Tokens/min", "concurrency": "At once"}
 
 
 def overview_view(overview: Overview) -> View:
@@ -57,22 +58,23 @@ def overview_view(overview: Overview) -> View:
         fields[f"{key}.word"] = fact.word
         for line, text in fact.lines.items():
             fields[f"{key}.{line}"] = text
+    rows: list[Row] = []
     for tenant in overview.tenants:
         _add_figures(fields, charts, tenant.tenant_id, tenant, subject=tenant.name)
-        for limit in LIMITS:
-            use = tenant.limits[limit.key]
-            name = f"{tenant.tenant_id}.limit_{limit.key}"
-            fields[name] = use.text()
-            meters[name] = use.percent()
+        limits = []
+        for kind, label in LIMITS.items():
+            use = tenant.limits[kind]
+            key = f"{tenant.tenant_id}.limit_{kind}"
+            fields[key] = use.text()
+            if use.maximum is not None:
+                meters[key] = use.percent()
+            limits.append(LimitRow(key, label, use.maximum is not None))
+        rows.append(Row(tenant.tenant_id, tenant.name, tenant.status, tuple(limits)))
     _add_figures(fields, charts, TOTAL, overview.total, subject="All tenants")
-    rows = tuple(
-        Row(t.tenant_id, t.name, t.status, tuple(LimitRow(f"limit_{limit.key}", limit.label) for limit in LIMITS))
-        for t in overview.tenants
-    )
     return View(
         period=overview.period.name,
         currency=CURRENCY,
-        rows=rows,
+        rows=tuple(rows),
         fields=fields,
         states=states,
         meters=meters,
@@ -91,14 +93,14 @@ def _add_figures(
         f"{key}.prompt": count(figures.num_prompt_tokens),
         f"{key}.cached": count(figures.num_cached_tokens),
         f"{key}.completion": count(figures.num_completion_tokens),
-        f"{key}.billed": format_nano_usd(figures.billed_nano_usd),
-        f"{key}.held": format_nano_usd(figures.held_nano_usd),
-        f"{key}.credit": format_nano_usd(figures.credit_nano_usd),
+        f"{key}.billed": usd_in_column(figures.billed_nano_usd),
+        f"{key}.held": usd_in_column(figures.held_nano_usd),
+        f"{key}.credit": usd_in_column(figures.credit_nano_usd),
         f"{key}.blocks": count(figures.num_blocks),
         f"{key}.chart": chart.title,
     }
 
 
-def _layout(rows: tuple[Row, ...]) -> str:
-    text = "\0".join(f"{row.tenant_id}\0{row.name}\0{row.status}" for row in rows)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _layout(rows: Sequence[Row]) -> str:
+    """A digest of everything on the page that the live updates do not write."""
+    return hashlib.sha256(repr(rows).encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -2,16 +2,32 @@
 
 from datetime import UTC, datetime
 
+from tenancy.money import format_nano_usd
+
 NS_PER_S = 10**9
+DECIMALS_MAX = 9  # of a nano-USD amount in USD
+FIGURE_SPACE = "\u2007"  # as wide as a digit, and HTML does not collapse it
 
 
 def count(value: int) -> str:
     return f"{value:,}"
 
 
+def usd_in_column(nano_usd: int) -> str:
+    """format_nano_usd, filled up with figure spaces so that decimal points stand under each other."""
+    text = format_nano_usd(nano_usd)
+    return text + FIGURE_SPACE * (DECIMALS_MAX - len(text.partition(".")[2]))
+
+
 def utc(at_ns: int) -> str:
     """`2026-11-23 18:44:05 UTC`."""
     return _datetime(at_ns).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def moment(at_ns: int, now_ns: int) -> str:
+    """`18:44:05 UTC` today, with its date on other days."""
+    text = utc(at_ns)
+    return text[11:] if text[:10] == utc(now_ns)[:10] else text
 
 
 def utc_minute(at_ns: int) -> str:

@@ -1,4 +1,4 @@
-"""A whole admin site in one process: real SQLite, real Valkey, a worker that speaks the real protocol, a hand-moved clock."""
+"""A whole admin site: real SQLite, real Valkey, a worker that speaks the real protocol, a clock moved by hand."""
 
 import asyncio
 import os
@@ -92,7 +92,7 @@ class House:
     async def add_tenant(self, name: str, *, credit_nano_usd: int = 5 * 10**9) -> Customer:
         entropy, now_ns = os.urandom, self.clock()
         async with self.services.database.transaction() as conn:
-            organisation = await create_organisation(conn, f"org of {name}", entropy=entropy, now_ns=now_ns)
+            organisation = await create_organisation(conn, f"{name[:80]} Inc", entropy=entropy, now_ns=now_ns)
             tenant = await create_tenant(conn, organisation.organisation_id, name, entropy=entropy, now_ns=now_ns)
             project = await create_project(conn, tenant.tenant_id, "default", entropy=entropy, now_ns=now_ns)
             key = await mint_key(
@@ -213,7 +213,19 @@ async def build_house(folder: Path, valkey_socket: Path, *, clock: Any = None) -
     redis = connect_redis(f"unix://{valkey_socket}")
     await redis.flushall()
     ready = Ready(
-        PROTOCOL_VERSION, "e7c1", os.getpid(), MODEL, "sha256:00", 2048, 49152, 32, 512, "bfloat16", "cpu", "torch", "strict"
+        protocol_version=PROTOCOL_VERSION,
+        epoch="e7c1",
+        pid=os.getpid(),
+        model_id=MODEL,
+        model_digest="sha256:00",
+        context_max=2048,
+        vocab_size=49_152,
+        block_size=32,
+        num_blocks=512,
+        dtype="bfloat16",
+        device="cpu",
+        kernels="torch",
+        isolation="strict",
     )
     worker = Worker(folder / "worker.sock", ready, Stats(0, 0, 0, 512, 512, {}, 0, 0, 0, {}))
     await worker.start()

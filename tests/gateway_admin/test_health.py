@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from engine.protocol import PROTOCOL_VERSION, Ready, Stats
 from gateway.admin.audit_queries import LoggedEntry, LogState
 from gateway.admin.health import audit_fact, log_fact, worker_fact
-from gateway.admin.wording import NS_PER_S, duration, plural, utc
+from gateway.admin.wording import NS_PER_S, duration, moment, plural, usd_in_column, utc
 from gateway.engine_link import EngineStatus
+from tenancy.money import format_nano_usd
 
 NOW = 1_700_000_000 * NS_PER_S
 READY = Ready(PROTOCOL_VERSION, "e1", 7, "m", "d", 2048, 49152, 32, 100, "bfloat16", "cpu", "torch", "strict")
@@ -102,6 +103,13 @@ def test_a_duration_is_short_and_never_negative(duration_ns: int) -> None:
     assert len(text) <= 14
 
 
+@given(st.integers(-(2**63), 2**63))
+def test_amounts_in_a_column_lose_nothing_and_align(nano_usd: int) -> None:
+    text = usd_in_column(nano_usd)
+    assert text.rstrip("\u2007") == format_nano_usd(nano_usd)
+    assert len(text) - text.index(".") == 10
+
+
 def test_wording() -> None:
     assert [duration(s * NS_PER_S) for s in (0, 59, 60, 3599, 3600, 90_061)] == [
         "0 s",
@@ -113,3 +121,6 @@ def test_wording() -> None:
     ]
     assert utc(1_763_923_445_999_999_999) == "2025-11-23 18:44:05 UTC"
     assert (plural(1, "leaf", "leaves"), plural(2_000, "leaf", "leaves")) == ("1 leaf", "2,000 leaves")
+    noon = 1_763_899_200 * NS_PER_S
+    assert moment(noon, noon + 1) == "12:00:00 UTC"
+    assert moment(noon - 13 * 3600 * NS_PER_S, noon) == "2025-11-22 23:00:00 UTC"
