@@ -37,7 +37,11 @@ async def check_log(world: World, texts: list[str]) -> None:
         assert commit(opening.nonce, opening.body).encode() in leaf.leaf
     keys = [Verifier.parse(text) for text in world.keyring.log.vkeys()]
     for head in heads:
-        assert verify_checkpoint(head.note, keys).root == head.root == naive_root([x.leaf for x in leaves[: head.num_leaves]])
+        assert (
+            verify_checkpoint(head.note, keys).root
+            == head.root
+            == naive_root([x.leaf for x in leaves[: head.num_leaves]])
+        )
     assert (heads[-1].num_leaves if heads else 0) == len(texts)
     assert len(state) <= 1
 

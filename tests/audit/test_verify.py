@@ -130,7 +130,12 @@ def test_every_edit_of_one_byte_is_rejected(copy: Path, keyring: Keyring) -> Non
         whole = path.read_bytes()
         long_lines = path.name in ("checkpoint", "keys.json")
         for i in range(0, len(whole)):
-            if long_lines and i % 7 and len(whole[:i].rpartition(b"\n")[2]) > 60 and len(whole[i:].partition(b"\n")[0]) > 60:
+            if (
+                long_lines
+                and i % 7
+                and len(whole[:i].rpartition(b"\n")[2]) > 60
+                and len(whole[i:].partition(b"\n")[0]) > 60
+            ):
                 continue
             edited = bytearray(whole)
             edited[i] ^= 1 << i % 8
