@@ -1,4 +1,4 @@
-"""The offline verifier: runs with nothing but cryptography, accepts what is whole, names the place of whatever is not."""
+"""The offline verifier: runs with nothing but cryptography, accepts what is whole, names the place of what is not."""
 
 import asyncio
 import base64
@@ -129,7 +129,7 @@ def test_every_edit_of_one_byte_is_rejected(copy: Path, keyring: Keyring) -> Non
     for path in all_files(copy):
         whole = path.read_bytes()
         long_lines = path.name in ("checkpoint", "keys.json")
-        for i in range(0, len(whole)):
+        for i in range(len(whole)):
             if (
                 long_lines
                 and i % 7

@@ -1,8 +1,8 @@
 """Valid traces of a paged engine, for the isolation auditor: a model engine that is small enough to be right.
 
-A trace is a list of Happenings: block events in order, and the arrays of each step. The model engine admits sequences in
-several domains, feeds prompts in chunks, decodes, preempts, aborts, scrubs blocks that change domain, and packs all rows
-into one batch. Faults are made by editing a valid trace; see test_isolation.py.
+A trace is a list of Happenings: block events in order, and the arrays of each step. The model engine admits sequences
+in several domains, feeds prompts in chunks, decodes, preempts, aborts, scrubs blocks that change domain, and packs all
+rows into one batch. Faults are made by editing a valid trace; see test_isolation.py.
 """
 
 from dataclasses import dataclass, field, replace
