@@ -1,4 +1,4 @@
-"""Databases and keys for the log's tests: SQLite files, and one PostgreSQL server per session with a database per test."""
+"""Databases and keys for the log's tests: SQLite files, and one PostgreSQL server a session with a database a test."""
 
 import asyncio
 import random

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from audit import verify
-from audit.checkpoint import Checkpoint, NoteError, Verifier, parse_checkpoint, parse_note, sign_checkpoint, verify_checkpoint
+from audit.checkpoint import (
+    Checkpoint,
+    NoteError,
+    Verifier,
+    parse_checkpoint,
+    parse_note,
+    sign_checkpoint,
+    verify_checkpoint,
+)
 from audit.keyring import Keyring, KeyringError, key_id, load_keyring
 from tests.audit import make_golden
 from tests.audit.conftest import ORIGIN, seeded

@@ -80,7 +80,9 @@ def test_the_verifier_knows_the_same_registry() -> None:
 
 def test_every_kind_is_documented_and_no_other() -> None:
     rows = re.findall(r"^\| `([a-z_.]+)` \| (\d+) \| (.*?) \| (.*?) \|$", DOCS.read_text("utf-8"), re.MULTILINE)
-    documented = {name: (int(version), text, re.findall(r"`([a-z_0-9]+)`", fields)) for name, version, text, fields in rows}
+    documented = {
+        name: (int(version), text, re.findall(r"`([a-z_0-9]+)`", fields)) for name, version, text, fields in rows
+    }
     expected = {k.name: (k.version, k.description, [f.name for f in k.fields]) for k in KINDS.values()}
     assert documented == expected
 

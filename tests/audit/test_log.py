@@ -32,12 +32,16 @@ async def check_log(world: World, texts: list[str]) -> None:
         heads = (await conn.execute(select(tables.checkpoint).order_by(tables.checkpoint.c.num_leaves))).all()
         state = (await conn.execute(select(tables.log_state))).all()
     assert [leaf.leaf_index for leaf in leaves] == list(range(len(texts)))
-    assert sorted(o.body.decode() for o in openings) == sorted('{"reason":"%s"}' % text for text in texts)
+    assert sorted(o.body.decode() for o in openings) == sorted(f'{{"reason":"{text}"}}' for text in texts)
     for leaf, opening in zip(leaves, openings, strict=True):
         assert commit(opening.nonce, opening.body).encode() in leaf.leaf
     keys = [Verifier.parse(text) for text in world.keyring.log.vkeys()]
     for head in heads:
-        assert verify_checkpoint(head.note, keys).root == head.root == naive_root([x.leaf for x in leaves[: head.num_leaves]])
+        assert (
+            verify_checkpoint(head.note, keys).root
+            == head.root
+            == naive_root([x.leaf for x in leaves[: head.num_leaves]])
+        )
     assert (heads[-1].num_leaves if heads else 0) == len(texts)
     assert len(state) <= 1
 
@@ -65,10 +69,14 @@ def test_entries_become_leaves_once_and_in_order(database_url: str, keyring: Key
 def test_an_entry_shares_the_fate_of_its_transaction(database_url: str, keyring: Keyring, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with open_world(database_url, keyring, tmp_path / "log") as world:
-            with pytest.raises(RuntimeError, match="the payment failed"):
+
+            async def failing_payment() -> None:
                 async with world.database.transaction() as conn:
                     await outbox.append(conn, note("never happened"), entropy=world.entropy)
                     raise RuntimeError("the payment failed")
+
+            with pytest.raises(RuntimeError, match="the payment failed"):
+                await failing_payment()
             await world.append(note("happened"))
             await world.sequence()
             await check_log(world, ["happened"])
@@ -181,9 +189,9 @@ class Killing:
         return await self.conn.execute(*args)
 
 async def main(url, keys, left):
+    signer = load_keyring(Path(keys), origin="test.example/log", entropy=os.urandom)
     async with Database(url).transaction() as conn:
-        await sequence(Killing(conn, left), signer=load_keyring(Path(keys), origin="test.example/log", entropy=os.urandom),
-                       origin="test.example/log", now_ns=1)
+        await sequence(Killing(conn, left), signer=signer, origin="test.example/log", now_ns=1)
 
 asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
 """

@@ -19,7 +19,9 @@ def verified(folder: Path, keyring: Keyring) -> verify.Log:
     return log
 
 
-@pytest.mark.parametrize(("n", "path"), [(0, "000"), (5, "005"), (999, "999"), (1000, "x001/000"), (1234067, "x001/x234/067")])
+@pytest.mark.parametrize(
+    ("n", "path"), [(0, "000"), (5, "005"), (999, "999"), (1000, "x001/000"), (1234067, "x001/x234/067")]
+)
 def test_tile_paths_are_those_of_the_specification(n: int, path: str) -> None:
     assert tiles.index_path(n) == path == verify._index_path(n)
 

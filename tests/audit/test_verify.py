@@ -1,4 +1,4 @@
-"""The offline verifier: runs with nothing but cryptography, accepts what is whole, names the place of whatever is not."""
+"""The offline verifier: runs with nothing but cryptography, accepts what is whole, names the place of what is not."""
 
 import asyncio
 import base64
@@ -129,8 +129,13 @@ def test_every_edit_of_one_byte_is_rejected(copy: Path, keyring: Keyring) -> Non
     for path in all_files(copy):
         whole = path.read_bytes()
         long_lines = path.name in ("checkpoint", "keys.json")
-        for i in range(0, len(whole)):
-            if long_lines and i % 7 and len(whole[:i].rpartition(b"\n")[2]) > 60 and len(whole[i:].partition(b"\n")[0]) > 60:
+        for i in range(len(whole)):
+            if (
+                long_lines
+                and i % 7
+                and len(whole[:i].rpartition(b"\n")[2]) > 60
+                and len(whole[i:].partition(b"\n")[0]) > 60
+            ):
                 continue
             edited = bytearray(whole)
             edited[i] ^= 1 << i % 8
