@@ -21,7 +21,7 @@ FRAME_BYTES_MAX = (
 _LENGTH_BYTES = 4
 
 FINISH_REASONS = frozenset({"stop", "length", "abort", "error"})
-ERROR_CODES = frozenset({"isolation_violation", "engine_failure", "too_long", "busy", "draining"})
+ERROR_CODES = frozenset({"isolation_violation", "engine_failure", "too_long", "busy", "draining", "invalid_input"})
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):

@@ -9,9 +9,11 @@ import sys
 import typer
 from rich.console import Console
 
+from gateway import __version__
 from gateway.commands import audit as audit_commands
 from gateway.commands import directory as directory_commands
 from gateway.commands.errors import KNOWN_ERRORS
+from gateway.logs import configure_logs
 from gateway.settings import load_settings
 from gateway.world import real_world
 
@@ -32,7 +34,9 @@ def serve() -> None:
     from gateway.serve import run_serve  # the server's imports cost half a second that other commands do not need
 
     world = real_world()
-    raise typer.Exit(run_serve(load_settings(world.environ), world, Console()))
+    settings = load_settings(world.environ)
+    configure_logs(settings.log_level)
+    raise typer.Exit(run_serve(settings, world, Console()))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -69,9 +73,7 @@ def model_fetch() -> None:
 @app.command()
 def version() -> None:
     """Print the version."""
-    from importlib.metadata import version as installed
-
-    typer.echo(installed("bulkhead"))
+    typer.echo(__version__)
 
 
 def main() -> None:

@@ -5,8 +5,10 @@ A worker is used only after its start is in the outbox: unlogged means unserved.
 
 import asyncio
 import os
+import sys
 from collections.abc import Mapping
 
+import msgspec
 import structlog
 
 from audit.entry import Entry
@@ -18,7 +20,6 @@ from gateway.engine_link import EngineLink
 from gateway.folders import Folders
 from gateway.settings import Settings
 from gateway.supervisor import Child
-from gateway.worker import command
 from gateway.world import World
 
 START_TIMEOUT_S = 180.0  # a cold disk and two busy cores; a warm start takes a few seconds
@@ -41,7 +42,7 @@ class EngineHost:
         folders.journal.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.child = Child(
             "engine worker",
-            command(worker_config(settings, folders)),
+            worker_command(worker_config(settings, folders)),
             on_start=self._on_start,
             on_exit=self._on_exit,
             env=worker_environment(world.environ),
@@ -134,6 +135,11 @@ def worker_config(settings: Settings, folders: Folders) -> dict[str, str | int]:
         "kv_cache_bytes": settings.kv_cache_bytes,
     }
     return config | {"num_threads": settings.num_threads or max(1, (os.cpu_count() or 2) - 1)}
+
+
+def worker_command(config: dict[str, str | int]) -> list[str]:
+    """The command line of a worker. Not imported from worker.py: that module loads numpy, this process stays small."""
+    return [sys.executable, "-m", "gateway.worker", "--config", msgspec.json.encode(config).decode()]
 
 
 def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:

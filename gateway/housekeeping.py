@@ -1,11 +1,10 @@
 """The loops behind a serving gateway: sequence and publish the log, expire overdue holds, write heartbeats."""
 
-from importlib.metadata import version
-
 from audit.entry import Entry
 from audit.keyring import Keyring
 from audit.log import publish, sequence
 from audit.outbox import append
+from gateway import __version__
 from gateway.background import Loop
 from gateway.engine_host import EngineHost
 from gateway.folders import Folders
@@ -29,7 +28,7 @@ class Housekeeping:
         )
 
     async def start(self) -> None:
-        await self._note("gateway.started", {"version": version("bulkhead")})
+        await self._note("gateway.started", {"version": __version__})
         for loop in self.loops:
             loop.start()
 
@@ -43,12 +42,12 @@ class Housekeeping:
     async def sequence(self) -> None:
         services = self._services
         async with services.database.transaction() as conn:
-            batch = await sequence(
+            await sequence(
                 conn, signer=self._keyring, origin=services.settings.log_origin, now_ns=services.world.now_ns()
             )
-        if batch is not None:
-            async with services.database.read() as conn:
-                await publish(conn, self._folders.log, signer=self._keyring)
+        # Published even when nothing was sequenced here: a command may have done it.
+        async with services.database.read() as conn:
+            await publish(conn, self._folders.log, signer=self._keyring)
 
     async def reap(self) -> None:
         """Void holds whose time is over. A hold outlives its request only when a gateway died."""

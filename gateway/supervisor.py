@@ -86,6 +86,7 @@ class Child:
             *self._argv,
             env=self._env,
             stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,  # what a child has to say goes to standard error
             start_new_session=True,  # Ctrl-C reaches the gateway alone, which then stops its children in order
         )
         log.info("child started", child=self.name, pid=self._process.pid)

@@ -29,7 +29,7 @@ def valkey_child(folder: Path, socket_path: Path, env: Mapping[str, str]) -> Chi
         *("--port", "0"),
         *("--unixsocket", str(socket_path), "--unixsocketperm", "700"),
         *("--dir", str(folder), "--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
-        *("--hz", "100", "--daemonize", "no", "--loglevel", "warning"),
+        *("--hz", "100", "--daemonize", "no", "--loglevel", "warning", "--logfile", str(folder / "valkey.log")),
         *("--maxmemory", "256mb", "--maxmemory-policy", "noeviction"),
     ]
     return Child("valkey", argv, on_start=_wait_until_up(socket_path), on_exit=_nothing, env=env)

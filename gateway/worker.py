@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -63,11 +62,6 @@ class AuditObserver:
         return self._auditor.counters()
 
 
-def command(config: dict[str, Any]) -> list[str]:
-    """The command line that starts a worker with `config` (the fields of engine.config.WorkerConfig)."""
-    return [sys.executable, "-m", "gateway.worker", "--config", msgspec.json.encode(config).decode()]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bulkhead worker", description="Run one engine worker on a unix socket.")
     parser.add_argument("--config", required=True, help="WorkerConfig as a JSON object")
@@ -75,14 +69,13 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the gateway, which stops its workers in order
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # The imports wait until here: torch takes seconds, and a wrong command line should not.
-    from engine.worker import run_worker
-
     from engine.config import WorkerConfig
+    from engine.worker import run_worker
 
     raw = msgspec.json.decode(arguments.config.encode())
     paths = {name: Path(raw[name]) for name in ("model_dir", "socket_path", "journal_dir")}
     config = WorkerConfig(**{**raw, **paths})
-    return run_worker(config, AuditObserver(config.num_blocks, config.block_size))
+    return run_worker(config, AuditObserver)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Quotas: requests and tokens per minute (GCRA) and concurrency (leases), decided in Redis or Valkey by one script.
 
 All scopes of a request (organisation, tenant, project, key) are checked and taken in one step: all or nothing,
-a refusal takes nothing. The arithmetic is in lua/common_v1.lua, the clock is the server's. A request reserves its prompt and
-max_tokens; what it did not use is given back when its lease is released, once. A lease that nobody renews expires and
-frees its slot by itself; its tokens stay counted, because what it used is not known here.
+a refusal takes nothing. The arithmetic is in lua/common_v1.lua, the clock is the server's. A request reserves its
+prompt and max_tokens; what it did not use is given back when its lease is released, once. A lease that nobody renews
+expires and frees its slot by itself; its tokens stay counted, because what it used is not known here.
 
 An idle scope admits one full minute's allowance at once, then the allowance per minute: within any t minutes, requests
 that used u tokens in total were admitted only if u <= limit * (1 + t), also when unused tokens are given back late.
@@ -13,7 +13,7 @@ of it is a QuotaUnavailableError, and the caller then refuses (fails closed).
 """
 
 import hashlib
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final, Literal, cast
@@ -188,7 +188,7 @@ class _Script:
             raise QuotaUnavailableError(f"{type(error).__name__}: {error}") from error
 
     async def _evaluate(self, redis: Redis, keys: Sequence[str], arguments: Sequence[str | int]) -> Any:
-        return await cast("Awaitable[Any]", redis.evalsha(self._digest, len(keys), *keys, *arguments))
+        return await redis.evalsha(self._digest, len(keys), *keys, *arguments)
 
 
 def _or_unlimited(limit: int | None) -> int:

@@ -19,6 +19,7 @@ from tenancy.prices import list_prices
 
 PICO_PER_USD_PER_MILLION = 10**6  # 1 USD per million tokens is 10**6 pico-USD per token
 NANO_PER_USD = 10**9
+WIDTH_MAX = 500  # tables are never cut: what does not fit a terminal is wrapped there
 
 tenant_app = typer.Typer(no_args_is_help=True, help="Tenants.")
 key_app = typer.Typer(no_args_is_help=True, help="API keys.")
@@ -239,4 +240,4 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], numbers_f
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(soft_wrap=True).print(table)
+    Console(width=WIDTH_MAX).print(table)

@@ -32,7 +32,7 @@ for i = 1, num_scopes do
   if not known then
     if rpm == 0 then refuse(i, 1, -1)
     elseif rpm > 0 and UNIT > rpm * UNIT - s.rd then refuse(i, 1, wait_us(s.rd, 1, rpm)) end
-    if tpm >= 0 and tokens > tpm then refuse(i, 2, -1)
+    if tpm == 0 or (tpm > 0 and tokens > tpm) then refuse(i, 2, -1)
     elseif tpm > 0 and tokens * UNIT > tpm * UNIT - s.td then refuse(i, 2, wait_us(s.td, tokens, tpm)) end
     if cmax == 0 then refuse(i, 3, -1)
     elseif cmax > 0 and s.active >= cmax then refuse(i, 3, 0) end

@@ -32,10 +32,12 @@ local function load(key, now, rpm, tpm)
   local h = redis.call('HMGET', key, 'rd', 'rt', 'td', 'tt', 'open', 'burnt')
   for i = 1, 6 do h[i] = tonumber(h[i] or 0) end
   local s = { rd = h[1], rt = h[2], td = h[3], tt = h[4], open = h[5], burnt = h[6] }
-  if rpm > 0 then s.rd = drained(s.rd, s.rt, now, rpm) end
-  if tpm > 0 then s.td = drained(s.td, s.tt, now, tpm) end
-  s.rt = math.max(s.rt, now)
-  s.tt = math.max(s.tt, now)
+  if rpm > 0 then
+    s.rd, s.rt = drained(s.rd, s.rt, now, rpm), math.max(s.rt, now) -- a clock set back drains nothing
+  end
+  if tpm > 0 then
+    s.td, s.tt = drained(s.td, s.tt, now, tpm), math.max(s.tt, now)
+  end
   -- What has drained by itself is not given back a second time: tokens that may come back never exceed the debt.
   local owed = (s.td - s.td % UNIT) / UNIT
   if s.open > owed then

@@ -5,13 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.model import ensure_model
+from tests.model import model_dir
 from tests.system.server import Server
 
-
-@pytest.fixture(scope="session")
-def model_dir() -> Path:
-    return ensure_model()
+__all__ = ["model_dir"]
 
 
 @pytest.fixture(scope="session")

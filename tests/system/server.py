@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -42,15 +43,17 @@ class Server:
         if model_dir is not None:
             self.env["BULKHEAD_MODEL_DIR"] = str(model_dir)
         self.process: subprocess.Popen[str] | None = None
+        self._clients: dict[str, openai.OpenAI] = {}
 
     def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(self, *_: object) -> None:
+        for client in self._clients.values():
+            client.close()
         if self.process is not None:
             if self.process.poll() is None:
                 self.kill()
-            self._close()
 
     def start(self) -> Self:
         started = time.monotonic()
@@ -93,6 +96,7 @@ class Server:
         assert self.process is not None
         self.process.kill()
         self.process.wait(STOP_TIMEOUT_S)
+        self._close()
 
     def _close(self) -> None:
         assert self.process is not None
@@ -111,12 +115,16 @@ class Server:
         context = ssl.create_default_context(cafile=str(self.ca))
         return httpx.Client(base_url=self.url, verify=context, timeout=60, **more)  # type: ignore[arg-type]
 
-    def openai(self, tenant: str, max_retries: int = 0) -> openai.OpenAI:
+    def openai(self, tenant: str) -> openai.OpenAI:
+        """The official client with this tenant's key; without retries, so that a test sees each answer."""
+        if tenant in self._clients:
+            return self._clients[tenant]
         context = ssl.create_default_context(cafile=str(self.ca))
         http = httpx.Client(verify=context, timeout=120)
-        return openai.OpenAI(
-            base_url=self.url + "/v1", api_key=self.keys[tenant], http_client=http, max_retries=max_retries
+        self._clients[tenant] = openai.OpenAI(
+            base_url=self.url + "/v1", api_key=self.keys[tenant], http_client=http, max_retries=0
         )
+        return self._clients[tenant]
 
     def children(self) -> dict[str, psutil.Process]:
         """The server's children by what they are: "worker" and "valkey"."""
@@ -139,6 +147,11 @@ class Server:
         )
         assert done.returncode == expect, done.stdout + done.stderr
         return done.stdout + done.stderr
+
+
+def open_database(server: Server) -> sqlite3.Connection:
+    """The server's database, read-only."""
+    return sqlite3.connect(f"file:{server.data_dir / 'bulkhead.db'}?mode=ro", uri=True)
 
 
 def wait_until(condition: object, timeout_s: float = 30.0, what: str = "it") -> None:

@@ -6,6 +6,7 @@ import socket
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -13,7 +14,7 @@ import openai
 import psutil
 import pytest
 
-from tests.system.server import Server, wait_until
+from tests.system.server import Server, open_database, wait_until
 
 pytestmark = pytest.mark.system
 LONG = "Tell me a very long story about a lighthouse."
@@ -21,7 +22,7 @@ LONG = "Tell me a very long story about a lighthouse."
 
 def ledger(server: Server) -> dict[str, int]:
     """What must hold after every fault: entries sum to zero, and how many holds are in which state."""
-    with sqlite3.connect(f"file:{server.data_dir / 'bulkhead.db'}?mode=ro", uri=True) as db:
+    with closing(open_database(server)) as db:
         (total,) = db.execute("SELECT coalesce(sum(amount_nano_usd), 0) FROM ledger_entry").fetchone()
         assert total == 0
         unbalanced = db.execute(
@@ -32,7 +33,7 @@ def ledger(server: Server) -> dict[str, int]:
 
 
 def charged(server: Server) -> list[tuple[str, int, str]]:
-    with sqlite3.connect(f"file:{server.data_dir / 'bulkhead.db'}?mode=ro", uri=True) as db:
+    with closing(open_database(server)) as db:
         return db.execute(
             "SELECT request_id, num_completion_tokens, finish_reason FROM usage_record ORDER BY started_ns"
         ).fetchall()
@@ -54,7 +55,10 @@ class Stream:
         self.lines: list[str] = []
 
     def read(self, stop_after: int | None = None) -> "Stream":
-        with self.http.stream("POST", "/v1/chat/completions", json=self.body, headers=self.headers) as answer:
+        with (
+            self.http,
+            self.http.stream("POST", "/v1/chat/completions", json=self.body, headers=self.headers) as answer,
+        ):
             assert answer.status_code == 200, answer.read()
             for line in answer.iter_lines():
                 if line.startswith("data: "):
@@ -163,13 +167,6 @@ def test_a_client_that_leaves_stops_its_sequence(tmp_path: Path, model_dir: Path
 def test_without_valkey_or_database_nothing_is_served(tmp_path: Path, model_dir: Path) -> None:
     with Server(tmp_path / "data", model_dir) as server:
         valkey = server.children()["valkey"]
-        valkey.suspend()
-        try:
-            with pytest.raises(openai.InternalServerError) as refused:
-                server.openai("acme").completions.create(model="x", prompt="a", max_tokens=1)
-        finally:
-            valkey.resume()
-        assert refused.value.status_code in (503, 404)
         model = server.openai("acme").models.list().data[0].id
         valkey.suspend()
         try:
