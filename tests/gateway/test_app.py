@@ -354,7 +354,7 @@ def test_spent_credit_is_final_and_held_credit_is_not(shared_stage: Stage, runne
 
 @given(
     path=st.sampled_from(["/v1/chat/completions", "/v1/completions"]),
-    value=JSON | st.fixed_dictionaries({"model": st.just("integer")}, optional={name: JSON for name in NAMES}),
+    value=JSON | st.fixed_dictionaries({"model": st.just("integer")}, optional=dict.fromkeys(NAMES, JSON)),
 )
 def test_no_json_whatever_is_a_fault_of_ours(
     served: tuple[Hall, IntegerWorker], runner: asyncio.Runner, path: str, value: Any
