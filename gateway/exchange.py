@@ -31,6 +31,7 @@ from gateway.problems import (
     CreditExhaustedError,
     DeadlineExceededError,
     EngineRefusedError,
+    bug_report,
     internal_problem,
     problem_of,
 )
@@ -237,10 +238,11 @@ class Exchange:
             self._settle(self._produced, finish_reason if finish_reason in COMPLETE else reason)
 
     async def _last_output(self) -> str | None:
-        if self._generation is None or self._generation.finished:
-            return None
+        """Read on to the last frame, which may have been taken by a pull that nobody has looked at yet."""
         while True:
             if self._pull is None:
+                if self._generation is None or self._generation.finished:
+                    return None
                 self._pull = asyncio.create_task(self._generation.__anext__())
             await asyncio.wait({self._pull})
             output = self._pulled()
@@ -255,7 +257,7 @@ class Exchange:
             raise error
         problem = problem_of(error)
         if problem is None:
-            log.error("exchange.failed", request_id=self._admission.request_id, exc_info=error)
+            log.error("exchange.failed", request_id=self._admission.request_id, **bug_report(error))
             problem = internal_problem(self._admission.request_id)
         with suppress(SlowReaderError):
             await self._events.write(event(problem.error()))

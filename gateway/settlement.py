@@ -24,6 +24,7 @@ from audit.entry import Entry
 from audit.outbox import append
 from gateway.admission import Admission
 from gateway.database import DatabaseUnavailableError
+from gateway.problems import bug_report
 from gateway.services import Services
 from tenancy.ledger import HoldSettledError, capture, get_hold, void
 from tenancy.meter import Usage, UsageConflictError, UsageRecord, record_usage
@@ -99,8 +100,8 @@ class Settler:
     async def _closing(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
-        except Exception:
-            log.exception("settlement.failed")  # a bug: the hold's expiry decides
+        except Exception as error:  # a bug: the hold's expiry decides
+            log.error("settlement.failed", **bug_report(error))
         finally:
             self._num_open -= 1
             if self._num_open == 0:

@@ -128,11 +128,12 @@ async def _play(hall: Hall, worker: IntegerWorker, plans: list[Plan], faults: li
     await hall.check_books()
     rows = await hall.usage_rows()
     assert worker.counts.keys() <= rows.keys()
+    cut = any(plan.script.die_after is not None or plan.cancel_after is not None for plan in plans)
     for request_id, counts in worker.counts.items():
         row = rows[request_id]
-        if row.finish_reason in exchange.COMPLETE or (row.finish_reason == "client_gone" and counts.finish_reason):
-            produced = counts.num_completion_tokens
-            assert row.num_completion_tokens == produced
+        told = counts.finish_reason and not cut  # else the last counts may have been lost on their way
+        if row.finish_reason in exchange.COMPLETE or (row.finish_reason == "client_gone" and told):
+            assert row.num_completion_tokens == counts.num_completion_tokens
         assert row.num_completion_tokens <= counts.num_completion_tokens
         if row.num_completion_tokens:
             assert (row.num_prompt_tokens, row.num_cached_tokens) == (counts.num_prompt_tokens, counts.num_cached_tokens)
@@ -253,7 +254,7 @@ def test_a_worker_that_does_not_answer_an_abort_is_not_waited_for(
     hall, worker = stage.make()
     worker.model = LONG
     worker.scripts.append(Script(hang_after=3, deaf=True))
-    runner.run(hall.chat(max_tokens=20, stream=True, leave_after=900))
+    runner.run(hall.chat(max_tokens=20, stream=True, leave_after=700))
     runner.run(hall.check_books())
     assert only_row(hall, runner).num_completion_tokens == 3
 
@@ -287,13 +288,13 @@ def test_an_idle_stream_gets_heartbeats(
 
 
 def test_leases_are_renewed_while_a_stream_lives(stage: Stage, runner: asyncio.Runner) -> None:
-    hall, worker = stage.make(lease_ttl_s=0.3)
+    hall, worker = stage.make(lease_ttl_s=1)
     worker.model = LONG
-    worker.scripts.append(Script(delay_s=0.05))
+    worker.scripts.append(Script(delay_s=0.1))
 
     async def scenario() -> tuple[int, Answer]:
         task = asyncio.create_task(hall.chat(max_tokens=20, stream=True))
-        await asyncio.sleep(0.7)
+        await asyncio.sleep(1.5)
         return await hall.leases(), await task
 
     num_leases, answer = runner.run(scenario())
@@ -388,9 +389,14 @@ def test_shutdown_settles_what_it_cuts(stage: Stage, runner: asyncio.Runner) -> 
         worker.scripts.append(Script(hang_after=4))
         seen = asyncio.Event()
         task = asyncio.create_task(
-            hall.chat(max_tokens=20, stream=True, on_sent=lambda a: seen.set() if a.body.count(b"content") > 4 else None)
+            hall.chat(
+                max_tokens=20,
+                stream=True,
+                on_sent=lambda answer: seen.set() if len(texts_of(answer).split()) == 4 else None,
+            )
         )
         await seen.wait()
+        await asyncio.sleep(0.05)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert hall.settler.num_open <= 1
