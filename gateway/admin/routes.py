@@ -99,6 +99,7 @@ class AdminSite:
     def routes(self) -> list[BaseRoute]:
         return [
             Route(HOME, self.overview, methods=["GET"]),
+            Route(HOME + "/", self.home, methods=["GET"]),
             Route(LIVE, self.overview_json, methods=["GET"]),
             Route("/admin/tenants/{tenant_id}", self.tenant, methods=["GET"]),
             Route(LOGIN, self.login_form, methods=["GET"]),
@@ -138,6 +139,9 @@ class AdminSite:
         if page is None:
             raise HTTPException(404, "There is no such tenant.")
         return self.pages.page(request, "tenant.html", page=page, labels=chart.LABELS)
+
+    async def home(self, _request: Request) -> Response:
+        return RedirectResponse(HOME, status_code=308)
 
     # Log-in and log-out
 

@@ -20,6 +20,7 @@ from engine.client import EngineClient
 from engine.protocol import PROTOCOL_VERSION, Ready, Stats, encode_frame
 from engine.tokenizer import Tokenizer
 from gateway.admin import admin_routes
+from gateway.app import create_app
 from gateway.database import Database
 from gateway.engine_link import EngineLink
 from gateway.secrets import Secrets
@@ -202,12 +203,14 @@ class Worker:
 
 
 @asynccontextmanager
-async def build_house(folder: Path, valkey_socket: Path, *, clock: Any = None) -> AsyncIterator[House]:
-    """`clock` is a Clock that stands still, unless something else tells the time."""
+async def build_house(
+    folder: Path, valkey_socket: Path, *, clock: Any = None, database_url: str = ""
+) -> AsyncIterator[House]:
+    """`clock` is a Clock that stands still, unless another is given; the database is SQLite, unless one is named."""
     clock = clock or Clock()
     world = World(now_ns=clock, monotonic_ns=time.monotonic_ns, entropy=os.urandom, environ={})
-    database = Database(f"sqlite+aiosqlite:///{folder / 'bulkhead.db'}")
-    async with database._engine.begin() as conn:
+    database = Database(database_url or f"sqlite+aiosqlite:///{folder / 'bulkhead.db'}")
+    async with database.transaction() as conn:
         await conn.run_sync(tenancy_metadata.create_all)
         await conn.run_sync(audit_metadata.create_all)
     redis = connect_redis(f"unix://{valkey_socket}")
@@ -254,7 +257,7 @@ async def build_house(folder: Path, valkey_socket: Path, *, clock: Any = None) -
             entropy=os.urandom,
             now_ns=0,
         )
-    house = House(services, clock, worker, price, Starlette(routes=admin_routes(services)))
+    house = House(services, clock, worker, price, create_app(services, extra_routes=admin_routes(services)))
     try:
         yield house
     finally:

@@ -213,42 +213,42 @@ async def test_a_destroyed_session_is_not_revived_by_a_page_view_at_the_same_mom
         {},
     ],
 )
-@pytest.mark.parametrize("path", ["/admin/login", "/admin/logout", "/admin", "/admin/nowhere"])
-async def test_foreign_posts_are_refused(house: House, path: str, headers: dict[str, str]) -> None:
+async def test_foreign_posts_are_refused(house: House, headers: dict[str, str]) -> None:
     async with house.visitor() as browser:
         token = csrf_token(await browser.get("/admin"))
         del browser.headers["origin"], browser.headers["sec-fetch-site"]
         form = {"name": NAME, "password": PASSWORD, "csrf_token": token}
-        answer = await browser.post(path, data=form, headers=headers)
-        assert answer.status_code == 403
-        assert "set-cookie" not in answer.headers
+        for path in ("/admin/login", "/admin/logout", "/admin", "/admin/nowhere"):
+            answer = await browser.post(path, data=form, headers=headers)
+            assert answer.status_code == 403
+            assert "set-cookie" not in answer.headers
         assert (await browser.get("/admin")).status_code == 200, "the session is untouched"
 
 
-@pytest.mark.parametrize("token", ["", "x", "é", "A" * 43])
-async def test_a_form_of_another_session_is_refused(house: House, token: str) -> None:
+async def test_a_form_of_another_session_is_refused(house: House) -> None:
     async with house.visitor() as browser:
-        assert (await browser.post("/admin/logout", data={"csrf_token": token})).status_code == 403
+        for token in ("", "x", "é", "A" * 43):
+            assert (await browser.post("/admin/logout", data={"csrf_token": token})).status_code == 403
         assert (await browser.post("/admin/logout", data={"other": "x"})).status_code == 403
         assert (await browser.get("/admin")).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("content", "content_type", "status"),
-    [
-        (b"name=a&password=b", "application/json", 415),
-        (b"name=a&password=b", "", 415),
-        (b"name=a&password=" + b"b" * 20_000, "application/x-www-form-urlencoded", 413),
-        (b"&".join(b"a=b" for _ in range(20)), "application/x-www-form-urlencoded", 400),
-        (b"name=\xff", "application/x-www-form-urlencoded", 400),
-        (b"name=%ff", "application/x-www-form-urlencoded", 400),
-        (b"", "application/x-www-form-urlencoded", 401),
-    ],
-)
-async def test_bad_forms(house: House, content: bytes, content_type: str, status: int) -> None:
+BAD_FORMS = [
+    (b"name=a&password=b", "application/json", 415),
+    (b"name=a&password=b", "", 415),
+    (b"name=a&password=" + b"b" * 20_000, "application/x-www-form-urlencoded", 413),
+    (b"&".join(b"a=b" for _ in range(20)), "application/x-www-form-urlencoded", 400),
+    (b"name=\xff", "application/x-www-form-urlencoded", 400),
+    (b"name=%ff", "application/x-www-form-urlencoded", 400),
+    (b"", "application/x-www-form-urlencoded", 401),
+]
+
+
+async def test_bad_forms(house: House) -> None:
     async with house.browser() as browser:
-        answer = await browser.post("/admin/login", content=content, headers={"content-type": content_type})
-        assert answer.status_code == status
+        for content, content_type, status in BAD_FORMS:
+            answer = await browser.post("/admin/login", content=content, headers={"content-type": content_type})
+            assert answer.status_code == status, content[:40]
 
 
 async def test_the_database_gone_means_nobody_gets_in(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
