@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  := 2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all check format setup setup-dev clean
+.PHONY: help serve test test-all check bench format setup setup-dev clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ check: setup-dev ## Lint, formatting, strict types, import walls, documentation
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_house.py
+
+bench: setup ## Measure the running server: make bench KEY=bk-... (see bulkhead bench --help)
+	@$(BIN)/bulkhead bench gateway --key "$(KEY)"
 
 format: setup-dev ## Format the code
 	$(BIN)/ruff check --fix .

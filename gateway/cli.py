@@ -11,6 +11,7 @@ from rich.console import Console
 
 from gateway import __version__
 from gateway.commands import audit as audit_commands
+from gateway.commands import bench as bench_commands
 from gateway.commands import directory as directory_commands
 from gateway.commands.errors import KNOWN_ERRORS
 from gateway.logs import configure_logs
@@ -24,6 +25,7 @@ app.add_typer(directory_commands.price_app, name="price")
 app.add_typer(directory_commands.credit_app, name="credit")
 app.add_typer(directory_commands.admin_app, name="admin")
 app.add_typer(audit_commands.app, name="audit")
+app.add_typer(bench_commands.app, name="bench")
 model_app = typer.Typer(no_args_is_help=True, help="Models in the data folder.")
 app.add_typer(model_app, name="model")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 PREFIX = "BULKHEAD_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
-FOREIGN = {"BULKHEAD_TEST_PROFILE", "BULKHEAD_TEST_MODEL_DIR"}  # read by the test suite, not by the service
+FOREIGN = {"BULKHEAD_TEST_PROFILE", "BULKHEAD_TEST_MODEL_DIR", "BULKHEAD_KEY"}  # read by tests, snippets, bench
 
 
 class SettingsError(Exception):

@@ -51,9 +51,8 @@ class Server:
     def __exit__(self, *_: object) -> None:
         for client in self._clients.values():
             client.close()
-        if self.process is not None:
-            if self.process.poll() is None:
-                self.kill()
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
 
     def start(self) -> Self:
         started = time.monotonic()

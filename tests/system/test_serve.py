@@ -1,5 +1,6 @@
 """What a user sees from `bulkhead serve`: pasted snippets work, both tenants stream, every record agrees."""
 
+import json
 import re
 import subprocess
 import sys
@@ -146,3 +147,15 @@ def test_reports_are_signed_and_verified(server: Server, tmp_path: Path) -> None
     damaged.write_text(statement.read_text().replace('"payload": "', '"payload": "A', 1))
     server.run("audit", "verify", "--report", str(damaged), expect=1)
     assert (ROOT / "audit" / "verify.py").exists()
+
+
+def test_the_benchmark_measures_every_request(server: Server, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    options = ["--url", server.url, "--ca", str(server.ca), "--requests", "6", "--concurrency", "3"]
+    server.run("bench", "gateway", "--key", server.keys["globex"], *options, "--max-tokens", "12", "--json", str(out))
+    measured = json.loads(out.read_text())
+    assert measured["summary"]["num_requests"] == len(measured["samples"]) == 6
+    assert all(0 < sample["ttft_ms"] <= sample["total_ms"] for sample in measured["samples"])
+    assert 6 <= measured["summary"]["num_completion_tokens"] <= 72
+    said = server.run("bench", "gateway", "--key", "bk-wrong", *options, expect=1)
+    assert "401" in said
