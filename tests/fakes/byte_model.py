@@ -7,8 +7,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 END = "<|end|>"
 TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}{{ raise_exception('system comes first') }}"
-    "{% endif %}<{{ m['role'] }}>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' and not loop.first %}{{ raise_exception('system comes first') }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 

@@ -81,7 +81,7 @@ class Hall:
         return Call(method, path, headers, how.pop("chunks", [content]), **how)
 
     async def chat(self, text: str = "hello", *, tenant: str = "acme", **fields: Any) -> Answer:
-        how = {name: fields.pop(name) for name in ("leave_after", "stall_after", "on_sent", "headers") if name in fields}
+        how = {name: fields.pop(name) for name in ("leave_after", "stall_after", "on_sent") if name in fields}
         body = chat_body(self.services.tokenizer.model_id, text, **fields)
         return await self.call("POST", "/v1/chat/completions", body, tenant=tenant, **how)
 
@@ -155,6 +155,7 @@ async def open_hall(
     **settings: Any,
 ) -> AsyncIterator[Hall]:
     """Two tenants with credit, keys and a price; connected to the worker that listens on `socket_path`."""
+    client = await EngineClient.connect(socket_path, timeout_s=60)
     own = Settings(data_dir=folder, **settings)
     database = FlakyDatabase(f"sqlite+aiosqlite:///{folder / 'hall.db'}")
     await _create_tables(database)
@@ -176,7 +177,6 @@ async def open_hall(
             now_ns=world.now_ns(),
         )
     link = EngineLink()
-    client = await EngineClient.connect(socket_path, timeout_s=20)
     link.attach(client)
     services = Services(own, world, database, redis, Quota(redis), link, tokenizer, secrets)
     app = create_app(services)

@@ -1,8 +1,8 @@
 """A worker without a model: the engine's real protocol on a real unix socket, tokens by arithmetic.
 
-What it would answer is a pure function (`IntegerModel.answer`), so a test knows every byte beforehand; what it did answer
-is in `counts`, the truth that bills are compared with. Faults are asked for beforehand: a `Script` says how one sequence
-behaves.
+What it would answer is a pure function (`IntegerModel.answer`), so a test knows every byte beforehand; what it did
+answer is in `counts`, the truth that bills are compared with. Faults are asked for beforehand: a `Script` says how one
+sequence behaves.
 """
 
 import asyncio

@@ -136,7 +136,8 @@ async def _play(hall: Hall, worker: IntegerWorker, plans: list[Plan], faults: li
             assert row.num_completion_tokens == counts.num_completion_tokens
         assert row.num_completion_tokens <= counts.num_completion_tokens
         if row.num_completion_tokens:
-            assert (row.num_prompt_tokens, row.num_cached_tokens) == (counts.num_prompt_tokens, counts.num_cached_tokens)
+            assert row.num_prompt_tokens == counts.num_prompt_tokens
+            assert row.num_cached_tokens == counts.num_cached_tokens
         else:
             assert row.amount_nano_usd == 0
     assert await hall.leases() == 0
@@ -274,9 +275,7 @@ def test_an_answer_that_takes_too_long_is_broken_off(stage: Stage, runner: async
     assert sorted(r.num_completion_tokens for r in runner.run(hall.usage_rows()).values()) == [0, 2]
 
 
-def test_an_idle_stream_gets_heartbeats(
-    stage: Stage, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_idle_stream_gets_heartbeats(stage: Stage, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "HEARTBEAT_S", 0.05)
     hall, worker = stage.make()
     worker.scripts.append(Script(delay_s=0.2))

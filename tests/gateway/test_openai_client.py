@@ -1,9 +1,12 @@
-"""The official client, over TLS that it verifies, against uvicorn and a real engine worker with a small random model."""
+"""The official client, over TLS that it verifies, against uvicorn and a real engine worker with a random model."""
 
 import asyncio
+import json
 import ssl
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +14,15 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from gateway.https import https_server
 from redis.asyncio import Redis
 
 from engine.journal import read_journals
-from gateway.listener import bind, https_server
+from gateway.port import bind
 from gateway.tls import TlsFiles, ensure_certificates
-from tests.engine.worker_process import worker
 from tests.fakes.hall import Hall, open_hall, world
 
+ROOT = Path(__file__).parents[2]
 MODEL = "tiny"
 
 
@@ -57,13 +61,32 @@ def site(
 
     folder = tmp_path_factory.mktemp("site")
     write_tiny_model(folder / MODEL)
-    with worker(short_folder, folder / MODEL):
+    with _worker(short_folder, folder / MODEL):
         opened = _open(folder, redis, short_folder)
-        try:
-            yield runner.run(anext(opened))
-        finally:
-            with pytest.raises(StopAsyncIteration):
-                runner.run(anext(opened))
+        yield runner.run(anext(opened))
+        with pytest.raises(StopAsyncIteration):
+            runner.run(anext(opened))
+
+
+@contextmanager
+def _worker(folder: Path, model_dir: Path) -> Iterator[None]:
+    """The worker as it is served, isolation auditor included, on `folder`/engine.sock."""
+    config = {
+        "model_dir": str(model_dir),
+        "socket_path": str(folder / "engine.sock"),
+        "journal_dir": str(folder / "journal"),
+        "num_blocks": 400,
+        "num_threads": 1,
+        "dtype": "float32",
+    }
+    command = [sys.executable, "-m", "gateway.worker", "--config", json.dumps(config)]
+    with (folder / "worker.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 async def _open(folder: Path, redis: Redis, short_folder: Path) -> AsyncIterator[Site]:
