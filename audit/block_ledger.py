@@ -8,7 +8,7 @@ A block changes hands only so:
             +--------- free ---------+-------------+
 
 and between two domains there is a scrub while it is free. Generations only grow. Any other event is a violation and its
-block is quarantined: whoever touches it from then on is flagged, until the worker restarts.
+block is quarantined: whoever gets or touches it from then on is flagged, until the worker restarts.
 """
 
 from dataclasses import dataclass, replace
@@ -92,6 +92,8 @@ class BlockLedger:
             if 0 <= block_id < len(self.state):
                 self.state[block_id] = QUARANTINED
             return problem
+        if self.state[block_id] == QUARANTINED:
+            return None
         if kind == "allocate":
             self._allocate(block_id, generation, domain, sequence_id)
         elif kind == "seal":
@@ -111,7 +113,8 @@ class BlockLedger:
             return "block_out_of_range", f"{kind} of block {block_id} in a pool of {len(self.state)}"
         state, last = int(self.state[block_id]), int(self.generation[block_id])
         if state == QUARANTINED:
-            return "quarantined_block", f"{kind} of a block in quarantine"
+            # The engine puts such a block away after the first report; only giving it out or writing on is new.
+            return None if kind in ("free", "scrub") else ("quarantined_block", f"{kind} of a block in quarantine")
         if kind == "scrub":
             return None if state == FREE else ("scrub_of_live_block", "scrub of a block that is in use")
         if kind == "allocate":

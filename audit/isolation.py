@@ -125,7 +125,9 @@ class IsolationAuditor:
             found.append(Violation("step_order", tuple(sequence_ids), tuple(dict.fromkeys(domains)), -1, detail))
         elif step > self._counters["last_step"]:
             self._settle()
-        verdict = _check(self._ledger, _Step(sequence_ids, domains, cu_seqlens, kv_lens, block_tables, slot_mapping))
+        distrusted = frozenset(name for violation in found for name in violation.sequence_ids)
+        arrays = _Step(sequence_ids, domains, cu_seqlens, kv_lens, block_tables, slot_mapping)
+        verdict = _check(self._ledger, arrays, distrusted)
         self._written = verdict.written
         found += verdict.violations
         self._counters["num_steps"] += 1
@@ -158,7 +160,8 @@ class IsolationAuditor:
         self._written = (_NONE, _NONE, _NONE)
 
 
-def _check(ledger: BlockLedger, step: _Step) -> _Verdict:
+def _check(ledger: BlockLedger, step: _Step, distrusted: frozenset[str] = frozenset()) -> _Verdict:
+    """Compare the step with the ledger. Writes of `distrusted` sequences are not taken for granted afterwards."""
     num_rows = len(step.sequence_ids)
     problem = _shape_problem(step, num_rows)
     if problem is not None:
@@ -224,7 +227,8 @@ def _check(ledger: BlockLedger, step: _Step) -> _Verdict:
     twice = len(set(step.sequence_ids)) != num_rows
     flags.rows(np.full(num_rows, twice), "duplicate_row", "a sequence has two rows in this step")
 
-    good = ~flags.bad[row]
+    trusted = np.array([name not in distrusted for name in step.sequence_ids], np.bool_)
+    good = (trusted & ~flags.bad)[row]
     after = np.clip(kv[row] - column * size, 0, size)
     return _Verdict(flags.found, len(ids), (ids[good], ledger.generation[at][good], after[good]))
 

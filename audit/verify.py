@@ -651,8 +651,9 @@ def read_keys(text: str, *, pinned: bool) -> list[Key]:
             parsed = json.loads(content)
         except ValueError:
             return [_read_key(line, pinned) for line in content.split("\n") if line.strip()]
-        if not isinstance(parsed, dict) or not all(isinstance(v, list) for v in parsed.values()):
-            raise Failure(f"{text}: not a list of keys")
+        lists = list(parsed.values()) if isinstance(parsed, dict) else []
+        if not lists or set(parsed) != {"log", "report"} or not all(isinstance(v, list) for v in lists):
+            raise Failure(f'{text}: not a keys.json with "log" and "report"')
         return [_read_key(line, pinned) for lines in parsed.values() for line in lines]
     return [_read_key(text, pinned)]
 

@@ -1,7 +1,6 @@
 """The HTTP application: a route table behind one outer layer. What is not listed here does not exist (404)."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,15 +21,10 @@ from gateway.translation import Translator
 
 
 def create_app(services: Services, *, extra_routes: Sequence[BaseRoute] = ()) -> Starlette:
-    """`app.state.settler` must be drained at shutdown; the lifespan does so, a second drain returns at once."""
+    """`app.state.settler` must be drained at shutdown, after the last request and before the database is closed."""
     settler = Settler(services)
     translator = Translator(services.tokenizer, services.settings, services.world.entropy)
     models = Models(services)
-
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        yield
-        await settler.drain(services.settings.drain_timeout_s)
 
     app = Starlette(
         routes=[
@@ -44,7 +38,6 @@ def create_app(services: Services, *, extra_routes: Sequence[BaseRoute] = ()) ->
         ],
         exception_handlers={HTTPException: _http_problem},
         middleware=[Middleware(Edge, services.settings, services.world)],
-        lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     app.state.settler = settler

@@ -22,6 +22,7 @@ from gateway.problems import (
     HeadersTooLargeError,
     Problem,
     SlowBodyError,
+    bug_report,
     internal_problem,
     problem_of,
 )
@@ -74,7 +75,7 @@ class Edge:
     async def _fail(self, error: Exception, answer: "_Answer", body: "_Body", request_id: str) -> None:
         problem = problem_of(error)
         if problem is None:
-            log.error("request.failed", request_id=request_id, exc_info=error)
+            log.error("request.failed", request_id=request_id, **bug_report(error))
             problem = internal_problem(request_id)
         if answer.started:
             # Too late for a status. The server closes the connection, so the client sees an unfinished answer.

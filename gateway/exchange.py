@@ -27,14 +27,22 @@ from engine.errors import EngineGoneError
 from engine.protocol import TokenOutput
 from gateway.admission import Admission, acquire, admit, new_hold_id, rate_limit_headers
 from gateway.auth import Caller
-from gateway.problems import DeadlineExceededError, EngineRefusedError, internal_problem, problem_of
+from gateway.problems import (
+    CreditExhaustedError,
+    DeadlineExceededError,
+    EngineRefusedError,
+    bug_report,
+    internal_problem,
+    problem_of,
+)
 from gateway.services import Services
 from gateway.settlement import NOTHING, Outcome, Settler
 from gateway.shapes import Shape
 from gateway.streaming import HEARTBEAT, HEARTBEAT_S, EventStream, SlowReaderError, bounded_send, event
 from gateway.translation import Work, submit_of
 from tenancy.meter import Usage
-from tenancy.quota import Lease, QuotaUnavailableError
+from tenancy.prices import PriceMissingError
+from tenancy.quota import QuotaUnavailableError
 
 FINAL_COUNTS_S = 5.0  # how long an aborted sequence's last frame is awaited
 SETTLE_WAIT_S = 2.0  # how long the last frame waits for T2; then it is settled behind the client's back
@@ -63,13 +71,15 @@ async def serve(
 ) -> None:
     """Admit, run, settle. Raises what problems.py knows, as long as nothing has been sent."""
     request_id: str = scope["state"]["request_id"]
+    lease = await acquire(services, caller, work, request_id)  # cancelled here, a lease frees itself when it expires
+    scope["state"]["answer_headers"] = rate_limit_headers(lease.snapshot)
     hold_id = new_hold_id(services)
-    lease: Lease | None = None
     settler.opened()
     try:
-        lease = await acquire(services, caller, work, request_id)
-        scope["state"]["answer_headers"] = rate_limit_headers(lease.snapshot)
         admission = await admit(services, caller, work, request_id, lease, hold_id)
+    except (CreditExhaustedError, PriceMissingError):
+        settler.give_back(lease, None, request_id)
+        raise
     except BaseException:
         settler.give_back(lease, hold_id, request_id)
         raise
@@ -228,10 +238,11 @@ class Exchange:
             self._settle(self._produced, finish_reason if finish_reason in COMPLETE else reason)
 
     async def _last_output(self) -> str | None:
-        if self._generation is None or self._generation.finished:
-            return None
+        """Read on to the last frame, which may have been taken by a pull that nobody has looked at yet."""
         while True:
             if self._pull is None:
+                if self._generation is None or self._generation.finished:
+                    return None
                 self._pull = asyncio.create_task(self._generation.__anext__())
             await asyncio.wait({self._pull})
             output = self._pulled()
@@ -246,7 +257,7 @@ class Exchange:
             raise error
         problem = problem_of(error)
         if problem is None:
-            log.error("exchange.failed", request_id=self._admission.request_id, exc_info=error)
+            log.error("exchange.failed", request_id=self._admission.request_id, **bug_report(error))
             problem = internal_problem(self._admission.request_id)
         with suppress(SlowReaderError):
             await self._events.write(event(problem.error()))

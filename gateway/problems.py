@@ -11,6 +11,7 @@ waiting cannot cure says so, and one that waiting cures says how long.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
+from traceback import extract_tb
 from typing import Any
 
 import msgspec
@@ -146,6 +147,15 @@ def internal_problem(request_id: str) -> Problem:
         None,
         "internal_error",
     )
+
+
+def bug_report(error: BaseException) -> dict[str, str]:
+    """What the log may know of a bug: the exception's type and where it was raised.
+
+    Not its message and not the frames' variables: both may hold prompts, keys or SQL parameters.
+    """
+    places = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in extract_tb(error.__traceback__)]
+    return {"error": type(error).__qualname__, "raised_at": " > ".join(places[-8:])}
 
 
 def _invalid(status: int, message: str, code: str | None, param: str | None = None, headers: Headers = ()) -> Problem:

@@ -28,8 +28,9 @@ from gateway.engine_link import EngineLink
 from gateway.first_run import FirstRun, first_run
 from gateway.folders import Folders, only_server, open_folders
 from gateway.housekeeping import Housekeeping
-from gateway.listener import HttpsServer, bind, https_server
+from gateway.https import HttpsServer, https_server
 from gateway.migrate import migrate
+from gateway.port import bind
 from gateway.recovery import recover
 from gateway.secrets import load_secrets
 from gateway.services import Services

@@ -24,6 +24,7 @@ from audit.entry import Entry
 from audit.outbox import append
 from gateway.admission import Admission
 from gateway.database import DatabaseUnavailableError
+from gateway.problems import bug_report
 from gateway.services import Services
 from tenancy.ledger import HoldSettledError, capture, get_hold, void
 from tenancy.meter import Usage, UsageConflictError, UsageRecord, record_usage
@@ -74,8 +75,8 @@ class Settler:
         """Start T2 and the quota's release. Never raises; awaiting the task is optional."""
         return self._start(self._settle(admission, outcome))
 
-    def give_back(self, lease: Lease | None, hold_id: str, request_id: str) -> asyncio.Task[None]:
-        """Undo an admission that failed: it is not known whether its T1 committed."""
+    def give_back(self, lease: Lease, hold_id: str | None, request_id: str) -> asyncio.Task[None]:
+        """Undo an admission that failed. With a `hold_id`, it is not known whether its T1 committed."""
         return self._start(self._give_back(lease, hold_id, request_id))
 
     async def drain(self, timeout_s: float) -> int:
@@ -99,8 +100,8 @@ class Settler:
     async def _closing(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
-        except Exception:
-            log.exception("settlement.failed")  # a bug: the hold's expiry decides
+        except Exception as error:  # a bug: the hold's expiry decides
+            log.error("settlement.failed", **bug_report(error))
         finally:
             self._num_open -= 1
             if self._num_open == 0:
@@ -116,9 +117,10 @@ class Settler:
 
         await self._insist(attempt, admission.request_id, admission.expires_ns)
 
-    async def _give_back(self, lease: Lease | None, hold_id: str, request_id: str) -> None:
-        if lease is not None:
-            await self._release(lease, 0)
+    async def _give_back(self, lease: Lease, hold_id: str | None, request_id: str) -> None:
+        await self._release(lease, 0)
+        if hold_id is None:
+            return
         world = self._services.world
 
         async def attempt() -> None:

@@ -1,4 +1,4 @@
-"""The demo model for tests that need the real thing: fetched and converted once, kept under the repository's data folder."""
+"""The demo model for tests that need the real thing: fetched and converted once, kept under the data folder."""
 
 import os
 from pathlib import Path

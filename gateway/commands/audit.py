@@ -10,13 +10,11 @@ import typer
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit import verify as verifier
 from audit.checkpoint import parse_checkpoint, parse_note
 from audit.entry import Entry
 from audit.keyring import Keyring, load_keyring
 from audit.log import publish, sequence
 from audit.outbox import append
-from audit.report import Report, build_report, write_report
 from audit.tables import log_leaf, log_opening
 from gateway.commands.session import CommandError, Session, in_transaction, open_session
 from gateway.folders import FolderError, only_server
@@ -80,6 +78,8 @@ def audit_report(
     out: Annotated[Path | None, typer.Option(help="folder; default: reports in the data folder")] = None,
 ) -> None:
     """Write a signed report of a period as DSSE JSON and PDF."""
+    from audit.report import Report, build_report, write_report  # loads typst, which other commands do not need
+
     session = open_session()
     now_ns = session.world.now_ns()
     since_ns = parse_time(since, "--since") if since else 0
@@ -133,6 +133,8 @@ def audit_verify(
     since_checkpoint: Annotated[Path | None, typer.Option(help="an earlier checkpoint that you kept")] = None,
 ) -> None:
     """Check the published log, and a report, offline; exit code 1 when something does not hold."""
+    from audit import verify as verifier
+
     pinned = list(key or [])
     if log is None:
         session = open_session()

@@ -6,8 +6,8 @@ from gateway.commands.session import CommandError
 from gateway.database import DatabaseUnavailableError
 from gateway.demo_model import ModelError
 from gateway.folders import FolderError
-from gateway.listener import PortError
 from gateway.migrate import MigrationError
+from gateway.port import PortError
 from gateway.settings import SettingsError
 from gateway.supervisor import ChildFailedError
 from gateway.tls import TlsError

@@ -18,7 +18,7 @@ def upgrade() -> None:
     _create_audit()
     for name in APPEND_ONLY:
         for statement in append_only_ddl(op.get_context().dialect.name, metadata.tables[name]):
-            op.execute(sa.DDL(statement.replace("%", "%%")))
+            op.execute(statement)
 
 
 def downgrade() -> None:

@@ -36,6 +36,7 @@ from tenancy.ledger_check import check_ledger
 from tenancy.prices import add_price
 from tenancy.quota import Quota
 from tests.fakes.asgi import Answer, Call
+from tests.fakes.flaky_database import FlakyDatabase
 
 CREDIT_NANO_USD = 10**12
 USD = 10**9
@@ -56,6 +57,12 @@ class Hall:
     accounts: dict[str, Account]
 
     @property
+    def database(self) -> FlakyDatabase:
+        database = self.services.database
+        assert isinstance(database, FlakyDatabase)
+        return database
+
+    @property
     def settler(self) -> Settler:
         settler: Settler = self.app.state.settler
         return settler
@@ -74,7 +81,7 @@ class Hall:
         return Call(method, path, headers, how.pop("chunks", [content]), **how)
 
     async def chat(self, text: str = "hello", *, tenant: str = "acme", **fields: Any) -> Answer:
-        how = {name: fields.pop(name) for name in ("leave_after", "stall_after", "on_sent") if name in fields}
+        how = {name: fields.pop(name) for name in ("leave_after", "stall_after", "on_sent", "headers") if name in fields}
         body = chat_body(self.services.tokenizer.model_id, text, **fields)
         return await self.call("POST", "/v1/chat/completions", body, tenant=tenant, **how)
 
@@ -108,7 +115,7 @@ class Hall:
 
     async def check_books(self) -> None:
         """The invariants after every request has ended."""
-        assert self.settler.num_open == 0
+        assert await self.settler.drain(5) == 0
         async with self.services.database.read() as conn:
             assert await pending_holds(conn) == []
             checked = await check_ledger(conn)
@@ -149,7 +156,7 @@ async def open_hall(
 ) -> AsyncIterator[Hall]:
     """Two tenants with credit, keys and a price; connected to the worker that listens on `socket_path`."""
     own = Settings(data_dir=folder, **settings)
-    database = Database(f"sqlite+aiosqlite:///{folder / 'hall.db'}")
+    database = FlakyDatabase(f"sqlite+aiosqlite:///{folder / 'hall.db'}")
     await _create_tables(database)
     tokenizer = Tokenizer.load(model_dir)
     secrets = Secrets(b"p" * 32, b"c" * 32, b"s" * 32)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gateway.folders import FolderError, only_server, open_folders
-from gateway.listener import PortError, bind
+from gateway.port import PortError, bind
 
 
 def test_a_data_folder_that_is_a_file_is_one_clear_line(tmp_path: Path) -> None:

@@ -54,7 +54,6 @@ class Server:
         if self.process is not None:
             if self.process.poll() is None:
                 self.kill()
-            self._close()
 
     def start(self) -> Self:
         started = time.monotonic()
@@ -97,6 +96,7 @@ class Server:
         assert self.process is not None
         self.process.kill()
         self.process.wait(STOP_TIMEOUT_S)
+        self._close()
 
     def _close(self) -> None:
         assert self.process is not None

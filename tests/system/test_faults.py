@@ -167,13 +167,6 @@ def test_a_client_that_leaves_stops_its_sequence(tmp_path: Path, model_dir: Path
 def test_without_valkey_or_database_nothing_is_served(tmp_path: Path, model_dir: Path) -> None:
     with Server(tmp_path / "data", model_dir) as server:
         valkey = server.children()["valkey"]
-        valkey.suspend()
-        try:
-            with pytest.raises(openai.InternalServerError) as refused:
-                server.openai("acme").completions.create(model="x", prompt="a", max_tokens=1)
-        finally:
-            valkey.resume()
-        assert refused.value.status_code in (503, 404)
         model = server.openai("acme").models.list().data[0].id
         valkey.suspend()
         try:

@@ -1,7 +1,6 @@
-"""The listening socket and the HTTPS server on it.
+"""The HTTPS server: uvicorn, with its own signal handling replaced.
 
-The socket is bound before anything slow happens, so that a taken port is the first thing a user hears of. uvicorn's
-own signal handling is replaced: it re-raises SIGTERM after its shutdown, and our children still have to be stopped.
+uvicorn re-raises SIGTERM after its shutdown, and our children still have to be stopped then.
 """
 
 import asyncio
@@ -16,25 +15,6 @@ from starlette.types import ASGIApp
 from gateway.tls import TlsFiles, server_context
 
 BACKLOG = 512
-
-
-class PortError(Exception):
-    """The address cannot be bound; the message says what to do."""
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A bound, not yet listening TCP socket. Raises PortError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise PortError(
-            f"cannot listen on {host}:{port} ({error.strerror}): stop what uses it, or choose another BULKHEAD_PORT"
-        ) from error
-    return listener
 
 
 class HttpsServer(uvicorn.Server):
