@@ -44,6 +44,7 @@ async def test_valkey_never_sees_the_session_id(house: House) -> None:
         for key in await redis.keys("*"):
             value = await redis.get(key)
             assert session_id.encode() not in key
+            assert isinstance(value, bytes)
             assert session_id.encode() not in value
 
 

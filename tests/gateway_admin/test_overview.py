@@ -129,7 +129,7 @@ async def test_limits_show_what_valkey_counts(house: House) -> None:
     limits = {"requests_per_minute": 60, "tokens_per_minute": 10_000, "concurrency_max": 4}
     async with house.services.database.transaction() as conn:
         await set_limits(conn, "tenant", acme.tenant_id, **limits, now_ns=house.clock())
-    scope = ScopeLimits(acme.tenant_id, *limits.values(), organisation_id=acme.organisation_id)
+    scope = ScopeLimits(acme.tenant_id, **limits, organisation_id=acme.organisation_id)
     for i in range(3):
         lease = await house.services.quota.acquire(
             [scope], tenant_id=acme.tenant_id, lease_id=f"req_{i}", num_tokens=2_000, lease_ttl_ms=60_000
