@@ -240,6 +240,7 @@ def append_only_ddl(dialect: str, table: Table) -> list[str]:
 
     SQLite needs the third trigger because INSERT OR REPLACE deletes without firing DELETE triggers; PostgreSQL needs
     the statement trigger because TRUNCATE fires no row trigger. Dropping the table drops the triggers.
+    A downgrade also drops the function tenancy_refuse_change, after the tables.
     """
     name = table.name
     if dialect == "sqlite":
@@ -252,10 +253,10 @@ def append_only_ddl(dialect: str, table: Table) -> list[str]:
         ]
     if dialect == "postgresql":
         function = (
-            "CREATE OR REPLACE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS "
+            "CREATE OR REPLACE FUNCTION tenancy_refuse_change() RETURNS trigger LANGUAGE plpgsql AS "
             "$$ BEGIN RAISE EXCEPTION '% is append-only', TG_TABLE_NAME; END $$"
         )
-        refuse = "EXECUTE FUNCTION refuse_change()"
+        refuse = "EXECUTE FUNCTION tenancy_refuse_change()"
         return [
             function,
             f"CREATE TRIGGER {name}_no_change BEFORE UPDATE OR DELETE ON {name} FOR EACH ROW {refuse}",

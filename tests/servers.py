@@ -1,7 +1,7 @@
 """Real servers for tests, from wheels: Valkey on a unix socket, PostgreSQL on a unix socket, one of each per session.
 
 A test folder uses them by importing the fixtures in its conftest.py: ``from tests.servers import valkey_socket``.
-PostgreSQL hands out databases that are copies of an empty template: `PostgresServer.new_database()`.
+`PostgresServer.new_database()` gives each test an empty database of its own.
 """
 
 import asyncio
@@ -28,15 +28,20 @@ class PostgresServer:
     _numbers: Iterator[int]
 
     def new_database(self) -> str:
-        """Create an empty database; returns its SQLAlchemy URL (asyncpg)."""
-        name = f"test_{next(self._numbers)}"
-        asyncio.run(self._execute(f"CREATE DATABASE {name}"))
-        return f"postgresql+asyncpg://postgres@/{name}?host={self.socket_dir}"
+        """An empty place for one test's tables; returns its SQLAlchemy URL (asyncpg).
 
-    async def _execute(self, statement: str) -> None:
+        It is a schema of its own, with a role of the same name whose search path finds it: twenty times faster to
+        make than CREATE DATABASE. Only server-wide things (roles, advisory locks) are shared between tests.
+        """
+        name = f"test_{next(self._numbers)}"
+        asyncio.run(self.execute(f"CREATE ROLE {name} LOGIN", f"CREATE SCHEMA {name} AUTHORIZATION {name}"))
+        return f"postgresql+asyncpg://{name}@/postgres?host={self.socket_dir}"
+
+    async def execute(self, *statements: str) -> None:
         connection = await asyncpg.connect(host=str(self.socket_dir), user="postgres", database="postgres")
         try:
-            await connection.execute(statement)
+            for statement in statements:
+                await connection.execute(statement)
         finally:
             await connection.close()
 
@@ -74,7 +79,11 @@ def postgres_server() -> Iterator[PostgresServer]:
 
         server = get_server(folder / "data", cleanup_mode="stop")
     try:
-        yield PostgresServer(Path(server.get_postmaster_info().socket_dir), count())
+        postgres = PostgresServer(Path(server.get_postmaster_info().socket_dir), count())
+        # Nothing here has to survive a power cut.
+        fast = [f"ALTER SYSTEM SET {name} = off" for name in ("fsync", "synchronous_commit", "full_page_writes")]
+        asyncio.run(postgres.execute(*fast, "SELECT pg_reload_conf()"))
+        yield postgres
     finally:
         server.cleanup()
         shutil.rmtree(folder)
