@@ -20,6 +20,7 @@ Not seen here: the bytes in the cache, what a kernel does with correct arrays, a
 Blocks are owned by one sequence; sharing between sequences of one domain needs a `share` event first.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -65,11 +66,12 @@ _NONE = np.zeros(0, np.int64)
 
 
 class IsolationAuditor:
-    """One per worker and epoch; not thread-safe: call it from the thread that steps the engine."""
+    """One per worker and epoch. Threads take turns on a lock, so a self test may come from another one than the steps."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 2 or block_size < 1:
             raise ValueError(f"the auditor needs 2 blocks of 1 slot at least, not {num_blocks} of {block_size}")
+        self._lock = threading.Lock()
         self._ledger = BlockLedger.empty(num_blocks, block_size)
         self._from_events: list[Violation] = []
         self._written = (_NONE, _NONE, _NONE)
@@ -87,10 +89,15 @@ class IsolationAuditor:
         }
 
     def counters(self) -> dict[str, int]:
-        return dict(self._counters)
+        with self._lock:
+            return dict(self._counters)
 
     def on_event(self, kind: str, step: int, block_id: int, generation: int, domain: str, sequence_id: str) -> None:
         """Take note of an event; an illegal one becomes a violation of the next check_step."""
+        with self._lock:
+            self._take_note(kind, step, block_id, generation, domain, sequence_id)
+
+    def _take_note(self, kind: str, step: int, block_id: int, generation: int, domain: str, sequence_id: str) -> None:
         self._counters["num_events"] += 1
         in_range = 0 <= block_id < len(self._ledger.state)
         owners, owner_domains = self._ledger.owner(block_id) if in_range and kind != "scrub" else ((), ())
@@ -118,21 +125,26 @@ class IsolationAuditor:
         slot_mapping [T] (block * block_size + offset of each token written), all of integer type.
         The violations name the sequences that must not run. An empty list means that the step may be launched.
         """
+        arrays = _Step(sequence_ids, domains, cu_seqlens, kv_lens, block_tables, slot_mapping)
+        with self._lock:
+            return self._check_step(step, arrays)
+
+    def _check_step(self, step: int, arrays: _Step) -> list[Violation]:
         found = self._from_events
         self._from_events = []
         if step < self._counters["last_step"]:
             detail = f"step {step} after step {self._counters['last_step']}"
-            found.append(Violation("step_order", tuple(sequence_ids), tuple(dict.fromkeys(domains)), -1, detail))
+            everyone = tuple(arrays.sequence_ids), tuple(dict.fromkeys(arrays.domains))
+            found.append(Violation("step_order", *everyone, -1, detail))
         elif step > self._counters["last_step"]:
             self._settle()
         distrusted = frozenset(name for violation in found for name in violation.sequence_ids)
-        arrays = _Step(sequence_ids, domains, cu_seqlens, kv_lens, block_tables, slot_mapping)
         verdict = _check(self._ledger, arrays, distrusted)
         self._written = verdict.written
         found += verdict.violations
         self._counters["num_steps"] += 1
-        self._counters["num_rows"] += len(sequence_ids)
-        self._counters["num_slots_checked"] += int(np.size(slot_mapping))
+        self._counters["num_rows"] += len(arrays.sequence_ids)
+        self._counters["num_slots_checked"] += int(np.size(arrays.slot_mapping))
         self._counters["num_blocks_checked"] += verdict.num_blocks
         self._counters["num_violations"] += len(found)
         self._counters["last_step"] = step
@@ -143,14 +155,15 @@ class IsolationAuditor:
 
         The rows are built for this and never run. The real ledger and its violation counter stay as they are.
         """
-        try:
-            passed = _self_test(self._ledger)
-        except Exception:  # an auditor that breaks is blind; whatever broke it
-            passed = False
-        self._counters["num_self_tests"] += 1
-        self._counters["num_self_tests_failed"] += not passed
-        self._counters["last_self_test_ok"] = int(passed)
-        return passed
+        with self._lock:
+            try:
+                passed = _self_test(self._ledger)
+            except Exception:  # an auditor that breaks is blind; whatever broke it
+                passed = False
+            self._counters["num_self_tests"] += 1
+            self._counters["num_self_tests_failed"] += not passed
+            self._counters["last_self_test_ok"] = int(passed)
+            return passed
 
     def _settle(self) -> None:
         """The step before has run: its writes are history now, in blocks that have not changed hands since."""

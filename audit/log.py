@@ -5,8 +5,8 @@ the frontier, sign, insert leaves and openings, delete the outbox rows. A crash 
 all of them, so a row is sequenced exactly once; `log_leaf.outbox_id` is unique besides, and the database itself would
 refuse a second time.
 
-One sequencer at a time: the first statement updates the one row of log_state. That takes its row lock on PostgreSQL
-and the write lock on SQLite; a second sequencer waits there and then sees the first one's result.
+One sequencer at a time: before it reads what it will number, it updates the one row of log_state. That takes its row
+lock on PostgreSQL and the write lock on SQLite; a second sequencer waits there and then sees the first one's result.
 
 Order: rows are taken because they are still in the outbox, never because their id is above the last one seen.
 PostgreSQL hands out ids before commit, so a low id may appear late; it then enters a later batch. Cause still comes
@@ -57,7 +57,9 @@ class SequencedBatch:
 async def sequence(
     conn: AsyncConnection, *, signer: Keyring, origin: str, now_ns: int, rows_max: int = BATCH_ROWS_MAX
 ) -> SequencedBatch | None:
-    """Move up to `rows_max` outbox rows into the tree and sign its new head. None when nothing waits."""
+    """Move up to `rows_max` outbox rows into the tree and sign its head. None, without a write, if nothing waits."""
+    if (await conn.execute(select(outbox.c.id).limit(1))).first() is None:
+        return None
     await _lock(conn)
     state = (await conn.execute(select(log_state.c.num_leaves, log_state.c.frontier))).one()
     rows = (await conn.execute(select(outbox).order_by(outbox.c.id).limit(rows_max))).all()

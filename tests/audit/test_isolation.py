@@ -1,7 +1,8 @@
 """The isolation auditor: silent on every valid trace, and loud in the step itself on every fault class."""
 
+import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from random import Random
 
 import numpy as np
@@ -493,6 +494,29 @@ def test_the_self_test_notices_a_check_that_cries_at_everything(monkeypatch: pyt
 
     monkeypatch.setattr(isolation, "_check", nervous)
     assert not auditor.self_test()
+
+
+def test_self_tests_may_run_beside_the_steps() -> None:
+    auditor, done, failed = IsolationAuditor(**SIZES), threading.Event(), []
+
+    def keep_testing() -> None:
+        while not done.is_set():
+            failed.append(not auditor.self_test())
+
+    beside = threading.Thread(target=keep_testing)
+    beside.start()
+    try:
+        for happening in model_trace(5, num_steps=300):
+            if isinstance(happening, Step):
+                assert check(auditor, happening) == []
+            else:
+                fields = asdict(happening)
+                auditor.on_event(**fields)
+    finally:
+        done.set()
+        beside.join()
+    assert failed
+    assert not any(failed)
 
 
 def test_impossible_pools_are_refused() -> None:
