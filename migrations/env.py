@@ -35,9 +35,11 @@ def upgrade(connection: Connection) -> None:
 
 async def main() -> None:
     engine = create_async_engine(context.config.attributes["url"])
-    async with engine.begin() as conn:
-        await conn.run_sync(upgrade)
-    await engine.dispose()
+    try:
+        async with engine.begin() as conn:
+            await conn.run_sync(upgrade)
+    finally:
+        await engine.dispose()
 
 
 asyncio.run(main())

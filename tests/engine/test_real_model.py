@@ -124,11 +124,11 @@ def test_bfloat16_differs_only_where_it_is_nearly_a_tie(
         best = logits.topk(2, dim=-1)
         clear = best.values[:, 0] - best.values[:, 1] > BFLOAT16_GAP
         differ = best.indices[:, 0] != torch.tensor(token_ids)
-        print('GAPS', (best.values[:, 0] - best.values[:, 1])[differ].tolist())
+        print("GAPS", (best.values[:, 0] - best.values[:, 1])[differ].tolist())
         wrong = clear & (best.indices[:, 0] != torch.tensor(token_ids))
         assert not wrong.any(), f"differs at {wrong.nonzero().flatten().tolist()}"
         num_clear += int(clear.sum())
         num_places += len(token_ids)
-    print("CLEAR",num_clear,num_places)
+    print("CLEAR", num_clear, num_places)
     assert num_clear > num_places / 2, "the tolerance must not excuse everything"
     assert "Paris" in texts[0]

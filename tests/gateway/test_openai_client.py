@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from gateway.https import https_server
 from redis.asyncio import Redis
 
 from engine.journal import read_journals
+from gateway.https import https_server
 from gateway.port import bind
 from gateway.tls import TlsFiles, ensure_certificates
 from tests.fakes.hall import Hall, open_hall, world

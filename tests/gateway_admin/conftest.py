@@ -4,9 +4,6 @@ from pathlib import Path
 import pytest
 
 from tests.gateway_admin.house import House, build_house
-from tests.servers import postgres_server, valkey_socket
-
-__all__ = ["postgres_server", "valkey_socket"]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from audit import tables as audit_tables
 from gateway.migrate import MigrationError, migrate
 from tenancy import tables as tenancy_tables
-from tests.servers import Postgres
+from tests.servers import PostgresServer
 
 METADATA = [tenancy_tables.metadata, audit_tables.metadata]
 
@@ -26,8 +26,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
     else:
-        postgres: Postgres = request.getfixturevalue("postgres")
-        yield postgres.new_database()
+        server: PostgresServer = request.getfixturevalue("postgres_server")
+        yield server.new_database()
 
 
 def run(url: str, work: Any) -> Any:
@@ -69,7 +69,8 @@ def test_append_only_tables_refuse_changes(url: str) -> None:
         source = {
             "sqlite": "SELECT DISTINCT tbl_name FROM sqlite_master WHERE type = 'trigger'",
             "postgresql": "SELECT DISTINCT relname FROM pg_trigger"
-            " JOIN pg_class c ON c.oid = tgrelid WHERE NOT tgisinternal",
+            " JOIN pg_class c ON c.oid = tgrelid"
+            " WHERE NOT tgisinternal AND relnamespace = current_schema::regnamespace",
         }[connection.dialect.name]
         return set(connection.execute(text(source)).scalars())
 

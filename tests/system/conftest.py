@@ -5,10 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.model import model_dir
 from tests.system.server import Server
-
-__all__ = ["model_dir"]
 
 
 @pytest.fixture(scope="session")

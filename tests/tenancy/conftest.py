@@ -12,9 +12,7 @@ from redis.backoff import NoBackoff
 
 from gateway.database import Database
 from tenancy.tables import metadata
-from tests.servers import PostgresServer, postgres_server, valkey_socket
-
-__all__ = ["postgres_server", "valkey_socket"]
+from tests.servers import PostgresServer
 
 OpenDatabase = Callable[[], AbstractAsyncContextManager[Database]]
 OpenRedis = Callable[[], AbstractAsyncContextManager[Redis]]
