@@ -87,6 +87,16 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.release(blocks, sequence_id=name)  # as the scheduler does afterwards: harmless
         self.quarantined.update(blocks)
 
+    @rule(data=st.data())
+    def quarantine_a_block_that_nobody_holds(self, data: st.DataObject) -> None:
+        held = {block for _, blocks in self.holdings.values() for block in blocks}
+        idle = [block for block in range(self.pool.num_blocks) if block not in held]
+        if idle:
+            block = data.draw(st.sampled_from(idle))
+            self.pool.quarantine([block], sequence_id="")
+            self.fenced.discard(block)
+            self.quarantined.add(block)
+
     @precondition(lambda self: not self.in_flight)
     @rule()
     def launch(self) -> None:

@@ -28,7 +28,8 @@ QUESTIONS = [
 ]
 
 # bfloat16 keeps 8 bits: where float32 puts the best two logits further apart than this, ours must choose the same.
-BFLOAT16_GAP = 0.6
+# The widest gap on which it was seen to choose otherwise, over these 450 places, is 0.06.
+BFLOAT16_GAP = 0.25
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,8 +125,7 @@ def test_bfloat16_differs_only_where_it_is_nearly_a_tie(
         best = logits.topk(2, dim=-1)
         clear = best.values[:, 0] - best.values[:, 1] > BFLOAT16_GAP
         differ = best.indices[:, 0] != torch.tensor(token_ids)
-        print("GAPS", (best.values[:, 0] - best.values[:, 1])[differ].tolist())
-        wrong = clear & (best.indices[:, 0] != torch.tensor(token_ids))
+        wrong = clear & differ
         assert not wrong.any(), f"differs at {wrong.nonzero().flatten().tolist()}"
         num_clear += int(clear.sum())
         num_places += len(token_ids)
