@@ -1,0 +1,48 @@
+"""The worker's settings, checked once at construction. No torch here."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import ConfigError
+
+DTYPES = ("bfloat16", "float32")
+
+
+def default_num_threads() -> int:
+    """All cores but one: on a small machine the HTTP process must breathe."""
+    return max(1, (os.cpu_count() or 2) - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """``num_blocks`` 0 derives it from ``kv_cache_bytes``; ``num_threads`` 0 means all cores but one."""
+
+    model_dir: Path
+    socket_path: Path
+    journal_dir: Path
+    max_batched_tokens: int = 256  # the token budget of one step
+    max_num_seqs: int = 32  # rows in one step
+    num_blocks: int = 0
+    kv_cache_bytes: int = 512 * 1024 * 1024
+    block_size: int = 32  # tokens per KV block
+    num_threads: int = 0
+    dtype: str = "bfloat16"
+    max_waiting: int = 256  # further submits are refused with "busy"
+    domain_order: str = "round_robin"  # engine/order.py
+    drain_timeout_ms: int = 10_000  # after SIGTERM
+    num_failures_max: int = 3  # failed steps in a row before the worker gives up
+
+    def __post_init__(self) -> None:
+        for name in ("max_batched_tokens", "max_num_seqs", "block_size", "kv_cache_bytes", "num_failures_max"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")
+        for name in ("num_blocks", "num_threads", "max_waiting", "drain_timeout_ms"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be 0 or greater, not {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+
+    @property
+    def effective_num_threads(self) -> int:
+        return self.num_threads or default_num_threads()

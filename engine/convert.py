@@ -1,0 +1,185 @@
+"""Turn a GGUF file of the Llama family into the plain model folder that the engine reads. Run once, as its own process.
+
+    python -m engine.convert model.gguf OUT_DIR
+
+Weights are dequantised to bfloat16 by the `gguf` library; llama.cpp's row permutation of q and k is undone. The
+tokenizer and chat template come through transformers' GGUF reader. The folder holds model.safetensors, config.json,
+tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json, and appears whole or not at
+all: everything is written beside it first and renamed at the end.
+
+transformers' own way (`gguf_file=`) gives the same bits, which was checked, but wants a further package (accelerate)
+for it.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+REQUIRED_FILES = ("model.safetensors", "config.json", "tokenizer.json")
+
+TENSOR_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+
+
+class ConvertError(Exception):
+    """The GGUF file cannot be converted; the message says which file and why."""
+
+
+def convert(gguf_path: Path, out_dir: Path) -> None:
+    """Write the model folder ``out_dir``. Raises ConvertError; never leaves a half-written ``out_dir`` behind."""
+    if not gguf_path.is_file():
+        raise ConvertError(f"there is no GGUF file at {gguf_path}")
+    if out_dir.exists():
+        raise ConvertError(f"{out_dir} exists already: remove it first to convert again")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    work_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+    try:
+        _write_weights(gguf_path, work_dir)
+        _write_tokenizer(gguf_path, work_dir)
+        missing = [name for name in REQUIRED_FILES if not (work_dir / name).is_file()]
+        if missing:
+            raise ConvertError(f"converting {gguf_path} gave no {', '.join(missing)}")
+        for path in work_dir.iterdir():
+            path.chmod(0o644)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        work_dir.chmod(0o755)
+        work_dir.rename(out_dir)
+    finally:
+        shutil.rmtree(work_dir, ignore_errors=True)
+
+
+def undo_permutation(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
+    """llama.cpp stores q and k rows [head, half, 2] for its interleaved rope; give back [head, 2, half]
+    (half-rotation).
+
+    weight [num_heads * head_dim, hidden]; same shape back.
+    """
+    num_rows, hidden = weight.shape
+    half = num_rows // num_heads // 2
+    return weight.reshape(num_heads, half, 2, hidden).swapaxes(1, 2).reshape(num_rows, hidden)
+
+
+def _write_weights(gguf_path: Path, work_dir: Path) -> None:
+    import torch
+    from gguf import GGUFReader, dequantize
+    from safetensors.torch import save_file
+
+    try:
+        reader = GGUFReader(str(gguf_path))
+    except (ValueError, OSError, IndexError) as error:
+        raise ConvertError(f"{gguf_path} is no GGUF file: {error}") from error
+    config = _config(gguf_path, {name: field.contents() for name, field in reader.fields.items()}, reader)
+    weights = {}
+    for tensor in reader.tensors:
+        name = _tensor_name(tensor.name)
+        if name is None:
+            raise ConvertError(f"{gguf_path} has a tensor that this converter does not know: {tensor.name}")
+        array = dequantize(tensor.data, tensor.tensor_type)
+        if "q_proj" in name:
+            array = undo_permutation(array, config["num_attention_heads"])
+        elif "k_proj" in name:
+            array = undo_permutation(array, config["num_key_value_heads"])
+        weights[name] = torch.from_numpy(np.array(array, order="C")).to(torch.bfloat16)
+    save_file(weights, str(work_dir / "model.safetensors"), metadata={"format": "pt"})
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for file_name, body in (("config.json", config), ("generation_config.json", generation)):
+        (work_dir / file_name).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _tensor_name(gguf_name: str) -> str | None:
+    if not gguf_name.startswith("blk."):
+        return TENSOR_NAMES.get(gguf_name)
+    _, layer, rest = gguf_name.split(".", 2)
+    name = TENSOR_NAMES.get(rest)
+    return None if name is None else f"model.layers.{layer}.{name}"
+
+
+def _config(gguf_path: Path, meta: dict[str, Any], reader: Any) -> dict[str, Any]:
+    """config.json of the LlamaForCausalLM that the file holds."""
+    if meta.get("general.architecture") != "llama":
+        raise ConvertError(f"{gguf_path} holds {meta.get('general.architecture')!r}: only 'llama' can be converted")
+    if any(name.startswith("llama.rope.scaling") for name in meta):
+        raise ConvertError(f"{gguf_path} uses rope scaling, which this converter does not carry over")
+    num_heads = int(meta["llama.attention.head_count"])
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": int(meta["llama.embedding_length"]),
+        "intermediate_size": int(meta["llama.feed_forward_length"]),
+        "num_hidden_layers": int(meta["llama.block_count"]),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": int(meta.get("llama.attention.head_count_kv", num_heads)),
+        "head_dim": int(meta.get("llama.rope.dimension_count", meta["llama.embedding_length"] // num_heads)),
+        "vocab_size": int(meta.get("llama.vocab_size", len(meta["tokenizer.ggml.tokens"]))),
+        "max_position_embeddings": int(meta["llama.context_length"]),
+        "rms_norm_eps": float(meta["llama.attention.layer_norm_rms_epsilon"]),
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(meta.get("llama.rope.freq_base", 10_000.0))},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in reader.tensors),
+        "bos_token_id": int(meta["tokenizer.ggml.bos_token_id"]),
+        "eos_token_id": int(meta["tokenizer.ggml.eos_token_id"]),
+        "pad_token_id": int(meta.get("tokenizer.ggml.padding_token_id", meta["tokenizer.ggml.eos_token_id"])),
+        "dtype": "bfloat16",
+        "gguf_pre_tokenizer": str(meta.get("tokenizer.ggml.pre", "default")),
+    }
+
+
+def _write_tokenizer(gguf_path: Path, work_dir: Path) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(str(gguf_path.parent), gguf_file=gguf_path.name).save_pretrained(work_dir)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise ConvertError(f"cannot read the tokenizer of {gguf_path}: {error}") from error
+    config = json.loads((work_dir / "config.json").read_text(encoding="utf-8"))
+    path = work_dir / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    split_digits(tokenizer, config["gguf_pre_tokenizer"])
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+
+
+def split_digits(tokenizer: dict[str, Any], pre: str) -> None:
+    """SmolLM splits every digit off before byte-level BPE (llama.cpp knows it as pre-tokenizer "smollm"); the GGUF
+    reader of transformers drops that step, which changes for example two spaces before a number."""
+    if pre == "smollm" and tokenizer["pre_tokenizer"]["type"] == "ByteLevel":
+        digits = {"type": "Digits", "individual_digits": True}
+        tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, tokenizer["pre_tokenizer"]]}
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 2:
+        print("usage: python -m engine.convert GGUF OUT_DIR", file=sys.stderr)
+        return 2
+    try:
+        convert(Path(argv[0]), Path(argv[1]))
+    except (ConvertError, OSError) as error:
+        print(f"engine.convert: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

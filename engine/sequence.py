@@ -1,0 +1,102 @@
+"""A sequence: the tokens of one request and how far the engine has come with them.
+
+One number explains the whole engine: ``num_computed_tokens`` catches up with ``num_tokens``. A prompt chunk, a decode
+step and a recomputation after preemption are the same thing: some tokens are known, fewer are in the cache.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from engine.protocol import SamplingParams
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    STOPPED = "stop"
+    LENGTH_REACHED = "length"
+    ABORTED = "abort"
+    FAILED = "error"
+
+
+class Event(Enum):
+    ADMIT = "admit"
+    PREEMPT = "preempt"
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    FAIL = "fail"
+
+
+TRANSITIONS: dict[tuple[Status, Event], Status] = {
+    (Status.WAITING, Event.ADMIT): Status.RUNNING,
+    (Status.PREEMPTED, Event.ADMIT): Status.RUNNING,
+    (Status.RUNNING, Event.PREEMPT): Status.PREEMPTED,
+    (Status.RUNNING, Event.STOP): Status.STOPPED,
+    (Status.RUNNING, Event.LENGTH): Status.LENGTH_REACHED,
+    (Status.WAITING, Event.ABORT): Status.ABORTED,
+    (Status.RUNNING, Event.ABORT): Status.ABORTED,
+    (Status.PREEMPTED, Event.ABORT): Status.ABORTED,
+    (Status.WAITING, Event.FAIL): Status.FAILED,
+    (Status.RUNNING, Event.FAIL): Status.FAILED,
+    (Status.PREEMPTED, Event.FAIL): Status.FAILED,
+}
+
+TERMINAL = frozenset({Status.STOPPED, Status.LENGTH_REACHED, Status.ABORTED, Status.FAILED})
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """``arrival`` is its place in the line, given once and kept through preemption."""
+
+    sequence_id: str
+    domain: str
+    cache_salt: bytes
+    token_ids: list[int]  # prompt, then output
+    sampling: SamplingParams
+    arrival: int
+    priority: int = 0
+    weight: int = 1
+    num_prompt_tokens: int = field(init=False)
+    num_computed_tokens: int = 0  # leading tokens whose keys and values are in the cache
+    num_computed_max: int = 0  # the most that has ever been computed: what was served, whatever preemption takes back
+    num_cached_tokens: int = 0  # prompt tokens that came from a prefix cache
+    block_ids: list[int] = field(default_factory=list)
+    row: int = -1  # its stable row while running
+    status: Status = Status.WAITING
+    error: str = ""
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_prompt_tokens_served(self) -> int:
+        """Prompt tokens that the engine has worked on: 0 for a sequence that never ran."""
+        return min(self.num_computed_max, self.num_prompt_tokens)
+
+    @property
+    def finished(self) -> bool:
+        return self.status in TERMINAL
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.status.value if self.finished else None
+
+    def apply(self, event: Event) -> None:
+        """Move along the table. A missing entry is our bug."""
+        key = (self.status, event)
+        assert key in TRANSITIONS, f"{self.sequence_id}: {event.value} while {self.status.value}"
+        self.status = TRANSITIONS[key]
+
+    def fail(self, error: str) -> None:
+        self.apply(Event.FAIL)
+        self.error = error

@@ -1,0 +1,145 @@
+"""Text to token ids and back, without torch: the HTTP process counts prompt tokens with this, the worker decodes with
+it.
+
+Reads tokenizer.json (the `tokenizers` library), tokenizer_config.json, chat_template.jinja, config.json and
+generation_config.json of a model folder. Chat templates come with the model, so they run in jinja2's immutable sandbox.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tokenizers
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from engine.errors import ConfigError, TokenizerError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model folder. Raises ConfigError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"the model folder has no {path.name}: {path}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return value
+
+
+class Tokenizer:
+    """Build with `load`. ``model_id`` is the name in config.json, else the folder's name."""
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        chat_template: str | None,
+        special_tokens: dict[str, str],
+        eos_token_ids: frozenset[int],
+        context_max: int,
+        model_id: str,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = _compile(chat_template) if chat_template is not None else None
+        self._special_tokens = special_tokens
+        self.eos_token_ids = eos_token_ids
+        self.context_max = context_max
+        self.model_id = model_id
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Raises ConfigError where a file is missing or malformed."""
+        config = read_json(folder / "config.json")
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"the model folder has no tokenizer.json: {path}")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception on malformed files
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        extra = _read_optional(folder / "tokenizer_config.json")
+        template_path = folder / "chat_template.jinja"
+        template = template_path.read_text(encoding="utf-8") if template_path.is_file() else extra.get("chat_template")
+        context_max = config.get("max_position_embeddings")
+        if not isinstance(context_max, int) or context_max <= 0:
+            raise ConfigError(f"{folder / 'config.json'}: max_position_embeddings must be a positive whole number")
+        return cls(
+            tokenizer,
+            chat_template=template if isinstance(template, str) else None,
+            special_tokens=_special_tokens(extra),
+            eos_token_ids=_eos_token_ids(tokenizer, config, _read_optional(folder / "generation_config.json"), extra),
+            context_max=context_max,
+            model_id=str(config.get("bulkhead_model_id") or folder.name),
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a plain prompt, with the special tokens that the model's post-processor adds, if any."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, ending where the assistant's answer begins.
+
+        Raises TokenizerError where the template refuses the messages or the model has none.
+        """
+        return list(self._tokenizer.encode(self.render_chat(messages), add_special_tokens=False).ids)
+
+    def render_chat(self, messages: list[dict[str, str]]) -> str:
+        """The conversation as the text that encode_chat tokenises. Raises TokenizerError."""
+        if self._template is None:
+            raise TokenizerError(f"the model {self.model_id} has no chat template")
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise TokenizerError(f"the chat template refused the messages: {error}") from error
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids; special tokens give no text, unfinished characters give U+FFFD."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _compile(source: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    try:
+        return environment.from_string(source)
+    except TemplateError as error:
+        raise ConfigError(f"the model's chat template does not compile: {error}") from error
+
+
+def _token_text(value: object) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _special_tokens(extra: dict[str, Any]) -> dict[str, str]:
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    return {name: text for name in names if (text := _token_text(extra.get(name))) is not None}
+
+
+def _eos_token_ids(
+    tokenizer: tokenizers.Tokenizer, config: dict[str, Any], generation: dict[str, Any], extra: dict[str, Any]
+) -> frozenset[int]:
+    """Every id that ends an answer: generation_config.json's, else config.json's, and the tokenizer's own."""
+    value = generation.get("eos_token_id", config.get("eos_token_id"))
+    ids = {value} if isinstance(value, int) else set(value or ())
+    text = _token_text(extra.get("eos_token"))
+    token_id = tokenizer.token_to_id(text) if text is not None else None
+    return frozenset(ids if token_id is None else ids | {token_id})

@@ -1,0 +1,131 @@
+"""The same ops as kernels/reference.py, quicker on a CPU with nothing but torch.
+
+Decode rows (one new token each) share one attention call over keys gathered into a padded rectangle. What a row
+computes may therefore depend in its last bits on how long its neighbours are: fit for relaxed isolation only. What it
+*reads* may not: every padded position is overwritten with zeros after the gather, so that no stale or foreign number,
+NaN included, can reach a sum.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import reference
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See reference.rms_norm."""
+    total = x.float() if residual is None else residual + x
+    normed = F.rms_norm(total, (total.shape[-1],), None, epsilon)
+    return normed.mul_(weight).to(weight.dtype), total
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """See reference.silu_and_mul."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate.float()).mul_(up).to(gate_up.dtype)
+
+
+rope = reference.rope
+
+
+def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+    """See reference.store_kv."""
+    key_cache.flatten(0, 1).index_copy_(0, slot_mapping, key)
+    value_cache.flatten(0, 1).index_copy_(0, slot_mapping, value)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRow:
+    """A row with more than one new token: tokens start..end, its blocks, its length and its causal mask."""
+
+    start: int
+    end: int
+    blocks: Tensor  # int64 [b]
+    kv_len: int
+    mask: Tensor  # bool [n, kv_len], True where the token may look
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What a step's block tables mean for attention; the same in every layer, so worked out once a step."""
+
+    decode_tokens: Tensor  # int64 [d] place in the batch of each decode row's token
+    decode_blocks: Tensor  # int64 [d * b] blocks to gather, rows padded with their own first block
+    decode_padding: Tensor  # bool [d, b * block_size, 1, 1], True beyond the row's length
+    decode_mask: Tensor  # bool [d, 1, 1, b * block_size], True within it
+    chunks: tuple[ChunkRow, ...]
+
+
+def plan_attention(*, cu_seqlens: Tensor, kv_lens: Tensor, block_tables: Tensor, block_size: int) -> AttentionPlan:
+    """Arguments as in reference.paged_attention."""
+    num_new = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    rows = (num_new == 1).nonzero().flatten()
+    lengths = kv_lens[rows].long()
+    num_blocks_max = -(-int(lengths.max()) // block_size) if len(rows) else 0
+    blocks = block_tables[rows, :num_blocks_max].long()
+    in_use = torch.arange(num_blocks_max)[None, :] * block_size < lengths[:, None]
+    blocks = torch.where(in_use, blocks, blocks[:, :1])
+    mask = torch.arange(num_blocks_max * block_size)[None, :] < lengths[:, None]
+    chunks = []
+    for row in (num_new > 1).nonzero().flatten().tolist():
+        start, end, kv_len = int(cu_seqlens[row]), int(cu_seqlens[row + 1]), int(kv_lens[row])
+        positions = torch.arange(kv_len - (end - start), kv_len)
+        chunks.append(
+            ChunkRow(
+                start=start,
+                end=end,
+                blocks=block_tables[row, : -(-kv_len // block_size)].long(),
+                kv_len=kv_len,
+                mask=torch.arange(kv_len)[None, :] <= positions[:, None],
+            )
+        )
+    return AttentionPlan(
+        decode_tokens=cu_seqlens[:-1][rows].long(),
+        decode_blocks=blocks.flatten(),
+        decode_padding=~mask[:, :, None, None],
+        decode_mask=mask[:, None, None, :],
+        chunks=tuple(chunks),
+    )
+
+
+def paged_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, *, plan: AttentionPlan, scale: float
+) -> Tensor:
+    """See reference.paged_attention; the tables come as a plan."""
+    out = torch.empty_like(query)
+    if len(plan.decode_tokens):
+        out[plan.decode_tokens] = _decode_rows(query[plan.decode_tokens], key_cache, value_cache, plan, scale)
+    for chunk in plan.chunks:
+        out[chunk.start : chunk.end] = _chunk_row(query[chunk.start : chunk.end], key_cache, value_cache, chunk, scale)
+    return out
+
+
+def _decode_rows(query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    """query [d, Hq, D] -> [d, Hq, D]. The query heads of one key head become its query rows: no key is repeated."""
+    num_rows, num_heads, head_size = query.shape
+    num_kv_heads = key_cache.shape[2]
+    key = _gather(key_cache, plan, num_rows)
+    value = _gather(value_cache, plan, num_rows)
+    packed = query.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_size)
+    attended = F.scaled_dot_product_attention(packed, key, value, attn_mask=plan.decode_mask, scale=scale)
+    return attended.reshape(num_rows, num_heads, head_size)
+
+
+def _gather(cache: Tensor, plan: AttentionPlan, num_rows: int) -> Tensor:
+    """The rows' slots as one padded rectangle [d, Hkv, L, D], zero wherever there is padding."""
+    _, _, num_kv_heads, head_size = cache.shape
+    gathered = cache.index_select(0, plan.decode_blocks).view(num_rows, -1, num_kv_heads, head_size)
+    return gathered.masked_fill_(plan.decode_padding, 0).transpose(1, 2)
+
+
+def _chunk_row(query: Tensor, key_cache: Tensor, value_cache: Tensor, chunk: ChunkRow, scale: float) -> Tensor:
+    """query [n, Hq, D] -> [n, Hq, D]."""
+    key = key_cache.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.kv_len].transpose(0, 1)
+    value = value_cache.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.kv_len].transpose(0, 1)
+    attended = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None], key[None], value[None], attn_mask=chunk.mask, scale=scale, enable_gqa=True
+    )
+    return attended[0].transpose(0, 1)

@@ -1,0 +1,81 @@
+"""The specification of every op, in plain torch: slow, short, obviously right. Faster twins are tested against this
+file.
+
+Shapes: T tokens of a step, R rows (sequences), H hidden size, Hq query heads, Hkv key/value heads, D head size, N
+blocks of `block_size` slots. Numbers: every op computes in float32 and rounds once to the dtype of its input.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Root mean square norm (arXiv 1910.07467), with an optional residual added first.
+
+    x [T, H], weight [H], residual float32 [T, H] or None -> (normed [T, H] in weight's dtype, x + residual float32
+    [T, H]). The residual stream stays in float32: thirty layers of bfloat16 sums cost more accuracy than all else.
+    """
+    total = x.float() if residual is None else x.float() + residual
+    scale = torch.rsqrt(total.square().mean(dim=-1, keepdim=True) + epsilon)
+    return (total * scale * weight.float()).to(weight.dtype), total
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864), Llama's half-rotation: element i pairs with i + D/2.
+
+    x [T, heads, D], cos and sin [T, D/2] float32 of each token's position -> [T, heads, D] in x's dtype.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """SwiGLU's activation (arXiv 2002.05202): gate_up [T, 2 * I] -> silu(first half) * second half, [T, I]."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write each token's key and value into its slot, in place.
+
+    key, value [T, Hkv, D]; caches [N, block_size, Hkv, D]; slot_mapping int64 [T], block_id * block_size + offset, all
+    different and within the cache.
+    """
+    key_cache.flatten(0, 1)[slot_mapping] = key
+    value_cache.flatten(0, 1)[slot_mapping] = value
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    kv_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention of every row over its own blocks: prompt chunks and single decode tokens alike.
+
+    query [T, Hq, D], caches [N, block_size, Hkv, D], cu_seqlens int32 [R+1], kv_lens int32 [R] (this step's tokens
+    included), block_tables int32 [R, B] padded with -1 -> [T, Hq, D] in query's dtype.
+    Token i of a row's n new tokens sees the first kv_len - n + i + 1 keys. A row of 0 new tokens does nothing. Only
+    slots below kv_len are ever read. Hq is a multiple of Hkv: query head h reads key/value head h // (Hq / Hkv).
+    """
+    out = torch.empty_like(query)
+    num_heads, num_kv_heads, block_size = query.shape[1], key_cache.shape[2], key_cache.shape[1]
+    for row, kv_len in enumerate(kv_lens.tolist()):
+        start, end = int(cu_seqlens[row]), int(cu_seqlens[row + 1])
+        if start == end:
+            continue
+        blocks = block_tables[row, : -(-kv_len // block_size)].long()
+        key = key_cache[blocks].flatten(0, 1)[:kv_len].float().repeat_interleave(num_heads // num_kv_heads, dim=1)
+        value = value_cache[blocks].flatten(0, 1)[:kv_len].float().repeat_interleave(num_heads // num_kv_heads, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", query[start:end].float(), key) * scale
+        positions = torch.arange(kv_len - (end - start), kv_len)
+        hidden = torch.arange(kv_len)[None, :] > positions[:, None]
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        out[start:end] = torch.einsum("hqk,khd->qhd", weights, value).to(query.dtype)
+    return out

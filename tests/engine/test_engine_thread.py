@@ -1,0 +1,103 @@
+"""The engine thread when things break: nobody is left waiting, and the process says so with its exit code."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from engine.journal import Journal, read_journals
+from engine.protocol import FrameReader, FromWorker, Incident, TokenOutput, decode_from_worker
+from engine.worker import Connection, EngineThread, Received
+from tests.strategies.integer_model import IntegerRunner, Watcher, integer_core, submit
+
+
+class Harness:
+    """An engine thread on the integer model, with everything it delivers on record. Runs in the test's own thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self.watcher = Watcher(8, 4, 2)
+        self.core, runner = integer_core(observer=self.watcher, num_blocks=64)
+        self.runner: IntegerRunner = runner
+        self.journal = Journal(folder, "epoch")
+        self.delivered: list[tuple[Connection | None, FromWorker]] = []
+        self.journal_sizes: list[int] = []
+        self.thread = EngineThread(self.core, self.journal, 3, self.deliver)
+
+    def deliver(self, frames: dict[Connection, bytes], to_all: bytes) -> None:
+        self.journal_sizes.append(os.stat(self.journal.path).st_size)
+        for connection, data in [(None, to_all), *frames.items()]:
+            self.delivered += [(connection, decode_from_worker(body)) for body in FrameReader().feed(data)]
+
+    def endings(self) -> dict[str, str]:
+        outputs = [message for _, message in self.delivered if isinstance(message, TokenOutput)]
+        return {output.sequence_id: output.error for output in outputs if output.finish_reason is not None}
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Harness:
+    return Harness(tmp_path)
+
+
+def connection() -> Connection:
+    return Connection(writer=None)  # type: ignore[arg-type]  # the engine thread only compares connections
+
+
+def test_repeated_failures_end_the_worker_with_an_error(harness: Harness, capsys: pytest.CaptureFixture[str]) -> None:
+    harness.runner.fail_steps = set(range(1, 100))
+    mine = connection()
+    for index in range(20):
+        harness.thread.commands.put(Received(mine, submit(f"s{index}", [1, 2], 5)))
+    assert harness.thread.run() == 1
+    assert harness.endings() == {f"s{index}": "engine_failure" for index in range(20)}
+    assert harness.core.step_number == 3
+    assert harness.core.pool.num_free == 64
+    assert "3 steps in a row failed" in capsys.readouterr().err
+
+
+def test_a_journal_that_cannot_be_written_stops_everything_before_it_is_sent(harness: Harness) -> None:
+    harness.thread.commands.put(Received(connection(), submit("s", [1, 2], 5)))
+    os.close(harness.journal._fd)
+    harness.journal._fd = os.open("/dev/full", os.O_WRONLY)
+    assert harness.thread.run() == 1
+    assert harness.delivered == [], "unlogged means unserved"
+
+
+def test_our_own_bug_ends_every_sequence_and_the_thread(harness: Harness) -> None:
+    def broken() -> None:
+        raise AssertionError("a broken invariant")
+
+    harness.core.scheduler.schedule = broken  # type: ignore[assignment,method-assign]
+    harness.thread.commands.put(Received(connection(), submit("s", [1, 2], 5)))
+    with pytest.raises(AssertionError, match="a broken invariant"):
+        harness.thread.run()
+    assert harness.thread.exit_code == 1
+    assert harness.endings() == {"s": "engine_failure"}
+
+
+def test_incidents_go_to_everybody_and_outputs_to_their_owner(harness: Harness) -> None:
+    harness.watcher.violations = [("foreign_read", ("bad",), ("a",), 0, "detail")]
+    harness.runner.fail_steps = set(range(5, 99))  # to end the run
+    mine, other = connection(), connection()
+    harness.thread.commands.put(Received(mine, submit("bad", [1, 2], 3)))
+    harness.thread.commands.put(Received(other, submit("good", [1, 2], 3)))
+    for index in range(9):
+        harness.thread.commands.put(Received(other, submit(f"more{index}", [1, 2], 9)))
+    assert harness.thread.run() == 1
+    incidents = [(owner, message) for owner, message in harness.delivered if isinstance(message, Incident)]
+    assert [(owner, message.kind) for owner, message in incidents] == [(None, "foreign_read")]
+    owners = {message.sequence_id: owner for owner, message in harness.delivered if isinstance(message, TokenOutput)}
+    assert owners["bad"] is mine
+    assert owners["good"] is other
+    assert (harness.endings()["bad"], harness.endings()["good"]) == ("isolation_violation", "")
+
+
+def test_the_journal_is_written_before_the_frames(harness: Harness) -> None:
+    harness.runner.fail_steps = {4, 5, 6}
+    for index in range(9):
+        harness.thread.commands.put(Received(connection(), submit(f"s{index}", [1, 2], 9)))
+    harness.thread.run()
+    assert all(size > 0 for size in harness.journal_sizes)
+    assert harness.journal_sizes == sorted(set(harness.journal_sizes))
+    last = {m.sequence_id: m.num_completion_tokens for _, m in harness.delivered if isinstance(m, TokenOutput)}
+    records = read_journals(harness.journal.path.parent)
+    assert {name: record.num_completion_tokens for name, record in records.items()} == last

@@ -1,0 +1,20 @@
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.gateway_admin.house import House, build_house
+from tests.servers import postgres_server, valkey_socket
+
+__all__ = ["postgres_server", "valkey_socket"]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def house(tmp_path: Path, valkey_socket: Path, anyio_backend: str) -> AsyncIterator[House]:
+    async with build_house(tmp_path, valkey_socket) as built:
+        yield built

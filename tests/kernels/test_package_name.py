@@ -1,0 +1,16 @@
+"""`kernels` is also the name of a published package for which transformers probes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_transformers_does_not_take_our_kernels_for_the_published_package() -> None:
+    code = "from transformers.utils.import_utils import is_kernels_available as probe; raise SystemExit(probe())"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=120).returncode == 0
+
+
+def test_the_package_stays_empty() -> None:
+    assert (ROOT / "kernels" / "__init__.py").read_text() == ""

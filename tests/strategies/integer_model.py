@@ -1,0 +1,155 @@
+"""A model without arithmetic: its cache holds plain tokens, its next token is a hash of everything that it can see.
+
+It stands behind the same face as the real runner, so the whole engine runs on it in microseconds, and it is
+merciless: one token too many, too few, stale or foreign in the blocks of a sequence changes all that follows.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.batch import Batch
+from engine.core import EngineCore
+from engine.events import EngineEvent, Observer, StepEvidence, Violation
+from engine.protocol import SamplingParams, Submit
+from engine.sampler import NOT_FINITE
+
+VOCAB_SIZE = 64
+EOS_TOKEN_ID = 0
+
+
+def next_token(token_ids: list[int]) -> int:
+    """Never the end token, so that tests choose lengths by max_tokens."""
+    value = 7
+    for token_id in token_ids:
+        value = (value * 31 + token_id + 1) % 1_000_003
+    return value % (VOCAB_SIZE - 1) + 1
+
+
+def continuation(prompt: list[int], num_tokens: int) -> list[int]:
+    """What a sequence of this prompt must give, whoever else is there."""
+    token_ids = list(prompt)
+    for _ in range(num_tokens):
+        token_ids.append(next_token(token_ids))
+    return token_ids[len(prompt) :]
+
+
+def decode(token_ids: object) -> str:
+    """One letter a token, so that texts can be compared with tokens."""
+    assert isinstance(token_ids, list)
+    return "".join(chr(0x100 + token_id) for token_id in token_ids)
+
+
+class IntegerRunner:
+    """``fail_steps``: steps whose launch raises. ``broken_rows``: stable rows whose numbers are never finite."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.slots = np.zeros(num_blocks * block_size, dtype=np.int64)  # 0: zeroed, else token id + 1
+        self.fail_steps: set[int] = set()
+        self.broken_rows: set[int] = set()
+        self.rows: dict[int, SamplingParams] = {}
+
+    def set_row(self, row: int, sampling: SamplingParams) -> None:
+        self.rows[row] = sampling
+
+    def scrub(self, block_ids: list[int]) -> None:
+        self.slots.reshape(-1, self.block_size)[block_ids] = 0
+
+    def execute(self, batch: Batch) -> NDArray[np.int64]:
+        evidence = batch.evidence
+        self.slots[evidence.slot_mapping] = batch.token_ids + 1
+        if evidence.step in self.fail_steps:
+            raise RuntimeError("the launch failed, half of it done")
+        tokens = []
+        for index, row in zip(batch.sampled_index, batch.sampled_rows.tolist(), strict=True):
+            kv_len = int(evidence.kv_lens[index])
+            blocks = evidence.block_tables[index, : -(-kv_len // self.block_size)]
+            seen = self.slots.reshape(-1, self.block_size)[blocks].reshape(-1)[:kv_len]
+            assert seen.all(), "a slot below kv_len was never written"
+            tokens.append(NOT_FINITE if row in self.broken_rows else next_token((seen - 1).tolist()))
+        return np.array(tokens, dtype=np.int64)
+
+
+@dataclass
+class Watcher:
+    """An observer that keeps its own small ledger of owners and complains at once; it shares nothing with the pool."""
+
+    max_batched_tokens: int
+    max_num_seqs: int
+    block_size: int
+    owner: dict[int, str] = field(default_factory=dict)
+    last_owner: dict[int, str] = field(default_factory=dict)
+    generation: dict[int, int] = field(default_factory=dict)
+    evidence: list[StepEvidence] = field(default_factory=list)
+    violations: list[Violation] = field(default_factory=list)  # handed out at the next launch
+
+    def on_events(self, events: list[EngineEvent]) -> None:
+        for event in events:
+            block = event.block_id
+            if event.kind == "allocate":
+                assert block not in self.owner, f"block {block} has two owners"
+                assert self.last_owner.get(block, event.domain) == event.domain, f"block {block} was not scrubbed"
+                assert event.generation > self.generation.get(block, 0), f"block {block}: generation did not grow"
+                self.owner[block] = self.last_owner[block] = event.domain
+                self.generation[block] = event.generation
+            elif event.kind == "free":
+                assert self.owner.pop(block) == event.domain
+            elif event.kind == "scrub":
+                assert block not in self.owner
+                del self.last_owner[block]
+            elif event.kind == "seal":
+                assert self.owner[block] == event.domain
+
+    def before_launch(self, evidence: StepEvidence) -> list[Violation]:
+        assert len(evidence.slot_mapping) <= self.max_batched_tokens, "the budget was exceeded"
+        assert len(evidence.sequence_ids) <= self.max_num_seqs, "too many rows"
+        assert len(set(evidence.slot_mapping.tolist())) == len(evidence.slot_mapping), "two tokens share a slot"
+        for index, domain in enumerate(evidence.domains):
+            blocks = [block for block in evidence.block_tables[index].tolist() if block >= 0]
+            assert all(self.owner[block] == domain for block in blocks), "a foreign block"
+            written = evidence.slot_mapping[evidence.cu_seqlens[index] : evidence.cu_seqlens[index + 1]]
+            assert {slot // self.block_size for slot in written.tolist()} <= set(blocks)
+        self.evidence.append(evidence)
+        violations, self.violations = self.violations, []
+        return violations
+
+    def counters(self) -> dict[str, int]:
+        return {"num_steps": len(self.evidence)}
+
+
+def integer_core(
+    *,
+    num_blocks: int = 16,
+    block_size: int = 2,
+    max_batched_tokens: int = 8,
+    max_num_seqs: int = 4,
+    max_waiting: int = 100,
+    domain_order: str = "round_robin",
+    observer: Observer | None = None,
+) -> tuple[EngineCore, IntegerRunner]:
+    """An engine on the integer model."""
+    runner = IntegerRunner(num_blocks, block_size)
+    core = EngineCore(
+        runner,
+        decode=decode,
+        eos_token_ids=frozenset({EOS_TOKEN_ID}),
+        context_max=1000,
+        vocab_size=VOCAB_SIZE,
+        max_batched_tokens=max_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        max_waiting=max_waiting,
+        observer=observer or Watcher(max_batched_tokens, max_num_seqs, block_size),
+        domain_order=domain_order,
+    )
+    return core, runner
+
+
+def submit(
+    sequence_id: str, prompt: list[int], max_tokens: int, *, domain: str = "a", stop: tuple[str, ...] = ()
+) -> Submit:
+    return Submit(
+        sequence_id, domain, b"salt", prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=stop)
+    )

@@ -1,0 +1,18 @@
+"""One server for all tests that do not break it; those that do start their own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.model import model_dir
+from tests.system.server import Server
+
+__all__ = ["model_dir"]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("server") / "data", model_dir) as running:
+        yield running
+        assert running.stop() == 0
