@@ -20,6 +20,7 @@ from audit.merkle import leaf_hash, root_of
 from tests.audit.conftest import ORIGIN
 from tests.audit.test_merkle import naive_root
 from tests.audit.world import START_NS, World, note, open_world
+from tests.servers import PostgresServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,10 +85,12 @@ def test_an_entry_shares_the_fate_of_its_transaction(database_url: str, keyring:
     asyncio.run(scenario())
 
 
-def test_a_row_that_commits_late_is_not_skipped(postgres_database: Any, keyring: Keyring, tmp_path: Path) -> None:
+def test_a_row_that_commits_late_is_not_skipped(
+    postgres_server: PostgresServer, keyring: Keyring, tmp_path: Path
+) -> None:
     """PostgreSQL gives ids before commit: the lower id becomes visible after the higher one was sequenced."""
 
-    url = postgres_database()
+    url = postgres_server.new_database()
 
     async def scenario() -> None:
         async with open_world(url, keyring, tmp_path / "log") as world:
