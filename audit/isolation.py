@@ -66,7 +66,7 @@ _NONE = np.zeros(0, np.int64)
 
 
 class IsolationAuditor:
-    """One per worker and epoch. Threads take turns on a lock, so a self test may come from another one than the steps."""
+    """One per worker and epoch. Threads take turns on a lock: a self test may come from another one than the steps."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 2 or block_size < 1:

@@ -139,7 +139,7 @@ def _coverage(coverage: dict[str, Any], scope: dict[str, Any]) -> list[list[str]
 
 def _self_tests(coverage: dict[str, Any]) -> str:
     failed = coverage["num_heartbeats_self_test_failed"]
-    return f"{coverage['num_self_tests']:,} run; {failed:,} heartbeats after a failure"
+    return f"{coverage['num_self_tests']:,} run; heartbeats after a failure: {failed:,}"
 
 
 def _short_model(text: str) -> str:

@@ -110,8 +110,9 @@ def controls(figures: Figures) -> Sequence[Control]:
             "CC6.1",
             "Logical access",
             bool(figures.requests.num_admitted or access.keys_created or access.logins),
-            f"{figures.requests.num_admitted:,} requests, each with its key's id; {access.keys_created:,} keys "
-            f"created, {access.keys_revoked:,} revoked; {access.logins:,} log-ins, {access.logins_failed:,} refused",
+            f"{figures.requests.num_admitted:,} requests, each with its key's id; keys created: "
+            f"{access.keys_created:,}, revoked: {access.keys_revoked:,}; log-ins: {access.logins:,}, "
+            f"refused: {access.logins_failed:,}",
         ),
         control("SOC 2", "CC7.2", "Monitoring for anomalies", bool(coverage.num_heartbeats), heard),
         control(

@@ -1,3 +1,5 @@
+"""Checkpoints, their keys and their golden vectors; a note of another implementation reads too."""
+
 import base64
 import json
 import stat

@@ -1,3 +1,5 @@
+"""The registry of entries: canonical form, refusals, and that documentation and verifier know the same kinds."""
+
 import json
 import re
 from pathlib import Path

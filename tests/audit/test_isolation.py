@@ -259,7 +259,18 @@ def valid_without(block: int, seed: int) -> list[Happening]:
 
 @pytest.mark.parametrize(
     ("fault", "rule"),
-    [(foreign_block, "foreign_block"), (minus_one_slot, "slot_out_of_range"), (free_block, "unallocated_block")],
+    [
+        (foreign_block, "foreign_block"),
+        (foreign_lineage, "foreign_lineage"),
+        (free_block, "unallocated_block"),
+        (block_out_of_range, "block_out_of_range"),
+        (minus_one_slot, "slot_out_of_range"),
+        (slot_beside, "slot_mismatch"),
+        (double_writer, "double_writer"),
+        (consistently_one_too_long, "history_mismatch"),
+        (twice_in_the_batch, "duplicate_row"),
+        (slots_missing, "malformed_step"),
+    ],
 )
 def test_faults_have_their_names(fault: Callable[[Step, Random], set[str] | None], rule: str) -> None:
     for seed in range(50):

@@ -1,3 +1,5 @@
+"""Publishing: tile layout of the specification, equal files step by step and at once, and a stop at any file."""
+
 import asyncio
 from pathlib import Path
 

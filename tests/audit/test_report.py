@@ -12,7 +12,7 @@ from typing import Any
 
 import pypdf
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from audit import dsse, verify, wording
@@ -175,6 +175,7 @@ def happenings(now_ns: int, steps: int, number: int) -> st.SearchStrategy[Entry]
     )
 
 
+@example(entries=[worker_started("e1", at(0)), heartbeat("e1", 5, at(70), ok=False)], erased=set(), until=400)
 @given(entries=histories(), erased=st.sets(st.integers(0, 29)), until=st.integers(1, 400))
 def test_the_verifier_counts_the_same_by_its_own_rules(entries: list[Entry], erased: set[int], until: int) -> None:
     scope = Scope(at(0), at(until), GAP_NS)
