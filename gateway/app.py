@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from gateway.chat import ChatCompletions
-from gateway.completions import Completions
+from gateway.chat import chat_route
+from gateway.completions import completions_route
 from gateway.edge import Edge
 from gateway.health import Readiness, healthz
 from gateway.models import Models
@@ -28,8 +28,8 @@ def create_app(services: Services, *, extra_routes: Sequence[BaseRoute] = ()) ->
 
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", ChatCompletions(services, settler, translator), methods=["POST"]),
-            Route("/v1/completions", Completions(services, settler, translator), methods=["POST"]),
+            Route("/v1/chat/completions", chat_route(services, settler, translator), methods=["POST"]),
+            Route("/v1/completions", completions_route(services, settler, translator), methods=["POST"]),
             Route("/v1/models", models.list, methods=["GET"]),
             Route("/v1/models/{model_id:path}", models.one, methods=["GET"]),
             Route("/healthz", healthz, methods=["GET"]),

@@ -2,42 +2,26 @@
 
 from dataclasses import dataclass
 
-from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
-
-from gateway import wire
-from gateway.auth import authenticated
-from gateway.exchange import serve
+from gateway.generation_route import GenerationRoute
 from gateway.services import Services
 from gateway.settlement import Settler
-from gateway.shapes import Frame, Json, fingerprint, usage_json
+from gateway.shapes import Frame, Json, usage_json
 from gateway.translation import Translator
+from gateway.wire import CompletionRequest, parse_completion
 from tenancy.meter import Usage
 
 
-class Completions:
-    """The route as an ASGI app, so that one try/finally spans the whole answer."""
-
-    def __init__(self, services: Services, settler: Settler, translator: Translator) -> None:
-        self._services = services
-        self._settler = settler
-        self._translator = translator
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        services = self._services
-        caller = await authenticated(services, scope)
-        request = wire.parse_completion(await Request(scope, receive).body())
-        client = services.engine.client()
-        work = await self._translator.completion(request, client.ready)
-        request_id: str = scope["state"]["request_id"]
-        frame = Frame(
-            id="cmpl-" + request_id.removeprefix("req_"),
-            created=services.world.now_ns() // 1_000_000_000,
-            model=work.model,
-            fingerprint=fingerprint(client.ready),
-            include_usage=work.include_usage,
-        )
-        await serve(services, self._settler, client, caller, work, CompletionShape(frame), scope, receive, send)
+def completions_route(
+    services: Services, settler: Settler, translator: Translator
+) -> GenerationRoute[CompletionRequest]:
+    return GenerationRoute(
+        services,
+        settler,
+        id_prefix="cmpl-",
+        parse=parse_completion,
+        translate=translator.completion,
+        shape=CompletionShape,
+    )
 
 
 @dataclass(frozen=True, slots=True)

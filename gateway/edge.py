@@ -65,7 +65,7 @@ class Edge:
                 "request",
                 request_id=request_id,
                 method=scope["method"],
-                path=scope["path"][:128],
+                route=_route_name(scope),
                 status=answer.status,
                 duration_ms=(self._world.monotonic_ns() - started_ns) // 1_000_000,
                 num_body_bytes=body.num_bytes,
@@ -172,6 +172,12 @@ class _Body:
                     self._complete = message["type"] != "http.request" or not message.get("more_body", False)
         except TimeoutError:
             return
+
+
+def _route_name(scope: Scope) -> str:
+    """The endpoint's name, not the path: a path is a text that the client has chosen."""
+    endpoint = scope.get("endpoint")
+    return "none" if endpoint is None else str(getattr(endpoint, "__qualname__", type(endpoint).__qualname__))
 
 
 def _check_headers(scope: Scope, limit_bytes: int) -> None:

@@ -5,7 +5,8 @@
 What is charged:
 - an answer that ended (stop, length), or whose client left or stopped reading: every token that the engine produced;
 - an answer that we broke (engine gone, engine error, deadline, shutdown): the tokens that had been sent to the client
-  in a stream. Nothing was sent: nothing is charged, so an answer that was not streamed costs nothing;
+  in a stream, as the engine's last report with text counted them. Nothing was sent: nothing is charged, so an answer
+  that was not streamed costs nothing;
 - no token produced: nothing.
 
 When the database is away, T2 is tried again in the background until the hold has expired; from then on the hold's
@@ -85,27 +86,32 @@ class Settler:
             async with asyncio.timeout(timeout_s):
                 await self._all_closed.wait()
         except TimeoutError:
-            log.error("settlements.left", num_left=self._num_open)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        return self._num_open
+            num_left = self._num_open
+            log.error("settlements.left", num_left=num_left)
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            return num_left
+        return 0
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(self._closing(work))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._closed)
         return task
+
+    def _closed(self, task: asyncio.Task[None]) -> None:
+        """A callback, because a task that is cancelled before it begins runs no `finally`."""
+        self._tasks.discard(task)
+        self._num_open -= 1
+        if self._num_open == 0:
+            self._all_closed.set()
 
     async def _closing(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except Exception as error:  # a bug: the hold's expiry decides
             log.error("settlement.failed", **bug_report(error))
-        finally:
-            self._num_open -= 1
-            if self._num_open == 0:
-                self._all_closed.set()
 
     async def _settle(self, admission: Admission, outcome: Outcome) -> None:
         await self._release(admission.lease, outcome.num_quota_tokens)

@@ -149,6 +149,7 @@ async def open_hall(
     model_dir: Path,
     socket_path: Path,
     *,
+    database_url: str = "",
     world: World,
     credit_nano_usd: int = CREDIT_NANO_USD,
     output_pico_usd: int = 600_000,
@@ -157,7 +158,7 @@ async def open_hall(
     """Two tenants with credit, keys and a price; connected to the worker that listens on `socket_path`."""
     client = await EngineClient.connect(socket_path, timeout_s=60)
     own = Settings(data_dir=folder, **settings)
-    database = FlakyDatabase(f"sqlite+aiosqlite:///{folder / 'hall.db'}")
+    database = FlakyDatabase(database_url or f"sqlite+aiosqlite:///{folder / 'hall.db'}")
     await _create_tables(database)
     tokenizer = Tokenizer.load(model_dir)
     secrets = Secrets(b"p" * 32, b"c" * 32, b"s" * 32)

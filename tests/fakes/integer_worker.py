@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from engine.protocol import (
     PROTOCOL_VERSION,
     Abort,
@@ -152,7 +154,7 @@ class IntegerWorker:
     async def _generate(self, submit: Submit, script: Script, counts: Counts, writer: asyncio.StreamWriter) -> None:
         tokens, reason = self.model.answer(submit.prompt_token_ids, submit.sampling.seed, submit.sampling.max_tokens)
         aborted = self._aborts[submit.sequence_id]
-        withheld, withheld_ids = "", ()
+        withheld = ""
         for index, token in enumerate(tokens):
             if script.delay_s:
                 with suppress(TimeoutError):
@@ -174,22 +176,21 @@ class IntegerWorker:
                 return
             counts.num_completion_tokens += 1
             last = index == len(tokens) - 1
-            withheld, withheld_ids = withheld + text_of(token), (*withheld_ids, token)
+            withheld += text_of(token)
             hold_back = script.withhold and (index + 1) % script.withhold and not last
             text = "" if hold_back else withheld
             if not hold_back:
                 withheld = ""
-            ids, withheld_ids = withheld_ids, ()
             if last:
                 counts.finish_reason = reason
-            self._send(writer, self._output(submit, counts, text, ids, reason if last else None))
+            self._send(writer, self._output(submit, counts, text, (token,), reason if last else None))
             if self.on_token is not None:
                 self.on_token(submit.sequence_id, counts.num_completion_tokens)
 
     def _end(self, writer: asyncio.StreamWriter, submit: Submit, counts: Counts, reason: str, error: str) -> None:
         counts.finish_reason = reason
         output = self._output(submit, counts, "", (), reason)
-        self._send(writer, TokenOutput(*(getattr(output, name) for name in output.__struct_fields__[:-1]), error=error))
+        self._send(writer, replace(output, error=error))
 
     def _output(
         self, submit: Submit, counts: Counts, text: str, ids: tuple[int, ...], reason: str | None

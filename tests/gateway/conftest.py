@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -13,6 +14,9 @@ from gateway.valkey import connect_redis, valkey_child
 from tests.fakes.byte_model import write_byte_model
 from tests.fakes.hall import Hall, open_hall, world
 from tests.fakes.integer_worker import IntegerWorker
+from tests.servers import postgres_server
+
+__all__ = ["postgres_server"]
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +60,10 @@ class Stage:
         self._stack = AsyncExitStack()
         self._num = 0
 
-    def make(self, *, context_max: int = 256, **settings: object) -> tuple[Hall, IntegerWorker]:
+    def make(self, *, context_max: int = 256, **settings: Any) -> tuple[Hall, IntegerWorker]:
         return self._runner.run(self._make(context_max, settings))
 
-    async def _make(self, context_max: int, settings: dict[str, object]) -> tuple[Hall, IntegerWorker]:
+    async def _make(self, context_max: int, settings: dict[str, Any]) -> tuple[Hall, IntegerWorker]:
         self._num += 1
         folder = self._folder / f"hall-{self._num}"
         folder.mkdir()

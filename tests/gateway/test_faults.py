@@ -70,7 +70,8 @@ PLANS = st.builds(
     leave_after=st.none() | st.integers(1, 3_000),
     cancel_after=st.none() | st.integers(1, 20),
 )
-FAULTS: st.SearchStrategy[list[Fault]] = st.lists(st.sampled_from(["none", "none", "before", "after"]), max_size=8)
+# At most four, because the pauses between tries double: eight in a row would take ten seconds.
+FAULTS: st.SearchStrategy[list[Fault]] = st.lists(st.sampled_from(["none", "none", "before", "after"]), max_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ async def _play(hall: Hall, worker: IntegerWorker, plans: list[Plan], faults: li
         if errors_of(answer):
             assert plan.stream
             assert row.num_completion_tokens >= num_received  # withheld text may be paid for with what follows it
-            assert row.num_completion_tokens - num_received <= plan.script.withhold
+            assert row.num_completion_tokens - num_received <= max(p.script.withhold for p in plans)
         else:
             assert row.finish_reason in exchange.COMPLETE
         if plan.stream:
@@ -265,7 +266,7 @@ def test_an_answer_that_takes_too_long_is_broken_off(stage: Stage, runner: async
     worker.model = LONG
     worker.scripts += [Script(hang_after=2), Script(hang_after=2)]
 
-    async def both() -> list[Answer]:
+    async def both() -> tuple[Answer, Answer]:
         return await asyncio.gather(hall.chat(max_tokens=20, stream=True), hall.chat(max_tokens=20))
 
     streamed, whole = runner.run(both())

@@ -47,7 +47,7 @@ class Site:
         async with openai.AsyncOpenAI(
             api_key=key,
             base_url=self.url + "/v1",
-            http_client=httpx.AsyncClient(verify=context, timeout=60),
+            http_client=openai.DefaultAsyncHttpxClient(verify=context),
             **options,
         ) as client:
             yield client
@@ -63,9 +63,8 @@ def site(
     write_tiny_model(folder / MODEL)
     with _worker(short_folder, folder / MODEL):
         opened = _open(folder, redis, short_folder)
-        yield runner.run(anext(opened))
-        with pytest.raises(StopAsyncIteration):
-            runner.run(anext(opened))
+        yield runner.run(opened.__aenter__())
+        runner.run(opened.__aexit__(None, None, None))
 
 
 @contextmanager
@@ -89,6 +88,7 @@ def _worker(folder: Path, model_dir: Path) -> Iterator[None]:
         process.wait()
 
 
+@asynccontextmanager
 async def _open(folder: Path, redis: Redis, short_folder: Path) -> AsyncIterator[Site]:
     the_world = world()
     tls = ensure_certificates(folder / "tls", "127.0.0.1", the_world.now_ns())
@@ -121,7 +121,7 @@ def test_two_tenants_at_once_streamed_and_whole(site: Site, runner: asyncio.Runn
             return whole.choices[0].message.content or "", text, whole.usage, usage
 
     async def both() -> list[tuple[str, str, Any, Any]]:
-        return await asyncio.gather(ask("acme"), ask("globex"))
+        return list(await asyncio.gather(ask("acme"), ask("globex")))
 
     answers = runner.run(both())
     for whole, streamed, usage, stream_usage in answers:
