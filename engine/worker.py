@@ -94,6 +94,7 @@ class Wake:
     """Nothing but a reason to look at the clock again."""
 
 
+MakeObserver = Callable[[int, int], Observer]
 Command = Received | Dropped | Drain | Wake
 
 
@@ -304,6 +305,10 @@ class Server:
             await connection.writer.wait_closed()
 
 
+def unobserved(num_blocks: int, block_size: int) -> Observer:
+    return NullObserver()
+
+
 def log(line: str) -> None:
     print(f"engine worker: {line}", file=sys.stderr, flush=True)
 
@@ -325,7 +330,7 @@ def clear_socket(path: Path) -> None:
             raise ConfigError(f"another engine worker listens on {path}")
 
 
-def build(config: WorkerConfig, observer: Observer) -> tuple[EngineCore, Journal, Ready]:
+def build(config: WorkerConfig, make_observer: MakeObserver) -> tuple[EngineCore, Journal, Ready]:
     """Load everything. Raises ConfigError with one clear line."""
     if config.domain_order not in DOMAIN_ORDERS:
         raise ConfigError(f"domain_order must be one of {', '.join(DOMAIN_ORDERS)}, not {config.domain_order!r}")
@@ -351,7 +356,7 @@ def build(config: WorkerConfig, observer: Observer) -> tuple[EngineCore, Journal
         max_batched_tokens=config.max_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         max_waiting=config.max_waiting,
-        observer=observer,
+        observer=make_observer(runner.num_blocks, config.block_size),
         domain_order=config.domain_order,
     )
     epoch = f"{time.time_ns():020d}-{secrets.token_hex(8)}"
@@ -373,11 +378,14 @@ def build(config: WorkerConfig, observer: Observer) -> tuple[EngineCore, Journal
     return core, Journal(config.journal_dir, epoch), ready
 
 
-def run_worker(config: WorkerConfig, observer: Observer | None = None) -> int:
-    """Serve until drained; returns the exit code. Blocks; call it in the main thread of a process of its own."""
+def run_worker(config: WorkerConfig, make_observer: MakeObserver = unobserved) -> int:
+    """Serve until drained; returns the exit code. Blocks; call it in the main thread of a process of its own.
+
+    ``make_observer`` is called with the number of blocks and their size, once both are known.
+    """
     try:
         clear_socket(config.socket_path)
-        core, journal, ready = build(config, observer or NullObserver())
+        core, journal, ready = build(config, make_observer)
         return asyncio.run(_serve(config, core, journal, ready))
     except (ConfigError, OSError) as error:
         log(str(error))

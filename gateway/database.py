@@ -69,7 +69,7 @@ async def _committing(conn: AsyncConnection) -> AsyncIterator[None]:
     await conn.commit()
 
 
-class _mapped_errors:  # noqa: N801 - used as a context manager, reads as one
+class _mapped_errors:
     """The one table from driver errors to ours: lost, locked, full or read-only databases are unavailable."""
 
     def __enter__(self) -> None:

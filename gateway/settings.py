@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "BULKHEAD_"
-FOREIGN = {"BULKHEAD_TEST_PROFILE"}  # read by the test suite, not by the service
+LOG_LEVELS = ("debug", "info", "warning", "error")
+FOREIGN = {"BULKHEAD_TEST_PROFILE", "BULKHEAD_TEST_MODEL_DIR", "BULKHEAD_KEY"}  # read by tests, snippets, bench
 
 
 class SettingsError(Exception):
@@ -37,6 +38,19 @@ def _not_negative(text: str) -> int:
     return value
 
 
+def _boolean(text: str) -> bool:
+    values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in values:
+        raise ValueError("use 1 or 0")
+    return values[text.lower()]
+
+
+def _log_level(text: str) -> str:
+    if text not in LOG_LEVELS:
+        raise ValueError(f"use one of {', '.join(LOG_LEVELS)}")
+    return text
+
+
 def _setting(default: Any, cast: Callable[[str], Any]) -> Any:
     return field(default=default, metadata={"cast": cast})
 
@@ -46,6 +60,8 @@ class Settings:
     data_dir: Path = _setting(Path("data"), Path)
     host: str = _setting("127.0.0.1", str)
     port: int = _setting(8443, _port)
+    tls_certificate: str = _setting("", str)  # empty: a certificate of the local CA
+    tls_key: str = _setting("", str)
     database_url: str = _setting("", str)  # empty: SQLite in data_dir
     redis_url: str = _setting("", str)  # empty: embedded Valkey in data_dir
     model_dir: str = _setting("", str)  # empty: the demo model in data_dir
@@ -64,7 +80,8 @@ class Settings:
     heartbeat_interval_s: int = _setting(10, _positive)
     drain_timeout_s: int = _setting(10, _positive)
     log_origin: str = _setting("bulkhead.local/log", str)  # the log's name in its checkpoints
-    log_level: str = _setting("info", str)
+    log_level: str = _setting("warning", _log_level)
+    demo_tenants: bool = _setting(True, _boolean)  # create acme and globex in an empty database
 
     @property
     def effective_database_url(self) -> str:

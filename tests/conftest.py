@@ -1,8 +1,16 @@
-"""Hypothesis profiles: `quick` by default, `deep` under make test-all (BULKHEAD_TEST_PROFILE=deep)."""
+"""What all rooms' tests share: real servers and the real model, one of each per session, and Hypothesis profiles.
+
+Profiles: `quick` by default, `deep` under make test-all (BULKHEAD_TEST_PROFILE=deep).
+"""
 
 import os
 
 from hypothesis import HealthCheck, settings
+
+from tests.model import model_dir
+from tests.servers import postgres_server, valkey_socket
+
+__all__ = ["model_dir", "postgres_server", "valkey_socket"]
 
 settings.register_profile("quick", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("deep", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -3,10 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.model import model_dir
 from tests.strategies.tiny_model import write_tiny_model
-
-__all__ = ["model_dir", "tiny_model_dir"]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,46 @@
+# Bulkhead. The two commands that matter: `make serve` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+TORCH  := 2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-all check bench format setup setup-dev clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+serve: setup ## Set up everything on a fresh machine and serve HTTPS on 127.0.0.1:8443
+	@exec $(BIN)/bulkhead serve
+
+test: setup-dev ## Run the tests that a contributor runs (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not deep"
+
+test-all: setup-dev ## Run everything, with deep property tests
+	BULKHEAD_TEST_PROFILE=deep $(BIN)/python -m pytest --timeout 1800
+
+check: setup-dev ## Lint, formatting, strict types, import walls, documentation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_house.py
+
+bench: setup ## Measure the running server: make bench KEY=bk-... (see bulkhead bench --help)
+	@$(BIN)/bulkhead bench gateway --key "$(KEY)"
+
+format: setup-dev ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: pyproject.toml constraints.txt setup.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh setup.sh
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh setup.sh dev
+
+clean: ## Remove the virtual environment and caches; the data folder stays
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

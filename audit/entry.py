@@ -1,0 +1,253 @@
+"""Log entries: the closed registry of what Bulkhead records, and the entry itself.
+
+A kind is registered here or it does not exist. The registry gives each kind a version and typed fields; an Entry is
+checked against it when it is built, so that nothing malformed can reach the outbox. Prompts and answers are never
+fields: the log holds identifiers, counts, money and settings.
+
+Canonical form (RFC 8785 JSON) of a body:
+- Floats cannot occur. Field types are str, int, bool and list of str.
+- Whole numbers whose name ends in ``_ns`` or ``_nano_usd`` are written as decimal strings, since times in nanoseconds
+  pass 2**53, above which JSON readers lose digits. Every other number must lie within +-(2**53 - 1).
+- Names are sorted and there is no white space: equal bodies have equal bytes.
+
+Adding a field to a kind means a new version of it; old versions stay readable for ever, because old leaves do.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import rfc8785
+
+Value = str | int | bool | list[str]
+FieldType = Literal["str", "int", "bool", "list[str]"]
+
+SAFE_INT_MAX = 2**53 - 1  # the largest number that every JSON reader keeps exactly
+INT64_MAX = 2**63 - 1
+TEXT_CHARS_MAX = 1_024  # an entry is a fact, not a document
+LIST_ITEMS_MAX = 1_024
+DECIMAL_SUFFIXES = ("_ns", "_nano_usd")
+
+
+class EntryError(ValueError):
+    """The entry does not fit the registry; the message names the kind, the field and what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    name: str
+    type: FieldType
+    minimum: int = 0  # for int
+    choices: tuple[str, ...] = ()  # for str; empty: any text
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    name: str
+    version: int
+    description: str
+    fields: tuple[Field, ...]
+
+
+def _text(*names: str) -> tuple[Field, ...]:
+    return tuple(Field(name, "str") for name in names)
+
+
+def _count(*names: str, minimum: int = 0) -> tuple[Field, ...]:
+    return tuple(Field(name, "int", minimum) for name in names)
+
+
+OUTCOMES = ("captured", "voided", "expired", "recovered")
+
+_ALL = (
+    Kind("gateway.started", 1, "The gateway process began to serve.", _text("version")),
+    Kind("gateway.stopped", 1, "The gateway process ended in order.", _text("reason")),
+    Kind(
+        "worker.started",
+        1,
+        "An engine worker connected; its isolation mode and kernels are as it reports them.",
+        _text("epoch", "model_id", "model_digest", "isolation", "kernels"),
+    ),
+    Kind("worker.lost", 1, "The engine worker's connection ended.", _text("epoch", "reason")),
+    Kind(
+        "request.admitted",
+        1,
+        "A request passed authentication and quota; its worst case is held in the ledger.",
+        (
+            *_text("request_id", "key_id", "model", "price_id"),
+            *_count("num_prompt_tokens", "max_tokens", "hold_nano_usd"),
+        ),
+    ),
+    Kind(
+        "request.settled",
+        1,
+        "A request's hold was resolved, exactly once.",
+        (
+            *_text("request_id", "finish_reason"),
+            *_count("num_prompt_tokens", "num_cached_tokens", "num_completion_tokens", "amount_nano_usd"),
+            Field("outcome", "str", choices=OUTCOMES),
+        ),
+    ),
+    Kind("tenant.created", 1, "A tenant was created.", _text("organisation_id", "name")),
+    Kind(
+        "key.created",
+        1,
+        "An API key was created; its secret is nowhere in the log.",
+        (*_text("key_id", "project_id", "name"), Field("scopes", "list[str]")),
+    ),
+    Kind("key.revoked", 1, "An API key was revoked.", _text("key_id", "reason")),
+    Kind(
+        "price.added",
+        1,
+        "A price version was added; prices are never changed.",
+        (
+            *_text("price_id", "model"),
+            *_count("input_pico_usd", "cached_input_pico_usd", "output_pico_usd", "request_nano_usd"),
+            *_count("effective_from_ns"),
+        ),
+    ),
+    Kind(
+        "credit.granted",
+        1,
+        "A tenant's account was credited.",
+        (*_text("transfer_id", "memo"), *_count("amount_nano_usd")),
+    ),
+    Kind(
+        "limits.changed",
+        1,
+        "A scope's limits were set; -1 stands for no limit.",
+        (
+            *_text("scope_kind", "scope_id"),
+            *_count("requests_per_minute", "tokens_per_minute", "concurrency_max", minimum=-1),
+        ),
+    ),
+    Kind(
+        "audit.heartbeat",
+        1,
+        "The isolation auditor's totals since its worker's epoch began.",
+        (
+            *_text("epoch"),
+            *_count("num_steps", "num_slots_checked", "num_violations", "num_self_tests"),
+            Field("last_self_test_ok", "bool"),
+        ),
+    ),
+    Kind(
+        "isolation.violation",
+        1,
+        "The isolation auditor stopped a step; -1 as block_id stands for no single block.",
+        (
+            *_text("epoch", "rule", "detail"),
+            *_count("step"),
+            *_count("block_id", minimum=-1),
+            Field("sequence_ids", "list[str]"),
+            Field("domains", "list[str]"),
+        ),
+    ),
+    Kind("operator.created", 1, "An operator account was created.", _text("name")),
+    Kind("operator.logged_in", 1, "An operator logged in.", _text("name")),
+    Kind(
+        "operator.login_failed",
+        1,
+        "A log-in was refused; the name is empty when no such operator exists, since people type secrets there.",
+        _text("name"),
+    ),
+    Kind(
+        "report.issued",
+        1,
+        "A signed report of a period was written.",
+        (*_text("name", "statement_sha256"), *_count("since_ns", "until_ns")),
+    ),
+    Kind(
+        "opening.erased",
+        1,
+        "The openings of these leaves are destroyed; their commitments stay and still verify.",
+        (*_text("reason"), Field("leaf_indexes", "list[str]")),
+    ),
+)
+KINDS: Mapping[str, Kind] = MappingProxyType({kind.name: kind for kind in _ALL})
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One fact. `tenant_id` is empty where no tenant is concerned; `at_ns` is nanoseconds since the epoch, UTC.
+
+    Raises EntryError when kind or body do not fit the registry.
+    """
+
+    kind: str
+    tenant_id: str
+    at_ns: int
+    body: Mapping[str, Value]
+
+    def __post_init__(self) -> None:
+        kind = KINDS.get(self.kind)
+        if kind is None:
+            raise EntryError(f"{self.kind!r} is not a registered entry kind (see audit/entry.py)")
+        _require_text(self.tenant_id, f"{self.kind}: tenant_id")
+        _require_int(self.at_ns, f"{self.kind}: at_ns", 0, INT64_MAX)
+        known = {f.name for f in kind.fields}
+        if missing := sorted(known - self.body.keys()):
+            raise EntryError(f"{self.kind}: missing {', '.join(missing)}")
+        if extra := sorted(self.body.keys() - known):
+            raise EntryError(f"{self.kind}: unknown field {', '.join(map(repr, extra))}")
+        for f in kind.fields:
+            _require(f, self.body[f.name], f"{self.kind}: {f.name}")
+
+    @property
+    def version(self) -> int:
+        return KINDS[self.kind].version
+
+    def canonical_body(self) -> bytes:
+        """The body's RFC 8785 bytes: what the commitment covers."""
+        return canonical({name: _plain(name, value) for name, value in self.body.items()})
+
+
+def canonical(value: Mapping[str, str | int | bool | list[str]]) -> bytes:
+    """RFC 8785 bytes of a flat object without floats."""
+    return bytes(rfc8785.dumps(dict(value)))
+
+
+def is_decimal_field(name: str) -> bool:
+    """Whether whole numbers of this name are written as decimal strings."""
+    return name.endswith(DECIMAL_SUFFIXES)
+
+
+def _plain(name: str, value: Value) -> Value:
+    if isinstance(value, int) and not isinstance(value, bool) and is_decimal_field(name):
+        return str(value)
+    return value
+
+
+def _require(f: Field, value: object, where: str) -> None:
+    if f.type == "str":
+        text = _require_text(value, where)
+        if f.choices and text not in f.choices:
+            raise EntryError(f"{where} is {text!r}, not one of {', '.join(f.choices)}")
+    elif f.type == "int":
+        _require_int(value, where, f.minimum, INT64_MAX if is_decimal_field(f.name) else SAFE_INT_MAX)
+    elif f.type == "bool":
+        if not isinstance(value, bool):
+            raise EntryError(f"{where} must be a bool, not {type(value).__name__}")
+    else:
+        if not isinstance(value, list) or len(value) > LIST_ITEMS_MAX:
+            raise EntryError(f"{where} must be a list of at most {LIST_ITEMS_MAX} texts")
+        for item in value:
+            _require_text(item, where)
+
+
+def _require_text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise EntryError(f"{where} must be a str, not {type(value).__name__}")
+    if len(value) > TEXT_CHARS_MAX:
+        raise EntryError(f"{where} has {len(value)} characters; at most {TEXT_CHARS_MAX} are allowed")
+    if any("\ud800" <= c <= "\udfff" or c == "\0" for c in value):
+        raise EntryError(f"{where} holds a character that cannot be stored as UTF-8 text")
+    return value
+
+
+def _require_int(value: object, where: str, minimum: int, maximum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise EntryError(f"{where} must be an int, not {type(value).__name__}")
+    if not minimum <= value <= maximum:
+        raise EntryError(f"{where} is {value}, outside {minimum}..{maximum}")

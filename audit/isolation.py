@@ -1,0 +1,329 @@
+"""The isolation auditor: a second opinion, at every step, on who may read and write which KV block.
+
+It shares nothing with the engine. From events it keeps its own ledger of the blocks (audit/block_ledger.py); before
+each launch it gets the very arrays that the kernels will get, and compares. What it decides, for all rows of a step:
+
+    reads    every block that a row can reach, block_tables[row][: ceil(kv_len / block_size)], is allocated, is owned by
+             the row's domain and belongs to the row's sequence
+    history  each of those blocks holds exactly the tokens that were written before this step: no gap, no stale slot,
+             nothing written twice. This is where a length that is off by one shows, even when all arrays agree on it
+    writes   the slots are exactly positions kv_len - q_len .. kv_len - 1 through the row's table; their blocks are
+             owned and in `writing` state; no slot has two writers
+    shapes   cu_seqlens starts at 0, never falls and ends at len(slot_mapping); one row per sequence
+
+Violations from events are returned by the next check_step, before anything can run on them.
+
+When a step has violations, the rows without one may still be launched as they stand, or the same step number may be
+checked again with fewer rows: the newest check of a step is the one that counts.
+
+Not seen here: the bytes in the cache, what a kernel does with correct arrays, and steps launched without asking.
+Blocks are owned by one sequence; sharing between sequences of one domain needs a `share` event first.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from audit.block_ledger import FREE, NOBODY, QUARANTINED, SEALED, STRANGER, WRITING, BlockLedger, IntArray
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+class Violation(NamedTuple):
+    """A broken rule. `domains` names the row's domain first, then the owner's where there is one; block_id -1: none."""
+
+    kind: str
+    sequence_ids: tuple[str, ...]
+    domains: tuple[str, ...]
+    block_id: int
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The arrays of one step, as given."""
+
+    sequence_ids: Sequence[str]
+    domains: Sequence[str]
+    cu_seqlens: Any
+    kv_lens: Any
+    block_tables: Any
+    slot_mapping: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    violations: list[Violation]
+    num_blocks: int
+    written: tuple[IntArray, IntArray, IntArray]  # block ids, their generations, their `filled` after the step
+
+
+_NONE = np.zeros(0, np.int64)
+
+
+class IsolationAuditor:
+    """One per worker and epoch. Threads take turns on a lock: a self test may come from another one than the steps."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        if num_blocks < 2 or block_size < 1:
+            raise ValueError(f"the auditor needs 2 blocks of 1 slot at least, not {num_blocks} of {block_size}")
+        self._lock = threading.Lock()
+        self._ledger = BlockLedger.empty(num_blocks, block_size)
+        self._from_events: list[Violation] = []
+        self._written = (_NONE, _NONE, _NONE)
+        self._counters = {
+            "num_steps": 0,
+            "num_rows": 0,
+            "num_slots_checked": 0,
+            "num_blocks_checked": 0,
+            "num_events": 0,
+            "num_violations": 0,
+            "num_self_tests": 0,
+            "num_self_tests_failed": 0,
+            "last_self_test_ok": 0,
+            "last_step": -1,
+        }
+
+    def counters(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._counters)
+
+    def on_event(self, kind: str, step: int, block_id: int, generation: int, domain: str, sequence_id: str) -> None:
+        """Take note of an event; an illegal one becomes a violation of the next check_step."""
+        with self._lock:
+            self._take_note(kind, step, block_id, generation, domain, sequence_id)
+
+    def _take_note(self, kind: str, step: int, block_id: int, generation: int, domain: str, sequence_id: str) -> None:
+        self._counters["num_events"] += 1
+        in_range = 0 <= block_id < len(self._ledger.state)
+        owners, owner_domains = self._ledger.owner(block_id) if in_range and kind != "scrub" else ((), ())
+        problem = self._ledger.apply(kind, block_id, generation, domain, sequence_id)
+        if problem is not None:
+            rule, detail = problem
+            sequences = tuple(dict.fromkeys((*filter(None, [sequence_id]), *owners)))
+            domains = tuple(dict.fromkeys((*filter(None, [domain]), *owner_domains)))
+            self._from_events.append(Violation(rule, sequences, domains, block_id, f"step {step}: {detail}"))
+
+    def check_step(
+        self,
+        *,
+        step: int,
+        sequence_ids: Sequence[str],
+        domains: Sequence[str],
+        cu_seqlens: Any,
+        kv_lens: Any,
+        block_tables: Any,
+        slot_mapping: Any,
+    ) -> list[Violation]:
+        """Check one step before its launch; call it once for every launch.
+
+        Shapes: cu_seqlens [R+1], kv_lens [R] (tokens after this step's writes), block_tables [R, B] (-1 padded),
+        slot_mapping [T] (block * block_size + offset of each token written), all of integer type.
+        The violations name the sequences that must not run. An empty list means that the step may be launched.
+        """
+        arrays = _Step(sequence_ids, domains, cu_seqlens, kv_lens, block_tables, slot_mapping)
+        with self._lock:
+            return self._check_step(step, arrays)
+
+    def _check_step(self, step: int, arrays: _Step) -> list[Violation]:
+        found = self._from_events
+        self._from_events = []
+        if step < self._counters["last_step"]:
+            detail = f"step {step} after step {self._counters['last_step']}"
+            everyone = tuple(arrays.sequence_ids), tuple(dict.fromkeys(arrays.domains))
+            found.append(Violation("step_order", *everyone, -1, detail))
+        elif step > self._counters["last_step"]:
+            self._settle()
+        distrusted = frozenset(name for violation in found for name in violation.sequence_ids)
+        verdict = _check(self._ledger, arrays, distrusted)
+        self._written = verdict.written
+        found += verdict.violations
+        self._counters["num_steps"] += 1
+        self._counters["num_rows"] += len(arrays.sequence_ids)
+        self._counters["num_slots_checked"] += int(np.size(arrays.slot_mapping))
+        self._counters["num_blocks_checked"] += verdict.num_blocks
+        self._counters["num_violations"] += len(found)
+        self._counters["last_step"] = step
+        return found
+
+    def self_test(self) -> bool:
+        """Whether the check still sees: on a copy of the ledger a clean row must pass and foreign rows must be flagged.
+
+        The rows are built for this and never run. The real ledger and its violation counter stay as they are.
+        """
+        with self._lock:
+            try:
+                passed = _self_test(self._ledger)
+            except Exception:  # an auditor that breaks is blind; whatever broke it
+                passed = False
+            self._counters["num_self_tests"] += 1
+            self._counters["num_self_tests_failed"] += not passed
+            self._counters["last_self_test_ok"] = int(passed)
+            return passed
+
+    def _settle(self) -> None:
+        """The step before has run: its writes are history now, in blocks that have not changed hands since."""
+        ids, generations, filled = self._written
+        same = (self._ledger.generation[ids] == generations) & (self._ledger.state[ids] != FREE)
+        self._ledger.filled[ids[same]] = filled[same]
+        self._written = (_NONE, _NONE, _NONE)
+
+
+def _check(ledger: BlockLedger, step: _Step, distrusted: frozenset[str] = frozenset()) -> _Verdict:
+    """Compare the step with the ledger. Writes of `distrusted` sequences are not taken for granted afterwards."""
+    num_rows = len(step.sequence_ids)
+    problem = _shape_problem(step, num_rows)
+    if problem is not None:
+        everyone = Violation(
+            "malformed_step", tuple(step.sequence_ids), tuple(dict.fromkeys(step.domains)), -1, problem
+        )
+        return _Verdict([everyone], 0, (_NONE, _NONE, _NONE))
+    if num_rows == 0:
+        return _Verdict([], 0, (_NONE, _NONE, _NONE))
+    size, num_blocks = ledger.block_size, len(ledger.state)
+    cu = np.asarray(step.cu_seqlens).astype(np.int64)
+    kv = np.asarray(step.kv_lens).astype(np.int64)
+    tables = np.asarray(step.block_tables).astype(np.int64)
+    slots = np.asarray(step.slot_mapping).astype(np.int64)
+    q = np.diff(cu)
+    row_domain = np.array([ledger.domain_ids.get(name, STRANGER) for name in step.domains], np.int64)
+    row_sequence = np.array([ledger.sequence_ids.get(name, STRANGER) for name in step.sequence_ids], np.int64)
+    flags = _Flags(ledger, step)
+
+    # Lengths: a row that points outside its own table is flagged and takes no further part.
+    inside = (q <= kv) & (kv >= 0) & (kv <= tables.shape[1] * size)
+    flags.rows(~inside, "length_out_of_table", "kv_len is below q_len or beyond the block table")
+    start = np.where(inside, kv - q, 0)
+    kv = np.where(inside, kv, 0)
+
+    # Reads: every block that the row can reach.
+    row, column = np.nonzero(np.arange(tables.shape[1]) < -(-kv // size)[:, None])
+    ids = tables[row, column]
+    real = (ids >= 0) & (ids < num_blocks)
+    flags.blocks(~real, row, ids, "block_out_of_range", "a block id in the table is outside of the pool")
+    at = np.where(real, ids, 0)
+    state = ledger.state[at]
+    held = real & ((state == WRITING) | (state == SEALED))
+    flags.blocks(real & (state == FREE), row, ids, "unallocated_block", "reads a block that is free")
+    flags.blocks(real & (state == QUARANTINED), row, ids, "quarantined_block", "reads a block in quarantine")
+    own_domain = ledger.domain[at] == row_domain[row]
+    own_sequence = ledger.sequence[at] == row_sequence[row]
+    flags.blocks(held & ~own_domain, row, ids, "foreign_block", "reads a block of another domain")
+    flags.blocks(held & own_domain & ~own_sequence, row, ids, "foreign_lineage", "reads a block of another sequence")
+
+    # History: what lies in the blocks is exactly what came before.
+    before = np.clip(start[row] - column * size, 0, size)
+    mine = held & own_domain & own_sequence
+    flags.blocks(mine & (ledger.filled[at] != before), row, ids, "history_mismatch", "tokens before this step differ")
+
+    # Writes: exactly the new positions, through the table, into blocks being written, one writer each.
+    writer = np.repeat(np.arange(num_rows), q)
+    position = start[writer] + np.arange(len(slots)) - cu[writer]
+    sound = inside[writer]
+    target = tables[writer, np.where(sound, position // size, 0)] if tables.shape[1] else np.full(len(slots), -1)
+    expected = target * size + position % size
+    slot_block = slots // size
+    slot_real = (slots >= 0) & (slot_block < num_blocks)
+    flags.blocks(~slot_real, writer, slot_block, "slot_out_of_range", "writes outside of the cache")
+    slot_at = np.where(slot_real, slot_block, 0)
+    foreign = slot_real & (ledger.domain[slot_at] != row_domain[writer])
+    flags.blocks(foreign, writer, slot_block, "foreign_write", "writes into a block of another domain")
+    flags.blocks(sound & (slots != expected), writer, slot_block, "slot_mismatch", "writes beside its own positions")
+    closed = slot_real & ~foreign & (ledger.state[slot_at] != WRITING)
+    flags.blocks(closed, writer, slot_block, "write_to_closed_block", "writes into a block not in writing state")
+    _, first, count = np.unique(slots, return_inverse=True, return_counts=True)
+    flags.blocks(count[first] > 1, writer, slot_block, "double_writer", "a slot has two writers in this step")
+    twice = len(set(step.sequence_ids)) != num_rows
+    flags.rows(np.full(num_rows, twice), "duplicate_row", "a sequence has two rows in this step")
+
+    trusted = np.array([name not in distrusted for name in step.sequence_ids], np.bool_)
+    good = (trusted & ~flags.bad)[row]
+    after = np.clip(kv[row] - column * size, 0, size)
+    return _Verdict(flags.found, len(ids), (ids[good], ledger.generation[at][good], after[good]))
+
+
+class _Flags:
+    """Collects violations: one for each row and rule, with the first block that shows it."""
+
+    def __init__(self, ledger: BlockLedger, step: _Step) -> None:
+        self.found: list[Violation] = []
+        self.bad: BoolArray = np.zeros(len(step.sequence_ids), np.bool_)
+        self._ledger = ledger
+        self._step = step
+
+    def rows(self, mask: BoolArray, rule: str, detail: str) -> None:
+        for row in np.nonzero(mask)[0]:
+            self._add(int(row), -1, rule, detail)
+
+    def blocks(self, mask: BoolArray, rows: IntArray, ids: IntArray, rule: str, detail: str) -> None:
+        if not mask.any():
+            return
+        unique, first = np.unique(rows[mask], return_index=True)
+        for row, block_id in zip(unique, ids[mask][first], strict=True):
+            self._add(int(row), int(block_id), rule, detail)
+
+    def _add(self, row: int, block_id: int, rule: str, detail: str) -> None:
+        self.bad[row] = True
+        sequences: tuple[str, ...] = (self._step.sequence_ids[row],)
+        domains: tuple[str, ...] = (self._step.domains[row],)
+        if 0 <= block_id < len(self._ledger.state):
+            owners, owner_domains = self._ledger.owner(block_id)
+            domains = tuple(dict.fromkeys((*domains, *owner_domains)))
+            if rule in ("foreign_write", "double_writer"):  # the owner's content is at stake too
+                sequences = tuple(dict.fromkeys((*sequences, *owners)))
+        self.found.append(Violation(rule, sequences, domains, block_id, f"row {row}: {detail}"))
+
+
+def _shape_problem(step: _Step, num_rows: int) -> str | None:
+    arrays = {
+        name: np.asarray(getattr(step, name)) for name in ("cu_seqlens", "kv_lens", "block_tables", "slot_mapping")
+    }
+    for name, array in arrays.items():
+        if array.dtype.kind not in "iu":
+            return f"{name} has type {array.dtype}, not an integer type"
+    cu, tables = arrays["cu_seqlens"], arrays["block_tables"]
+    if len(step.domains) != num_rows:
+        return f"{len(step.domains)} domains for {num_rows} rows"
+    if cu.shape != (num_rows + 1,) or arrays["kv_lens"].shape != (num_rows,):
+        return f"cu_seqlens {cu.shape} and kv_lens {arrays['kv_lens'].shape} do not fit {num_rows} rows"
+    if tables.ndim != 2 or tables.shape[0] != num_rows or arrays["slot_mapping"].ndim != 1:
+        return f"block_tables {tables.shape} or slot_mapping {arrays['slot_mapping'].shape} has the wrong shape"
+    cu = cu.astype(np.int64)
+    if cu[0] != 0 or (np.diff(cu) < 0).any() or cu[-1] != len(arrays["slot_mapping"]):
+        return f"cu_seqlens must rise from 0 to {len(arrays['slot_mapping'])}, the number of slots"
+    return None
+
+
+def _self_test(real: BlockLedger) -> bool:
+    """Two synthetic sequences in two domains; one reads its own block, then the other's, then a real tenant's."""
+    ledger, size = real.copy(), real.block_size
+    live = np.nonzero((real.state == WRITING) | (real.state == SEALED))[0]
+    mine, other = [i for i in range(3) if not (len(live) and i == live[0])][:2] if len(real.state) > 2 else (0, 1)
+    for block_id, name in ((mine, "a"), (other, "b")):
+        ledger.state[block_id], ledger.residue[block_id] = FREE, NOBODY
+        generation = int(ledger.generation[block_id]) + 1
+        if ledger.apply("allocate", block_id, generation, f"self-test/{name}", f"self-test/{name}") is not None:
+            return False
+
+    def rules(table: list[int], kv_len: int, slot: int) -> set[str]:
+        step = _Step(
+            ["self-test/a"], ["self-test/a"], np.array([0, 1]), np.array([kv_len]), np.array([table]), np.array([slot])
+        )
+        return {violation.kind for violation in _check(ledger, step).violations}
+
+    clean = rules([mine], 1, mine * size)
+    foreign_read = rules([other, mine], size + 1, mine * size)
+    foreign_write = rules([other], 1, other * size)
+    real_read = (
+        rules([int(live[0]), mine], size + 1, mine * size) if len(live) and len(real.state) > 2 else {"foreign_block"}
+    )
+    return (
+        not clean
+        and "foreign_block" in foreign_read
+        and {"foreign_block", "foreign_write"} <= foreign_write
+        and "foreign_block" in real_read
+    )

@@ -1,0 +1,5 @@
+"""`python -m gateway` is `bulkhead`."""
+
+from gateway.cli import main
+
+main()

@@ -1,0 +1,197 @@
+"""One tenant's page: account, ledger check, requests, holds, keys. One database snapshot."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gateway.admin import queries
+from gateway.admin.chart import Chart, stacked_bars
+from gateway.admin.health import Fact
+from gateway.admin.overview import empty_minutes, gather_minutes
+from gateway.admin.wording import count, duration, plural, usd_in_column, utc
+from gateway.services import Services
+from tenancy.ledger import CURRENCY
+from tenancy.meter import TenantUsage
+from tenancy.money import format_nano_usd
+
+REQUESTS_PER_PAGE = 50
+KEYS_MAX = 200
+HOLDS_MAX = 100
+INT64_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class MoneyFact:
+    heading: str
+    amount: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLine:
+    finished: str
+    model: str
+    key: str
+    prompt: str
+    cached: str
+    completion: str
+    amount: str
+    finish_reason: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class HoldLine:
+    request_id: str
+    amount: str
+    expires: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLine:
+    public_id: str
+    name: str
+    scopes: str
+    created: str
+    word: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class TenantPage:
+    tenant_id: str
+    name: str
+    status: str
+    as_of: str
+    currency: str
+    money: tuple[MoneyFact, ...]
+    check: Fact
+    chart: Chart
+    requests: tuple[RequestLine, ...]
+    older: str  # cursor of the next page; empty when there is none
+    is_older: bool  # this is not the first page
+    holds: tuple[HoldLine, ...]
+    holds_note: str
+    keys: tuple[KeyLine, ...]
+
+
+async def gather(services: Services, tenant_id: str, *, before: str) -> TenantPage | None:
+    """None when there is no such tenant. An unreadable cursor shows the first page.
+
+    Raises DatabaseUnavailableError.
+    """
+    now_ns = services.world.now_ns()
+    cursor = parse_cursor(before)
+    async with services.database.read() as conn:
+        tenant = await queries.one_tenant(conn, tenant_id)
+        if tenant is None:
+            return None
+        balances = await queries.account_balances(conn, tenant_id)
+        sums = await queries.entry_sums(conn, tenant_id)
+        billed = await queries.usage_of(conn, tenant_id)
+        minutes = (await gather_minutes(conn, now_ns, tenant_id)).get(tenant_id)
+        requests = await queries.recent_usage(conn, tenant_id, cursor, REQUESTS_PER_PAGE + 1)
+        num_held, held_nano_usd = await queries.pending_sum(conn, tenant_id)
+        holds = await queries.tenant_holds(conn, tenant_id, HOLDS_MAX)
+        keys = await queries.tenant_keys(conn, tenant_id, KEYS_MAX)
+    shown = requests[:REQUESTS_PER_PAGE]
+    return TenantPage(
+        tenant_id=tenant.tenant_id,
+        name=tenant.name,
+        status=tenant.status,
+        as_of=utc(now_ns),
+        currency=CURRENCY,
+        money=_money(balances, billed, num_held),
+        check=check_account(balances, sums, billed.amount_nano_usd, held_nano_usd),
+        chart=stacked_bars(minutes or empty_minutes(now_ns), subject=tenant.name),
+        requests=tuple(_request_line(row) for row in shown),
+        older=format_cursor(shown[-1]) if len(requests) > len(shown) else "",
+        is_older=cursor is not None,
+        holds=tuple(_hold_line(row, now_ns) for row in holds),
+        holds_note=f"{plural(num_held, 'hold')}, {format_nano_usd(held_nano_usd)}"
+        + (f"; the first {HOLDS_MAX} are shown" if num_held > len(holds) else ""),
+        keys=tuple(_key_line(row, now_ns) for row in keys),
+    )
+
+
+def check_account(
+    balances: Mapping[str, int], sums: Mapping[str, int], billed_nano_usd: int, held_nano_usd: int
+) -> Fact:
+    """Three figures that are kept apart must agree: balances and entries, billed and revenue, held and holds."""
+    differences = {
+        "Balances minus ledger entries": sum(
+            abs(balances.get(kind, 0) - sums.get(kind, 0)) for kind in balances.keys() | sums.keys()
+        ),
+        "Usage billed minus ledger revenue": billed_nano_usd - balances.get("revenue", 0),
+        "Pending holds minus ledger held": held_nano_usd - balances.get("held", 0),
+        "Sum of all accounts": sum(balances.values()),
+    }
+    lines = {name: f"{name}: {format_nano_usd(value)}" for name, value in differences.items()}
+    if any(differences.values()):
+        return Fact("bad", "Does not agree", lines)
+    return Fact("good", "Agrees to the nano-USD", lines)
+
+
+def parse_cursor(text: str) -> tuple[int, str] | None:
+    """`<finished_ns>.<request_id>`."""
+    at, _, request_id = text.partition(".")
+    if not (at.isascii() and at.isdigit() and len(at) <= 19 and request_id and request_id.isprintable()):
+        return None
+    return (int(at), request_id) if int(at) <= INT64_MAX else None
+
+
+def format_cursor(row: queries.UsageRow) -> str:
+    return f"{row.finished_ns}.{row.request_id}"
+
+
+def _money(balances: Mapping[str, int], billed: TenantUsage, num_held: int) -> tuple[MoneyFact, ...]:
+    return (
+        MoneyFact("Credit left", format_nano_usd(balances.get("credit", 0)), ("Neither billed nor held",)),
+        MoneyFact("Held", format_nano_usd(balances.get("held", 0)), (plural(num_held, "pending hold"),)),
+        MoneyFact(
+            "Billed, all time",
+            format_nano_usd(billed.amount_nano_usd),
+            (
+                plural(billed.num_requests, "request"),
+                f"{count(billed.num_prompt_tokens)} prompt tokens, {count(billed.num_cached_tokens)} of them cached",
+                f"{count(billed.num_completion_tokens)} completion tokens",
+            ),
+        ),
+    )
+
+
+def _request_line(row: queries.UsageRow) -> RequestLine:
+    return RequestLine(
+        finished=utc(row.finished_ns).removesuffix(" UTC"),
+        model=row.model,
+        key=row.key_public_id,
+        prompt=count(row.num_prompt_tokens),
+        cached=count(row.num_cached_tokens),
+        completion=count(row.num_completion_tokens),
+        amount=usd_in_column(row.amount_nano_usd),
+        finish_reason=row.finish_reason,
+        request_id=row.request_id,
+    )
+
+
+def _hold_line(row: queries.HoldRow, now_ns: int) -> HoldLine:
+    left_ns = row.expires_ns - now_ns
+    expires = f"in {duration(left_ns)}" if left_ns > 0 else f"{duration(-left_ns)} ago, waiting to be settled"
+    return HoldLine(row.request_id, usd_in_column(row.amount_nano_usd), expires)
+
+
+def _key_line(row: queries.KeyRow, now_ns: int) -> KeyLine:
+    word, state = "active", "good"
+    if row.revoked_ns is not None:
+        word, state = f"revoked {utc(row.revoked_ns)}", "bad"
+    elif row.expires_ns is not None and row.expires_ns <= now_ns:
+        word, state = f"expired {utc(row.expires_ns)}", "warn"
+    elif row.expires_ns is not None:
+        word = f"active until {utc(row.expires_ns)}"
+    return KeyLine(
+        public_id=f"bk-{row.public_id}-…",
+        name=f"{row.project_name} / {row.name}",
+        scopes=row.scopes,
+        created=utc(row.created_ns),
+        word=word,
+        state=state,
+    )

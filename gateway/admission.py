@@ -1,0 +1,152 @@
+"""From an authenticated request to a right to run: a lease in Valkey, then one transaction.
+
+    acquire   all limits of the caller or none; costs prompt + max_tokens, the most it can use
+    T1        price pinned, worst case held in nano-USD, `request.admitted` in the outbox
+
+Nothing runs before both have succeeded. When T1 fails, what had been taken is given back, also when it is not known
+whether T1 committed.
+"""
+
+from dataclasses import dataclass
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from audit.entry import Entry
+from audit.outbox import append
+from gateway.auth import Caller
+from gateway.problems import CreditExhaustedError, Headers, NeverFitsError, RateLimitedError
+from gateway.services import Services
+from gateway.translation import Work
+from gateway.world import new_id
+from tenancy.keys import Principal
+from tenancy.ledger import InsufficientCredit, balance, place_hold
+from tenancy.prices import Price, price_at, worst_case_nano_usd
+from tenancy.quota import Lease, QuotaSnapshot, Refused
+
+KIND_OF_LIMIT = {"requests_per_minute": "requests", "tokens_per_minute": "tokens", "concurrency_max": "concurrency"}
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What one request has been granted and still owes an ending."""
+
+    request_id: str
+    principal: Principal
+    lease: Lease
+    hold_id: str
+    price: Price
+    hold_nano_usd: int
+    model: str
+    num_prompt_tokens: int
+    max_tokens: int
+    stream: bool
+    started_ns: int
+    expires_ns: int  # of the hold
+
+
+async def acquire(services: Services, caller: Caller, work: Work, request_id: str) -> Lease:
+    """Take a place under every limit of the caller, or none.
+
+    Raises RateLimitedError, NeverFitsError, or QuotaUnavailableError: without Valkey nothing is served.
+    """
+    result = await services.quota.acquire(
+        caller.limits,
+        tenant_id=caller.principal.tenant_id,
+        lease_id=request_id,
+        num_tokens=work.num_prompt_tokens + work.sampling.max_tokens,
+        lease_ttl_ms=services.settings.lease_ttl_s * 1_000,
+    )
+    if isinstance(result, Refused):
+        raise _refusal(result, work)
+    return result
+
+
+async def admit(
+    services: Services, caller: Caller, work: Work, request_id: str, lease: Lease, hold_id: str
+) -> Admission:
+    """T1. Raises CreditExhaustedError, PriceMissingError, DatabaseUnavailableError."""
+    async with services.database.transaction() as conn:
+        started_ns = services.world.now_ns()
+        expires_ns = started_ns + services.settings.hold_ttl_s * 1_000_000_000
+        price = await price_at(conn, work.model, started_ns)
+        admission = Admission(
+            request_id=request_id,
+            principal=caller.principal,
+            lease=lease,
+            hold_id=hold_id,
+            price=price,
+            hold_nano_usd=worst_case_nano_usd(price, work.num_prompt_tokens, work.sampling.max_tokens),
+            model=work.model,
+            num_prompt_tokens=work.num_prompt_tokens,
+            max_tokens=work.sampling.max_tokens,
+            stream=work.stream,
+            started_ns=started_ns,
+            expires_ns=expires_ns,
+        )
+        await _hold(conn, services, admission)
+    return admission
+
+
+def new_hold_id(services: Services) -> str:
+    return new_id("hold", services.world.entropy)
+
+
+async def _hold(conn: AsyncConnection, services: Services, admission: Admission) -> None:
+    tenant_id = admission.principal.tenant_id
+    held = await place_hold(
+        conn,
+        hold_id=admission.hold_id,
+        tenant_id=tenant_id,
+        request_id=admission.request_id,
+        price_id=admission.price.price_id,
+        amount_nano_usd=admission.hold_nano_usd,
+        expires_ns=admission.expires_ns,
+        now_ns=admission.started_ns,
+    )
+    if isinstance(held, InsufficientCredit):
+        in_flight_nano_usd = (await balance(conn, tenant_id)).held_nano_usd
+        raise CreditExhaustedError(held.available_nano_usd, held.needed_nano_usd, in_flight_nano_usd)
+    body: dict[str, str | int | bool | list[str]] = {
+        "request_id": admission.request_id,
+        "key_id": admission.principal.key_id,
+        "model": admission.model,
+        "price_id": admission.price.price_id,
+        "num_prompt_tokens": admission.num_prompt_tokens,
+        "max_tokens": admission.max_tokens,
+        "hold_nano_usd": admission.hold_nano_usd,
+    }
+    entry = Entry("request.admitted", tenant_id, admission.started_ns, body)
+    await append(conn, entry, entropy=services.world.entropy)
+
+
+def _refusal(refused: Refused, work: Work) -> Exception:
+    headers = rate_limit_headers(refused.snapshot)
+    if refused.code == "never_fits" and refused.limit_name == "tokens_per_minute":
+        num_tokens = work.num_prompt_tokens + work.sampling.max_tokens
+        return NeverFitsError(num_tokens, refused.limit, headers)
+    return RateLimitedError(KIND_OF_LIMIT[refused.limit_name], refused.retry_after_ms, headers)
+
+
+def rate_limit_headers(snapshot: QuotaSnapshot) -> Headers:
+    """OpenAI's x-ratelimit headers of the tightest scope; a limit that is not set has no header."""
+    headers: list[tuple[str, str]] = []
+    rows = (
+        ("requests", snapshot.limit_requests, snapshot.remaining_requests, snapshot.reset_requests_ms),
+        ("tokens", snapshot.limit_tokens, snapshot.remaining_tokens, snapshot.reset_tokens_ms),
+    )
+    for name, limit, remaining, reset_ms in rows:
+        if limit is None:
+            continue
+        headers.append((f"x-ratelimit-limit-{name}", str(limit)))
+        headers.append((f"x-ratelimit-remaining-{name}", str(max(0, remaining or 0))))
+        headers.append((f"x-ratelimit-reset-{name}", duration(reset_ms or 0)))
+    return tuple(headers)
+
+
+def duration(milliseconds: int) -> str:
+    """OpenAI's spelling: 12ms, 1.5s, 6m0s."""
+    if milliseconds < 1_000:
+        return f"{max(0, milliseconds)}ms"
+    minutes, rest_ms = divmod(milliseconds, 60_000)
+    seconds = f"{rest_ms // 1000}.{rest_ms % 1000:03}".rstrip("0").rstrip(".") + "s"
+    return f"{minutes}m{seconds}" if minutes else seconds

@@ -1,0 +1,45 @@
+"""Who is asking: the bearer key of a request, turned into a Principal and the limits that apply to it.
+
+One read of the database for each request, so a revoked key is refused at once on every replica. Whatever is wrong with
+a key, the client gets the same answer after the same work.
+"""
+
+from dataclasses import dataclass
+
+from starlette.types import Scope
+
+from gateway.problems import MissingScopeError
+from gateway.services import Services
+from tenancy.keys import Principal, authenticate
+from tenancy.limits import ScopeLimits, load_scopes
+
+INFERENCE_SCOPE = "inference"
+KEY_CHARS_MAX = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    principal: Principal
+    limits: tuple[ScopeLimits, ...]
+
+
+async def authenticated(services: Services, scope: Scope) -> Caller:
+    """Raises InvalidApiKeyError (401), MissingScopeError (403), DatabaseUnavailableError (503)."""
+    presented = bearer_key(scope)
+    now_ns = services.world.now_ns()
+    async with services.database.read() as conn:
+        principal = await authenticate(conn, presented, pepper=services.secrets.key_pepper, now_ns=now_ns)
+        limits = await load_scopes(conn, principal)
+    if INFERENCE_SCOPE not in principal.scopes:
+        raise MissingScopeError(INFERENCE_SCOPE)
+    return Caller(principal, tuple(limits))
+
+
+def bearer_key(scope: Scope) -> str:
+    """The presented key, or "" (which is never valid) when it is missing, given twice or not a bearer key."""
+    values = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(values) != 1:
+        return ""
+    scheme, _, key = values[0].decode("latin-1").partition(" ")
+    key = key.strip()
+    return key if scheme.lower() == "bearer" and len(key) <= KEY_CHARS_MAX else ""

@@ -1,0 +1,143 @@
+"""Changes to tenants, keys, prices, credit and operators, each with its log entry in the same transaction.
+
+The first run and the command line both go through here, so nothing of this kind can happen unlogged.
+"""
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from audit.entry import Entry
+from audit.outbox import append
+from gateway.world import new_id
+from tenancy import directory, keys, ledger, limits, operators, prices
+
+Body = dict[str, str | int | bool | list[str]]
+KEY_SCOPES = frozenset({"inference"})
+PASSWORD_BYTES = 15  # 24 characters of base64: 120 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Clerk:
+    """Works in the caller's transaction `conn`, at `now_ns`."""
+
+    conn: AsyncConnection
+    entropy: Callable[[int], bytes]
+    now_ns: int
+
+    async def create_tenant(self, name: str, *, organisation: str) -> tuple[str, str]:
+        """A new organisation of that name (or the one that exists), a tenant, and its project `default`: their ids."""
+        owner = await directory.get_organisation_by_name(self.conn, organisation)
+        if owner is None:
+            owner = await directory.create_organisation(
+                self.conn, organisation, entropy=self.entropy, now_ns=self.now_ns
+            )
+        tenant = await directory.create_tenant(
+            self.conn, owner.organisation_id, name, entropy=self.entropy, now_ns=self.now_ns
+        )
+        project = await directory.create_project(
+            self.conn, tenant.tenant_id, "default", entropy=self.entropy, now_ns=self.now_ns
+        )
+        await self._log("tenant.created", tenant.tenant_id, {"organisation_id": owner.organisation_id, "name": name})
+        return tenant.tenant_id, project.project_id
+
+    async def set_tenant_limits(
+        self,
+        tenant_id: str,
+        requests_per_minute: int | None,
+        tokens_per_minute: int | None,
+        concurrency_max: int | None,
+    ) -> None:
+        """None is no limit."""
+        await limits.set_limits(
+            self.conn,
+            "tenant",
+            tenant_id,
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+            concurrency_max=concurrency_max,
+            now_ns=self.now_ns,
+        )
+        body: Body = {
+            "scope_kind": "tenant",
+            "scope_id": tenant_id,
+            "requests_per_minute": -1 if requests_per_minute is None else requests_per_minute,
+            "tokens_per_minute": -1 if tokens_per_minute is None else tokens_per_minute,
+            "concurrency_max": -1 if concurrency_max is None else concurrency_max,
+        }
+        await self._log("limits.changed", tenant_id, body)
+
+    async def create_key(self, tenant_id: str, project_id: str, name: str, pepper: bytes) -> keys.MintedKey:
+        """The new key; its secret is in the return value and nowhere else."""
+        minted = await keys.mint_key(
+            self.conn, project_id, name, KEY_SCOPES, pepper=pepper, entropy=self.entropy, now_ns=self.now_ns
+        )
+        body: Body = {
+            "key_id": minted.key_id,
+            "project_id": project_id,
+            "name": name,
+            "scopes": sorted(KEY_SCOPES),
+        }
+        await self._log("key.created", tenant_id, body)
+        return minted
+
+    async def revoke_key(self, tenant_id: str, key_id: str, reason: str) -> bool:
+        """False when it was revoked already."""
+        if not await keys.revoke_key(self.conn, key_id, now_ns=self.now_ns):
+            return False
+        await self._log("key.revoked", tenant_id, {"key_id": key_id, "reason": reason})
+        return True
+
+    async def add_price(
+        self,
+        model: str,
+        *,
+        input_pico_usd: int,
+        cached_input_pico_usd: int,
+        output_pico_usd: int,
+        request_nano_usd: int,
+    ) -> str:
+        """A price in force from now on; its id."""
+        price = await prices.add_price(
+            self.conn,
+            model=model,
+            input_pico_usd=input_pico_usd,
+            cached_input_pico_usd=cached_input_pico_usd,
+            output_pico_usd=output_pico_usd,
+            request_nano_usd=request_nano_usd,
+            effective_from_ns=self.now_ns,
+            entropy=self.entropy,
+            now_ns=self.now_ns,
+        )
+        body: Body = {
+            "price_id": price.price_id,
+            "model": model,
+            "input_pico_usd": input_pico_usd,
+            "cached_input_pico_usd": cached_input_pico_usd,
+            "output_pico_usd": output_pico_usd,
+            "request_nano_usd": request_nano_usd,
+            "effective_from_ns": self.now_ns,
+        }
+        await self._log("price.added", "", body)
+        return price.price_id
+
+    async def grant_credit(self, tenant_id: str, amount_nano_usd: int, *, transfer_id: str = "", memo: str) -> None:
+        """Prepaid credit; a repeat with the same transfer id changes nothing."""
+        transfer_id = transfer_id or new_id("trf", self.entropy)
+        await ledger.grant_credit(
+            self.conn, tenant_id, amount_nano_usd, transfer_id=transfer_id, now_ns=self.now_ns, memo=memo
+        )
+        body: Body = {"transfer_id": transfer_id, "memo": memo, "amount_nano_usd": amount_nano_usd}
+        await self._log("credit.granted", tenant_id, body)
+
+    async def create_operator(self, name: str) -> str:
+        """An operator for the admin page; the generated password, which is stored only as a hash."""
+        password = base64.urlsafe_b64encode(self.entropy(PASSWORD_BYTES)).decode()
+        await operators.create_operator(self.conn, name, password, entropy=self.entropy, now_ns=self.now_ns)
+        await self._log("operator.created", "", {"name": name})
+        return password
+
+    async def _log(self, kind: str, tenant_id: str, body: Body) -> None:
+        await append(self.conn, Entry(kind, tenant_id, self.now_ns, body), entropy=self.entropy)

@@ -1,0 +1,86 @@
+"""The command line. Each command opens what it needs, does one thing in one transaction, and says what it did.
+
+Errors that a person can act on end in one line on standard error and exit code 1 (2 for a wrong command line).
+"""
+
+import os
+import sys
+
+import typer
+from rich.console import Console
+
+from gateway import __version__
+from gateway.commands import audit as audit_commands
+from gateway.commands import bench as bench_commands
+from gateway.commands import directory as directory_commands
+from gateway.commands.errors import KNOWN_ERRORS
+from gateway.logs import configure_logs
+from gateway.settings import load_settings
+from gateway.world import real_world
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(directory_commands.tenant_app, name="tenant")
+app.add_typer(directory_commands.key_app, name="key")
+app.add_typer(directory_commands.price_app, name="price")
+app.add_typer(directory_commands.credit_app, name="credit")
+app.add_typer(directory_commands.admin_app, name="admin")
+app.add_typer(audit_commands.app, name="audit")
+app.add_typer(bench_commands.app, name="bench")
+model_app = typer.Typer(no_args_is_help=True, help="Models in the data folder.")
+app.add_typer(model_app, name="model")
+
+
+@app.command()
+def serve() -> None:
+    """Set up what is missing and serve HTTPS until Ctrl-C or SIGTERM."""
+    from gateway.serve import run_serve  # the server's imports cost half a second that other commands do not need
+
+    world = real_world()
+    settings = load_settings(world.environ)
+    configure_logs(settings.log_level)
+    raise typer.Exit(run_serve(settings, world, Console()))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def worker(context: typer.Context) -> None:
+    """Run one engine worker on a unix socket (serve starts its own)."""
+    # Replaced, not imported: this process must stay free of torch until it is the worker.
+    os.execv(sys.executable, [sys.executable, "-m", "gateway.worker", *context.args])  # noqa: S606
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database to this version's schema."""
+    from gateway.folders import open_folders
+    from gateway.migrate import migrate as run
+
+    settings = load_settings(real_world().environ)
+    open_folders(settings.data_dir)
+    changed = run(settings.effective_database_url)
+    typer.echo("database upgraded" if changed else "database is up to date")
+
+
+@model_app.command("fetch")
+def model_fetch() -> None:
+    """Download, check and convert the demo model (SmolLM2-135M-Instruct)."""
+    from gateway.demo_model import ensure_demo_model
+    from gateway.folders import open_folders
+
+    settings = load_settings(real_world().environ)
+    open_folders(settings.data_dir)
+    folder = ensure_demo_model(settings.effective_model_dir, typer.echo)
+    typer.echo(f"the model is in {folder}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    try:
+        app()
+    except KNOWN_ERRORS as error:
+        typer.echo(f"bulkhead: {error}", err=True)
+        sys.exit(1)

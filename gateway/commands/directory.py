@@ -1,0 +1,243 @@
+"""bulkhead tenant, key, price, credit, admin: who is served, at what price, and who looks after it."""
+
+from decimal import Decimal, InvalidOperation
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway.clerk import Clerk
+from gateway.commands.session import CommandError, Session, in_transaction, open_session
+from tenancy.directory import Tenant, get_tenant_by_name, list_projects, list_tenants
+from tenancy.keys import list_keys
+from tenancy.ledger import balance
+from tenancy.limits import get_limits
+from tenancy.money import format_nano_usd
+from tenancy.prices import list_prices
+
+PICO_PER_USD_PER_MILLION = 10**6  # 1 USD per million tokens is 10**6 pico-USD per token
+NANO_PER_USD = 10**9
+WIDTH_MAX = 500  # tables are never cut: what does not fit a terminal is wrapped there
+
+tenant_app = typer.Typer(no_args_is_help=True, help="Tenants.")
+key_app = typer.Typer(no_args_is_help=True, help="API keys.")
+price_app = typer.Typer(no_args_is_help=True, help="Prices.")
+credit_app = typer.Typer(no_args_is_help=True, help="Prepaid credit.")
+admin_app = typer.Typer(no_args_is_help=True, help="Operators of the admin page.")
+
+TenantName = Annotated[str, typer.Option("--tenant", help="the tenant's name")]
+
+
+def clerk(session: Session, conn: AsyncConnection) -> Clerk:
+    return Clerk(conn, session.world.entropy, session.world.now_ns())
+
+
+async def find_tenant(conn: AsyncConnection, name: str) -> Tenant:
+    tenant = await get_tenant_by_name(conn, name)
+    if tenant is None:
+        raise CommandError(f"there is no tenant {name!r}; see: bulkhead tenant list")
+    return tenant
+
+
+def exact(text: str, scale: int, option: str) -> int:
+    """A decimal number times `scale`, which must come out whole: prices and amounts are never rounded here."""
+    try:
+        value = Decimal(text) * scale
+    except InvalidOperation as error:
+        raise CommandError(f"{option} {text!r} is not a decimal number") from error
+    if not value.is_finite() or value < 0 or value != value.to_integral_value():
+        raise CommandError(f"{option} {text!r} must be 0 or more, with no more decimals than are kept exactly")
+    return int(value)
+
+
+@tenant_app.command("create")
+def tenant_create(
+    name: Annotated[str, typer.Option(help="unique name")],
+    organisation: Annotated[str, typer.Option(help="organisation it belongs to; default: its own name")] = "",
+    requests_per_minute: Annotated[int | None, typer.Option(min=0)] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(min=0)] = None,
+    concurrency: Annotated[int | None, typer.Option(min=0, help="requests at the same time")] = None,
+) -> None:
+    """Create a tenant with one project, its ledger accounts and its limits."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> str:
+        one = clerk(session, conn)
+        tenant_id, _ = await one.create_tenant(name, organisation=organisation or name)
+        await one.set_tenant_limits(tenant_id, requests_per_minute, tokens_per_minute, concurrency)
+        return tenant_id
+
+    typer.echo(f"tenant {name} is {in_transaction(session, work)}")
+
+
+@tenant_app.command("list")
+def tenant_list() -> None:
+    """List tenants with credit, held money and limits."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> list[tuple[str, ...]]:
+        tenants = await list_tenants(conn)
+        rules = await get_limits(conn, [tenant.tenant_id for tenant in tenants])
+        rows = []
+        for tenant in tenants:
+            money = await balance(conn, tenant.tenant_id)
+            rule = rules.get(tenant.tenant_id)
+            limits = (
+                (rule.requests_per_minute, rule.tokens_per_minute, rule.concurrency_max) if rule else (None, None, None)
+            )
+            amounts = (money.credit_nano_usd, money.held_nano_usd, money.captured_nano_usd)
+            rows.append(
+                (
+                    tenant.name,
+                    tenant.tenant_id,
+                    tenant.status,
+                    *(format_nano_usd(amount) for amount in amounts),
+                    *("-" if limit is None else f"{limit:,}" for limit in limits),
+                )
+            )
+        return rows
+
+    columns = ("tenant", "id", "status", "credit", "held", "billed", "req/min", "tok/min", "at once")
+    print_table(columns, in_transaction(session, work), numbers_from=3)
+
+
+@key_app.command("create")
+def key_create(tenant: TenantName, name: Annotated[str, typer.Option(help="what it is for")] = "key") -> None:
+    """Create an API key and show its secret once."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> str:
+        found = await find_tenant(conn, tenant)
+        project = (await list_projects(conn, found.tenant_id))[0]
+        minted = await clerk(session, conn).create_key(
+            found.tenant_id, project.project_id, name, session.secrets.key_pepper
+        )
+        return minted.secret_text
+
+    typer.echo(in_transaction(session, work))
+    typer.echo("This is shown once; only its hash is kept.", err=True)
+
+
+@key_app.command("list")
+def key_list(tenant: TenantName) -> None:
+    """List the keys of a tenant, never their secrets."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> list[tuple[str, ...]]:
+        found = await list_keys(conn, (await find_tenant(conn, tenant)).tenant_id)
+        return [
+            (key.key_id, f"bk-{key.public_id}-...", key.name, " ".join(sorted(key.scopes)), key_state(key.revoked_ns))
+            for key in found
+        ]
+
+    print_table(("id", "key", "name", "scopes", "state"), in_transaction(session, work))
+
+
+def key_state(revoked_ns: int | None) -> str:
+    return "active" if revoked_ns is None else "revoked"
+
+
+@key_app.command("revoke")
+def key_revoke(
+    key_id: Annotated[str, typer.Argument(help="the key's id, from: bulkhead key list")],
+    reason: Annotated[str, typer.Option(help="kept in the log")] = "",
+) -> None:
+    """Revoke a key; the next request with it is refused."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> bool:
+        for tenant in await list_tenants(conn):
+            if any(key.key_id == key_id for key in await list_keys(conn, tenant.tenant_id)):
+                return await clerk(session, conn).revoke_key(tenant.tenant_id, key_id, reason)
+        raise CommandError(f"there is no key {key_id!r}; see: bulkhead key list")
+
+    typer.echo("revoked" if in_transaction(session, work) else "it was revoked before")
+
+
+@price_app.command("add")
+def price_add(
+    model: Annotated[str, typer.Option(help="the model's id, as in /v1/models")],
+    input: Annotated[str, typer.Option(help="USD per million prompt tokens")],
+    output: Annotated[str, typer.Option(help="USD per million completion tokens")],
+    cached_input: Annotated[str, typer.Option(help="USD per million cached prompt tokens; default: as input")] = "",
+    request: Annotated[str, typer.Option(help="USD per request")] = "0",
+) -> None:
+    """Add a price version that is in force from now on."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> str:
+        return await clerk(session, conn).add_price(
+            model,
+            input_pico_usd=exact(input, PICO_PER_USD_PER_MILLION, "--input"),
+            cached_input_pico_usd=exact(cached_input or input, PICO_PER_USD_PER_MILLION, "--cached-input"),
+            output_pico_usd=exact(output, PICO_PER_USD_PER_MILLION, "--output"),
+            request_nano_usd=exact(request, NANO_PER_USD, "--request"),
+        )
+
+    typer.echo(f"price {in_transaction(session, work)} is in force")
+
+
+@price_app.command("list")
+def price_list(model: Annotated[str, typer.Option(help="only this model")] = "") -> None:
+    """List price versions, oldest first."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> list[tuple[str, ...]]:
+        return [
+            (
+                price.model,
+                price.price_id,
+                *(
+                    str(Decimal(pico) / PICO_PER_USD_PER_MILLION)
+                    for pico in (price.input_pico_usd, price.cached_input_pico_usd, price.output_pico_usd)
+                ),
+                format_nano_usd(price.request_nano_usd),
+            )
+            for price in await list_prices(conn, model or None)
+        ]
+
+    columns = ("model", "id", "input USD/M", "cached USD/M", "output USD/M", "per request")
+    print_table(columns, in_transaction(session, work), numbers_from=2)
+
+
+@credit_app.command("grant")
+def credit_grant(
+    tenant: TenantName,
+    usd: Annotated[str, typer.Option(help="amount in USD, a decimal number")],
+    memo: Annotated[str, typer.Option(help="kept with the transfer")] = "credit",
+    transfer_id: Annotated[str, typer.Option(help="makes a repeat harmless")] = "",
+) -> None:
+    """Add prepaid credit."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> int:
+        found = await find_tenant(conn, tenant)
+        amount = exact(usd, NANO_PER_USD, "--usd")
+        await clerk(session, conn).grant_credit(found.tenant_id, amount, transfer_id=transfer_id, memo=memo)
+        return (await balance(conn, found.tenant_id)).credit_nano_usd
+
+    typer.echo(f"{tenant} now has {format_nano_usd(in_transaction(session, work))}")
+
+
+@admin_app.command("create")
+def admin_create(name: Annotated[str, typer.Option(help="log-in name")]) -> None:
+    """Create an operator for the admin page and show a generated password once."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> str:
+        return await clerk(session, conn).create_operator(name)
+
+    typer.echo(in_transaction(session, work))
+    typer.echo("This is shown once; only its hash is kept.", err=True)
+
+
+def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], numbers_from: int | None = None) -> None:
+    table = Table(box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        numeric = numbers_from is not None and index >= numbers_from
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=WIDTH_MAX).print(table)

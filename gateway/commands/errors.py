@@ -1,0 +1,42 @@
+"""Errors that end a command in one clear line. Anything else is our bug and shows its traceback."""
+
+from audit.keyring import KeyringError
+from audit.publish import LogForkError
+from gateway.commands.session import CommandError
+from gateway.database import DatabaseUnavailableError
+from gateway.demo_model import ModelError
+from gateway.folders import FolderError
+from gateway.migrate import MigrationError
+from gateway.port import PortError
+from gateway.settings import SettingsError
+from gateway.supervisor import ChildFailedError
+from gateway.tls import TlsError
+from tenancy.directory import DuplicateNameError, UnknownIdError
+from tenancy.ids import InvalidNameError
+from tenancy.ledger import LedgerConflictError
+from tenancy.limits import LimitError
+from tenancy.money import MoneyRangeError
+from tenancy.operators import DuplicateOperatorError
+from tenancy.prices import PriceConflictError
+
+KNOWN_ERRORS = (
+    ChildFailedError,
+    CommandError,
+    DuplicateNameError,
+    DuplicateOperatorError,
+    InvalidNameError,
+    LedgerConflictError,
+    LimitError,
+    MoneyRangeError,
+    PriceConflictError,
+    UnknownIdError,
+    DatabaseUnavailableError,
+    FolderError,
+    KeyringError,
+    LogForkError,
+    MigrationError,
+    ModelError,
+    PortError,
+    SettingsError,
+    TlsError,
+)

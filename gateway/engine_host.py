@@ -1,0 +1,148 @@
+"""The engine worker as the gateway sees it: its process, its connection, and the facts about it that are logged.
+
+A worker is used only after its start is in the outbox: unlogged means unserved.
+"""
+
+import asyncio
+import os
+import sys
+from collections.abc import Mapping
+
+import msgspec
+import structlog
+
+from audit.entry import Entry
+from audit.outbox import append
+from engine.client import EngineClient
+from engine.protocol import Incident
+from gateway.database import Database, DatabaseUnavailableError
+from gateway.engine_link import EngineLink
+from gateway.folders import Folders
+from gateway.settings import Settings
+from gateway.supervisor import Child
+from gateway.world import World
+
+START_TIMEOUT_S = 180.0  # a cold disk and two busy cores; a warm start takes a few seconds
+
+Body = dict[str, str | int | bool | list[str]]
+
+log = structlog.get_logger(__name__)
+
+
+class EngineHost:
+    def __init__(
+        self, settings: Settings, world: World, folders: Folders, database: Database, link: EngineLink
+    ) -> None:
+        self._world = world
+        self._folders = folders
+        self._database = database
+        self._link = link
+        self._client: EngineClient | None = None
+        self._writing: set[asyncio.Task[None]] = set()  # incident entries on their way; kept so that none is lost
+        folders.journal.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.child = Child(
+            "engine worker",
+            worker_command(worker_config(settings, folders)),
+            on_start=self._on_start,
+            on_exit=self._on_exit,
+            env=worker_environment(world.environ),
+        )
+
+    async def stop(self, grace_s: float) -> None:
+        await asyncio.gather(*self._writing, return_exceptions=True)
+        if self._client is not None:
+            await self._client.close()
+        await self.child.stop(grace_s)
+
+    async def heartbeat(self) -> None:
+        """One audit.heartbeat entry with what the auditor in the worker has counted so far. Nothing while it is down:
+        the gap in the log is the statement."""
+        status = self._link.status
+        if status.ready is None or status.stats is None:
+            return
+        counters = status.stats.audit
+        body: Body = {
+            "epoch": status.ready.epoch,
+            "num_steps": counters["num_steps"],
+            "num_slots_checked": counters["num_slots_checked"],
+            "num_violations": counters["num_violations"],
+            "num_self_tests": counters["num_self_tests"],
+            "last_self_test_ok": counters["num_self_tests"] > 0 and counters["num_self_tests_failed"] == 0,
+        }
+        await self._log(Entry("audit.heartbeat", "", self._world.now_ns(), body))
+
+    async def _on_start(self, child: Child) -> None:
+        client = await EngineClient.connect(
+            self._folders.engine_socket, on_incident=self._on_incident, timeout_s=START_TIMEOUT_S
+        )
+        ready = client.ready
+        body: Body = {
+            "epoch": ready.epoch,
+            "model_id": ready.model_id,
+            "model_digest": ready.model_digest,
+            "isolation": ready.isolation,
+            "kernels": ready.kernels,
+        }
+        await self._log(Entry("worker.started", "", self._world.now_ns(), body))
+        self._client = client
+        self._link.num_restarts = child.num_restarts
+        self._link.attach(client)
+
+    async def _on_exit(self, code: int) -> None:
+        self._link.detach()
+        epoch = self._client.ready.epoch if self._client is not None else ""
+        if self._client is not None:
+            await self._client.close()
+        try:
+            await self._log(
+                Entry("worker.lost", "", self._world.now_ns(), {"epoch": epoch, "reason": f"exit code {code}"})
+            )
+        except DatabaseUnavailableError as error:
+            # The worker's end shows in the log all the same: its heartbeats stop.
+            log.error("worker.lost was not logged", error=str(error))
+
+    def _on_incident(self, incident: Incident) -> None:
+        """Called by the reader of the connection, which must not wait: the entry is written by a task of its own."""
+        log.error("isolation violation", rule=incident.kind, step=incident.step, sequences=incident.sequence_ids)
+        body: Body = {
+            "epoch": self._client.ready.epoch if self._client is not None else "",
+            "rule": incident.kind,
+            "detail": incident.detail,
+            "step": incident.step,
+            "block_id": incident.block_id,
+            "sequence_ids": incident.sequence_ids,
+            "domains": incident.domains,
+        }
+        entry = Entry("isolation.violation", "", self._world.now_ns(), body)
+        task = asyncio.create_task(self._log(entry))
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+
+    async def _log(self, entry: Entry) -> None:
+        async with self._database.transaction() as conn:
+            await append(conn, entry, entropy=self._world.entropy)
+
+
+def worker_config(settings: Settings, folders: Folders) -> dict[str, str | int]:
+    """The fields of engine.config.WorkerConfig that settings decide."""
+    config: dict[str, str | int] = {
+        "model_dir": str(settings.effective_model_dir.absolute()),
+        "socket_path": str(folders.engine_socket),
+        "journal_dir": str(folders.journal),
+        "max_batched_tokens": settings.max_batched_tokens,
+        "max_num_seqs": settings.max_num_seqs,
+        "block_size": settings.block_size,
+        "kv_cache_bytes": settings.kv_cache_bytes,
+    }
+    return config | {"num_threads": settings.num_threads or max(1, (os.cpu_count() or 2) - 1)}
+
+
+def worker_command(config: dict[str, str | int]) -> list[str]:
+    """The command line of a worker. Not imported from worker.py: that module loads numpy, this process stays small."""
+    return [sys.executable, "-m", "gateway.worker", "--config", msgspec.json.encode(config).decode()]
+
+
+def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The parent's environment without secrets and with huge pages for tensors (see docs/operations.md)."""
+    kept = {name: value for name, value in environ.items() if not name.startswith("BULKHEAD_")}
+    return kept | {"THP_MEM_ALLOC_ENABLE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}

@@ -1,0 +1,104 @@
+"""The data folder (kept), the runtime folder (sockets, gone at reboot), and the lock that keeps a second server out."""
+
+import fcntl
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class FolderError(Exception):
+    """The data folder cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    data: Path
+    run: Path
+
+    @property
+    def secrets(self) -> Path:
+        return self.data / "secrets"
+
+    @property
+    def tls(self) -> Path:
+        return self.data / "tls"
+
+    @property
+    def valkey(self) -> Path:
+        return self.data / "valkey"
+
+    @property
+    def journal(self) -> Path:
+        return self.data / "journal"
+
+    @property
+    def log(self) -> Path:
+        return self.data / "log"
+
+    @property
+    def log_keys(self) -> Path:
+        return self.data / "secrets" / "log"
+
+    @property
+    def reports(self) -> Path:
+        return self.data / "reports"
+
+    @property
+    def valkey_socket(self) -> Path:
+        return self.run / "valkey.sock"
+
+    @property
+    def engine_socket(self) -> Path:
+        return self.run / "engine.sock"
+
+
+def open_folders(data_dir: Path) -> Folders:
+    """Create what is missing and check that it can be written. Raises FolderError."""
+    data = data_dir.absolute()
+    try:
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=data) as probe:
+            probe.write(b"\0" * 4096)
+            probe.flush()
+    except OSError as error:
+        raise FolderError(
+            f"the data folder {data} cannot be written ({error.strerror}):"
+            " fix its owner, mode or disk, or set BULKHEAD_DATA_DIR to a folder that can"
+        ) from error
+    return Folders(data, _runtime_folder(data))
+
+
+@contextmanager
+def only_server(folders: Folders) -> Iterator[None]:
+    """Hold the data folder's lock. Raises FolderError when another server holds it. Released by the kernel on exit."""
+    handle = os.open(folders.data / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            pid = os.read(handle, 32).decode().strip() or "unknown"
+            raise FolderError(
+                f"another bulkhead (process {pid}) serves {folders.data}:"
+                " stop it, or set BULKHEAD_DATA_DIR and BULKHEAD_PORT for a second one"
+            ) from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _runtime_folder(data: Path) -> Path:
+    """A short path for unix sockets (108 bytes at most), owned by us and closed to others."""
+    tag = hashlib.sha256(os.fsencode(data)).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"bulkhead-{os.getuid()}-{tag}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise FolderError(f"{folder} belongs to somebody else or is open to others: remove it")
+    return folder

@@ -1,0 +1,56 @@
+"""What the two completion routes share: authenticate, read, translate, answer.
+
+An ASGI app rather than a function that returns a response, so that one try/finally spans the whole answer.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from engine.protocol import Ready
+from gateway.auth import authenticated
+from gateway.exchange import serve
+from gateway.services import Services
+from gateway.settlement import Settler
+from gateway.shapes import Frame, Shape, fingerprint
+from gateway.translation import Work
+from gateway.wire import Common
+
+RequestT = TypeVar("RequestT", bound=Common)
+
+
+class GenerationRoute(Generic[RequestT]):
+    def __init__(
+        self,
+        services: Services,
+        settler: Settler,
+        *,
+        id_prefix: str,
+        parse: Callable[[bytes], RequestT],
+        translate: Callable[[RequestT, Ready], Awaitable[Work]],
+        shape: Callable[[Frame], Shape],
+    ) -> None:
+        self._services = services
+        self._settler = settler
+        self._id_prefix = id_prefix
+        self._parse = parse
+        self._translate = translate
+        self._shape = shape
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        services = self._services
+        caller = await authenticated(services, scope)  # before a byte of the body is read
+        request = self._parse(await Request(scope, receive).body())
+        client = services.engine.client()  # before anything is reserved
+        work = await self._translate(request, client.ready)
+        request_id: str = scope["state"]["request_id"]
+        frame = Frame(
+            id=self._id_prefix + request_id.removeprefix("req_"),
+            created=services.world.now_ns() // 1_000_000_000,
+            model=work.model,
+            fingerprint=fingerprint(client.ready),
+            include_usage=work.include_usage,
+        )
+        await serve(services, self._settler, client, caller, work, self._shape(frame), scope, receive, send)

@@ -1,0 +1,37 @@
+"""GET /v1/models and /v1/models/{id}: what is served here."""
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from gateway.auth import authenticated
+from gateway.problems import ModelNotFoundError
+from gateway.services import Services
+from gateway.shapes import Json
+
+
+class Models:
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        # OpenAI's `created`, seconds: when this server began to offer the model.
+        self._created = services.world.now_ns() // 1_000_000_000
+
+    async def list(self, request: Request) -> Response:
+        await authenticated(self._services, request.scope)
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def one(self, request: Request) -> Response:
+        await authenticated(self._services, request.scope)
+        model_id = request.path_params["model_id"]
+        if model_id != self._services.tokenizer.model_id:
+            raise ModelNotFoundError(model_id[:256])
+        return JSONResponse(self._model())
+
+    def _model(self) -> Json:
+        tokenizer = self._services.tokenizer
+        return {
+            "id": tokenizer.model_id,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "bulkhead",
+            "context_max": tokenizer.context_max,
+        }

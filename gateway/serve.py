@@ -1,0 +1,142 @@
+"""`bulkhead serve`: from a data folder to a serving gateway, and back to nothing running.
+
+Start: folders and lock, port, model, certificates, database, Valkey and engine worker side by side, first-run tenants,
+recovery of what an earlier crash left open, background loops, HTTPS. Stop: no new connections, requests in flight end
+or are cut, their settlements are written, the log gets its last checkpoint, children stop, in that order.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+import structlog
+import uvloop
+from rich.console import Console
+
+from audit.keyring import load_keyring
+from engine.tokenizer import Tokenizer
+from gateway.admin.routes import admin_routes
+from gateway.app import create_app
+from gateway.banner import ready_banner
+from gateway.database import Database
+from gateway.demo_model import ModelError, ensure_demo_model, model_is_present
+from gateway.engine_host import EngineHost, worker_environment
+from gateway.engine_link import EngineLink
+from gateway.first_run import FirstRun, first_run
+from gateway.folders import Folders, only_server, open_folders
+from gateway.housekeeping import Housekeeping
+from gateway.https import HttpsServer, https_server
+from gateway.migrate import migrate
+from gateway.port import bind
+from gateway.recovery import recover
+from gateway.secrets import load_secrets
+from gateway.services import Services
+from gateway.settings import Settings
+from gateway.tls import TlsFiles, ensure_certificates, own_certificate
+from gateway.valkey import connect_redis, valkey_child
+from gateway.world import World
+from tenancy.quota import Quota
+
+WORKER_GRACE_S = 5.0
+VALKEY_GRACE_S = 5.0
+
+log = structlog.get_logger(__name__)
+
+
+def run_serve(settings: Settings, world: World, console: Console) -> int:
+    """Serve until SIGINT or SIGTERM. Raises FolderError, PortError, ModelError and others with one clear line."""
+    folders = open_folders(settings.data_dir)
+    with only_server(folders):
+        listener = bind(settings.host, settings.port)
+        with console.status("model") as status:
+            prepare_model(settings, lambda text: status.update(f"model: {text}"))
+        return uvloop.run(_serve(settings, world, folders, listener, console))
+
+
+def prepare_model(settings: Settings, say: Callable[[str], None]) -> None:
+    if not settings.model_dir:
+        ensure_demo_model(settings.effective_model_dir, say)
+    elif not model_is_present(settings.effective_model_dir):
+        raise ModelError(
+            f"{settings.effective_model_dir} holds no model (model.safetensors and tokenizer.json):"
+            " correct BULKHEAD_MODEL_DIR, or unset it to use the demo model"
+        )
+
+
+def tls_files(settings: Settings, world: World, folders: Folders) -> TlsFiles:
+    if settings.tls_certificate or settings.tls_key:
+        return own_certificate(settings.tls_certificate, settings.tls_key)
+    return ensure_certificates(folders.tls, settings.host, world.now_ns())
+
+
+async def _serve(settings: Settings, world: World, folders: Folders, listener: socket.socket, console: Console) -> int:
+    task = asyncio.current_task()
+    assert task is not None
+    server: HttpsServer | None = None
+
+    def on_signal() -> None:
+        if server is None:
+            task.cancel()  # still starting: undo what was started
+        elif server.should_exit:
+            server.force_exit = True  # asked twice: do not wait for requests in flight
+        else:
+            console.print("stopping: letting requests in flight end (again to stop at once)")
+            server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    with contextlib.suppress(asyncio.CancelledError):
+        async with AsyncExitStack() as stack:
+            services, fresh = await _start(settings, world, folders, stack, console)
+            app = create_app(services, extra_routes=admin_routes(services))
+            stack.push_async_callback(app.state.settler.drain, settings.drain_timeout_s)
+            tls = tls_files(settings, world, folders)
+            server = https_server(app, tls, settings.drain_timeout_s)
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            await server.listening.wait()
+            port = listener.getsockname()[1]
+            ready_banner(console, settings, folders, tls, services.tokenizer.model_id, port, fresh)
+            await serving
+    return 0
+
+
+async def _start(
+    settings: Settings, world: World, folders: Folders, stack: AsyncExitStack, console: Console
+) -> tuple[Services, FirstRun | None]:
+    """Start everything behind the HTTP server; `stack` undoes it in the opposite order."""
+    with console.status("database") as status:
+        secrets = load_secrets(folders.secrets, world.entropy)
+        await asyncio.to_thread(migrate, settings.effective_database_url)
+        database = Database(settings.effective_database_url)
+        stack.push_async_callback(database.dispose)
+        link = EngineLink()
+        engine = EngineHost(settings, world, folders, database, link)
+        starts = [engine.child.start()]
+        redis_url = settings.redis_url
+        if not redis_url:
+            redis_url = f"unix://{folders.valkey_socket}"
+            valkey = valkey_child(folders.valkey, folders.valkey_socket, worker_environment(world.environ))
+            stack.push_async_callback(valkey.stop, VALKEY_GRACE_S)
+            starts.append(valkey.start())
+        redis = connect_redis(redis_url)
+        stack.push_async_callback(redis.aclose)
+        status.update("engine worker")
+        stack.push_async_callback(engine.stop, WORKER_GRACE_S)
+        await asyncio.gather(*starts)
+        tokenizer = Tokenizer.load(settings.effective_model_dir)
+        services = Services(settings, world, database, redis, Quota(redis), link, tokenizer, secrets)
+        status.update("first run and recovery")
+        async with database.transaction() as conn:
+            fresh = None
+            if settings.demo_tenants:
+                fresh = await first_run(conn, world.entropy, world.now_ns(), secrets.key_pepper, tokenizer.model_id)
+        ready = link.status.ready
+        await recover(services, folders, ready.epoch if ready is not None else "")
+        keyring = load_keyring(folders.log_keys, origin=settings.log_origin, entropy=world.entropy)
+        housekeeping = Housekeeping(services, folders, keyring, engine)
+        await housekeeping.start()
+        stack.push_async_callback(housekeeping.stop)
+    return services, fresh

@@ -1,0 +1,367 @@
+"""The ledger: append-only, double entry, two-phase holds. Amounts are nano-USD.
+
+Every tenant has four accounts, and every transaction moves money between them so that its entries sum to zero:
+
+    grant     funding -x    credit  +x                       money comes in
+    hold      credit  -x    held    +x                       a request is admitted for its worst case x
+    captured  held    -x    revenue +a    credit +(x - a)    it ended and cost a, 0 <= a <= x
+    voided    held    -x    credit  +x                       it ended and costs nothing
+    expired   held    -x    credit  +x                       nobody settled it in time
+
+    hold states:  pending -> captured | voided | expired     (the last three are terminal: exactly once)
+
+credit and held never go below zero; funding is minus what came in. The house's figures (revenue, funding) are sums
+over tenants: with one account row a tenant, two tenants' requests never wait for the same row.
+
+Idempotent by id: a repeat with the same arguments returns the first result and moves nothing; with other arguments it
+raises. The settling transaction's id is derived from the hold's, so the primary key alone refuses a second one.
+
+Locks (PostgreSQL, READ COMMITTED; on SQLite there is one writer): first the hold row, by the conditional UPDATE that
+changes its state, then the tenant's account rows in id order. place_hold takes the accounts first, but never waits for
+a hold row. A transaction that touches several tenants must take them in ascending order, as expire_due does.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, cast
+
+from sqlalchemy import Select, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tenancy import tables
+from tenancy.money import BIGINT_MAX, MoneyRangeError, require_amount, require_int
+
+CURRENCY: Final = "USD"
+ACCOUNT_KINDS: Final = ("credit", "funding", "held", "revenue")
+
+HoldState = Literal["pending", "captured", "voided", "expired"]
+
+
+class LedgerConflictError(ValueError):
+    """An id was used before with other arguments. Nothing was moved."""
+
+
+class HoldSettledError(Exception):
+    """The hold already ended another way; `hold` is how. Nothing was moved."""
+
+    def __init__(self, hold: "Hold") -> None:
+        super().__init__(f"hold {hold.hold_id} is already {hold.state} with {hold.captured_nano_usd} captured")
+        self.hold = hold
+
+
+class UnknownHoldError(LookupError):
+    """There is no hold with this id."""
+
+
+class UnknownAccountError(LookupError):
+    """The tenant has no accounts: there is no such tenant, or open_accounts was never called."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    hold_id: str
+    tenant_id: str
+    request_id: str
+    price_id: str
+    amount_nano_usd: int
+    state: HoldState
+    captured_nano_usd: int | None  # None while pending
+    created_ns: int
+    expires_ns: int
+    settled_ns: int | None  # None while pending
+
+
+@dataclass(frozen=True, slots=True)
+class InsufficientCredit:
+    """The hold was refused; nothing was moved."""
+
+    available_nano_usd: int
+    needed_nano_usd: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """How a hold ended: captured + released = the amount that was held."""
+
+    hold_id: str
+    tenant_id: str
+    state: HoldState
+    captured_nano_usd: int
+    released_nano_usd: int
+    settled_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    credit_nano_usd: int  # free to spend
+    held_nano_usd: int  # promised to requests in flight
+    captured_nano_usd: int  # billed so far
+
+
+async def open_accounts(conn: AsyncConnection, tenant_id: str, *, now_ns: int) -> None:
+    """Open a tenant's four accounts; opening twice does nothing."""
+    dialect = postgresql if conn.dialect.name == "postgresql" else sqlite
+    rows = [
+        {
+            "id": _account_id(tenant_id, kind),
+            "tenant_id": tenant_id,
+            "kind": kind,
+            "currency": CURRENCY,
+            "balance_nano_usd": 0,
+            "created_ns": now_ns,
+        }
+        for kind in ACCOUNT_KINDS
+    ]
+    await conn.execute(dialect.insert(tables.account).on_conflict_do_nothing(index_elements=["id"]), rows)
+
+
+async def grant_credit(
+    conn: AsyncConnection, tenant_id: str, amount_nano_usd: int, *, transfer_id: str, now_ns: int, memo: str = ""
+) -> Balance:
+    """Add prepaid credit; returns the balance now. Raises LedgerConflictError, UnknownAccountError, MoneyRangeError."""
+    require_amount(amount_nano_usd, "amount_nano_usd", minimum=1)
+    require_int(now_ns, "now_ns")
+    balances = await _lock_accounts(conn, tenant_id)
+    earlier = await _find_transaction(conn, transfer_id)
+    if earlier is not None:
+        if earlier != ("grant", tenant_id, memo, amount_nano_usd):
+            raise LedgerConflictError(f"transfer {transfer_id!r} was already made with other arguments")
+        return _balance(balances)
+    changes = {"funding": -amount_nano_usd, "credit": amount_nano_usd}
+    return await _post(conn, tenant_id, balances, changes, transfer_id, "grant", now_ns, memo=memo)
+
+
+async def place_hold(
+    conn: AsyncConnection,
+    *,
+    hold_id: str,
+    tenant_id: str,
+    request_id: str,
+    price_id: str,
+    amount_nano_usd: int,
+    expires_ns: int,
+    now_ns: int,
+) -> Hold | InsufficientCredit:
+    """Move the worst case from credit to held, or refuse and move nothing.
+
+    A repeat returns the hold as it is now, which may be settled already. Raises LedgerConflictError for a known id
+    with another tenant, request, price, amount or expiry; UnknownAccountError; MoneyRangeError.
+    """
+    require_amount(amount_nano_usd, "amount_nano_usd")
+    if require_int(expires_ns, "expires_ns") <= require_int(now_ns, "now_ns"):
+        raise ValueError(f"expires_ns must be later than now ({now_ns}): {expires_ns}")
+    balances = await _lock_accounts(conn, tenant_id)
+    made = Hold(hold_id, tenant_id, request_id, price_id, amount_nano_usd, "pending", None, now_ns, expires_ns, None)
+    earlier = await get_hold(conn, hold_id)
+    if earlier is not None:
+        if _asked(earlier) != _asked(made):
+            raise LedgerConflictError(f"hold {hold_id!r} was already placed with other arguments")
+        return earlier
+    if balances["credit"] < amount_nano_usd:
+        return InsufficientCredit(available_nano_usd=balances["credit"], needed_nano_usd=amount_nano_usd)
+    await conn.execute(
+        insert(_HOLD).values(
+            id=hold_id,
+            tenant_id=tenant_id,
+            request_id=request_id,
+            price_id=price_id,
+            amount_nano_usd=amount_nano_usd,
+            state="pending",
+            captured_nano_usd=None,
+            created_ns=now_ns,
+            expires_ns=expires_ns,
+            settled_ns=None,
+        )
+    )
+    changes = {"credit": -amount_nano_usd, "held": amount_nano_usd}
+    await _post(conn, tenant_id, balances, changes, f"{hold_id}:hold", "hold", now_ns, hold_id=hold_id)
+    return made
+
+
+async def capture(conn: AsyncConnection, hold_id: str, amount_nano_usd: int, now_ns: int) -> Settled:
+    """Bill `amount_nano_usd` of a hold and give back the rest.
+
+    A hold that is past its expiry but not yet expired can still be captured. Raises HoldSettledError where it ended
+    another way or with another amount, UnknownHoldError, and MoneyRangeError for more than was held.
+    """
+    require_amount(amount_nano_usd, "amount_nano_usd")
+    return await _settle(conn, hold_id, "captured", amount_nano_usd, now_ns)
+
+
+async def void(conn: AsyncConnection, hold_id: str, now_ns: int) -> Settled:
+    """Give the whole hold back. Raises HoldSettledError or UnknownHoldError."""
+    return await _settle(conn, hold_id, "voided", 0, now_ns)
+
+
+async def expire_due(conn: AsyncConnection, now_ns: int, limit: int) -> list[Hold]:
+    """Expire up to `limit` pending holds whose expires_ns <= now_ns, oldest first; returns them as they ended.
+
+    Holds that another transaction is settling right now are left to it.
+    """
+    due = await conn.execute(
+        _HOLDS.where(_HOLD.c.state == "pending", _HOLD.c.expires_ns <= require_int(now_ns, "now_ns"))
+        .order_by(_HOLD.c.expires_ns, _HOLD.c.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    expired = []
+    for hold in sorted((Hold(*row) for row in due), key=lambda hold: (hold.tenant_id, hold.expires_ns)):
+        await _settle(conn, hold.hold_id, "expired", 0, now_ns)
+        expired.append(await _require_hold(conn, hold.hold_id))
+    return expired
+
+
+async def get_hold(conn: AsyncConnection, hold_id: str) -> Hold | None:
+    row = (await conn.execute(_HOLDS.where(_HOLD.c.id == hold_id))).first()
+    return None if row is None else Hold(*row)
+
+
+async def pending_holds(conn: AsyncConnection) -> list[Hold]:
+    """Every hold that is not settled, the one that expires first at the front."""
+    rows = await conn.execute(_HOLDS.where(_HOLD.c.state == "pending").order_by(_HOLD.c.expires_ns, _HOLD.c.id))
+    return [Hold(*row) for row in rows]
+
+
+async def balance(conn: AsyncConnection, tenant_id: str) -> Balance:
+    """Raises UnknownAccountError."""
+    return _balance(await _read_accounts(conn, tenant_id, lock=False))
+
+
+async def _settle(
+    conn: AsyncConnection, hold_id: str, state: HoldState, captured_nano_usd: int, now_ns: int
+) -> Settled:
+    require_int(now_ns, "now_ns")
+    # The conditional UPDATE is the lock and the decision in one: of two racing settlements it changes one row once.
+    changed = await conn.execute(
+        update(_HOLD)
+        .where(_HOLD.c.id == hold_id, _HOLD.c.state == "pending", _HOLD.c.amount_nano_usd >= captured_nano_usd)
+        .values(state=state, captured_nano_usd=captured_nano_usd, settled_ns=now_ns)
+    )
+    hold = await _require_hold(conn, hold_id)
+    if changed.rowcount == 0:
+        if hold.state == "pending":
+            raise MoneyRangeError(f"cannot capture {captured_nano_usd} of hold {hold_id}: it is {hold.amount_nano_usd}")
+        if (hold.state, hold.captured_nano_usd) != (state, captured_nano_usd):
+            raise HoldSettledError(hold)
+        return _settled(hold)
+    balances = await _lock_accounts(conn, hold.tenant_id)
+    released = hold.amount_nano_usd - captured_nano_usd
+    changes = {"held": -hold.amount_nano_usd}
+    if state == "captured":
+        changes["revenue"] = captured_nano_usd
+    if released or state != "captured":
+        changes["credit"] = released
+    await _post(conn, hold.tenant_id, balances, changes, f"{hold_id}:settle", state, now_ns, hold_id=hold_id)
+    return _settled(hold)
+
+
+async def _post(
+    conn: AsyncConnection,
+    tenant_id: str,
+    balances: Mapping[str, int],
+    changes: Mapping[str, int],
+    transaction_id: str,
+    kind: str,
+    now_ns: int,
+    *,
+    hold_id: str | None = None,
+    memo: str = "",
+) -> Balance:
+    """Append one transaction and move the balances. The caller holds the account locks; `balances` is under them."""
+    assert sum(changes.values()) == 0, f"unbalanced {kind} {transaction_id}: {dict(changes)}"
+    after = {account_kind: balances[account_kind] + changes.get(account_kind, 0) for account_kind in balances}
+    if any(abs(amount) > BIGINT_MAX for amount in after.values()):
+        raise MoneyRangeError(f"{kind} {transaction_id} would take a balance beyond {BIGINT_MAX}")
+    assert after["credit"] >= 0, f"{kind} {transaction_id} would overdraw the credit of {tenant_id}"
+    assert after["held"] >= 0, f"{kind} {transaction_id} would overdraw what {tenant_id} has held"
+    await conn.execute(
+        insert(tables.ledger_transaction).values(
+            id=transaction_id, tenant_id=tenant_id, kind=kind, hold_id=hold_id, memo=memo, created_ns=now_ns
+        )
+    )
+    lines = [
+        {
+            "transaction_id": transaction_id,
+            "line": line,
+            "account_id": _account_id(tenant_id, name),
+            "amount_nano_usd": amount,
+        }
+        for line, (name, amount) in enumerate(changes.items())
+    ]
+    await conn.execute(insert(tables.ledger_entry).values(lines))
+    for name in sorted(changes):
+        await conn.execute(
+            update(tables.account)
+            .where(tables.account.c.id == _account_id(tenant_id, name))
+            .values(balance_nano_usd=after[name])
+        )
+    return _balance(after)
+
+
+async def _lock_accounts(conn: AsyncConnection, tenant_id: str) -> dict[str, int]:
+    return await _read_accounts(conn, tenant_id, lock=True)
+
+
+async def _read_accounts(conn: AsyncConnection, tenant_id: str, *, lock: bool) -> dict[str, int]:
+    ids = [_account_id(tenant_id, kind) for kind in ACCOUNT_KINDS]
+    table = tables.account
+    query = select(table.c.kind, table.c.balance_nano_usd).where(table.c.id.in_(ids)).order_by(table.c.id)
+    rows = await conn.execute(query.with_for_update() if lock else query)
+    balances = {row.kind: row.balance_nano_usd for row in rows}
+    if len(balances) != len(ACCOUNT_KINDS):
+        raise UnknownAccountError(f"tenant {tenant_id!r} has no accounts")
+    return balances
+
+
+async def _find_transaction(conn: AsyncConnection, transaction_id: str) -> tuple[str, str, str, int] | None:
+    """(kind, tenant id, memo, credited amount) of a transaction, or None."""
+    table, entry = tables.ledger_transaction, tables.ledger_entry
+    row = (
+        await conn.execute(
+            select(table.c.kind, table.c.tenant_id, table.c.memo, entry.c.amount_nano_usd)
+            .join(entry, entry.c.transaction_id == table.c.id)
+            .where(table.c.id == transaction_id, entry.c.amount_nano_usd > 0)
+        )
+    ).first()
+    return None if row is None else (row.kind, row.tenant_id, row.memo, row.amount_nano_usd)
+
+
+async def _require_hold(conn: AsyncConnection, hold_id: str) -> Hold:
+    hold = await get_hold(conn, hold_id)
+    if hold is None:
+        raise UnknownHoldError(f"there is no hold {hold_id!r}")
+    return hold
+
+
+def _account_id(tenant_id: str, kind: str) -> str:
+    return f"{tenant_id}:{kind}:{CURRENCY}"
+
+
+def _asked(hold: Hold) -> tuple[str, str, str, int, int]:
+    return hold.tenant_id, hold.request_id, hold.price_id, hold.amount_nano_usd, hold.expires_ns
+
+
+def _balance(balances: Mapping[str, int]) -> Balance:
+    return Balance(balances["credit"], balances["held"], balances["revenue"])
+
+
+def _settled(hold: Hold) -> Settled:
+    captured = cast(int, hold.captured_nano_usd)
+    released = hold.amount_nano_usd - captured
+    return Settled(hold.hold_id, hold.tenant_id, hold.state, captured, released, cast(int, hold.settled_ns))
+
+
+_HOLD: Final = tables.hold
+_HOLDS: Final[Select[Any]] = select(
+    _HOLD.c.id,
+    _HOLD.c.tenant_id,
+    _HOLD.c.request_id,
+    _HOLD.c.price_id,
+    _HOLD.c.amount_nano_usd,
+    _HOLD.c.state,
+    _HOLD.c.captured_nano_usd,
+    _HOLD.c.created_ns,
+    _HOLD.c.expires_ns,
+    _HOLD.c.settled_ns,
+)

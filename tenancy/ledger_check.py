@@ -1,0 +1,90 @@
+"""Does the ledger add up? Recomputes everything from the entries, which nobody can change, and trusts no balance.
+
+Checked: every transaction has at least two entries and sums to zero; every account's balance is the sum of its
+entries; every tenant's held balance is the sum of its pending holds; every settled hold has one settling transaction
+and every pending one has none. Not checked: that the amounts are the right ones (that is usage against prices).
+"""
+
+from dataclasses import dataclass
+
+from sqlalchemy import Select, and_, case, func, or_, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tenancy import tables
+
+FINDINGS_MAX = 1_000  # of each kind: enough to see a pattern, bounded in memory
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerCheck:
+    num_transactions: int
+    num_entries: int
+    unbalanced: list[str]  # transaction ids
+    total_nano_usd: int  # sum of all entries: 0
+    wrong_balances: list[str]  # account ids whose balance is not the sum of their entries
+    wrong_held: list[str]  # tenant ids whose held balance is not the sum of their pending holds
+    wrong_holds: list[str]  # hold ids whose state and settling transaction disagree
+
+    @property
+    def ok(self) -> bool:
+        return not (
+            self.unbalanced or self.total_nano_usd or self.wrong_balances or self.wrong_held or self.wrong_holds
+        )
+
+
+async def check_ledger(conn: AsyncConnection) -> LedgerCheck:
+    """Read-only; reads the whole ledger."""
+    account, hold, entry, transaction = tables.account, tables.hold, tables.ledger_entry, tables.ledger_transaction
+    amount = entry.c.amount_nano_usd
+
+    unbalanced = (
+        select(transaction.c.id)
+        .outerjoin(entry, entry.c.transaction_id == transaction.c.id)
+        .group_by(transaction.c.id)
+        .having(or_(func.count(amount) < 2, func.sum(amount) != 0))
+        .order_by(transaction.c.id)
+    )
+    wrong_balances = (
+        select(account.c.id)
+        .outerjoin(entry, entry.c.account_id == account.c.id)
+        .group_by(account.c.id, account.c.balance_nano_usd)
+        .having(func.coalesce(func.sum(amount), 0) != account.c.balance_nano_usd)
+        .order_by(account.c.id)
+    )
+    wrong_held = (
+        select(account.c.tenant_id)
+        .outerjoin(hold, and_(hold.c.tenant_id == account.c.tenant_id, hold.c.state == "pending"))
+        .where(account.c.kind == "held")
+        .group_by(account.c.tenant_id, account.c.balance_nano_usd)
+        .having(func.coalesce(func.sum(hold.c.amount_nano_usd), 0) != account.c.balance_nano_usd)
+        .order_by(account.c.tenant_id)
+    )
+    num_settling = func.sum(case((transaction.c.kind != "hold", 1), else_=0))
+    num_same_state = func.sum(case((transaction.c.kind == hold.c.state, 1), else_=0))
+    num_due = case((hold.c.state == "pending", 0), else_=1)
+    wrong_holds = (
+        select(hold.c.id)
+        .outerjoin(transaction, transaction.c.hold_id == hold.c.id)
+        .group_by(hold.c.id, hold.c.state)
+        .having(
+            or_(
+                func.count(transaction.c.id) != num_due + 1,
+                func.coalesce(num_settling, 0) != num_due,
+                func.coalesce(num_same_state, 0) != num_due,
+            )
+        )
+        .order_by(hold.c.id)
+    )
+
+    async def ids(query: Select[tuple[str]]) -> list[str]:
+        return list(await conn.scalars(query.limit(FINDINGS_MAX)))
+
+    return LedgerCheck(
+        num_transactions=await conn.scalar(select(func.count()).select_from(transaction)) or 0,
+        num_entries=await conn.scalar(select(func.count()).select_from(entry)) or 0,
+        unbalanced=await ids(unbalanced),
+        total_nano_usd=int(await conn.scalar(select(func.coalesce(func.sum(amount), 0))) or 0),
+        wrong_balances=await ids(wrong_balances),
+        wrong_held=await ids(wrong_held),
+        wrong_holds=await ids(wrong_holds),
+    )

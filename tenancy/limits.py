@@ -1,0 +1,103 @@
+"""Limits are rules; quota.py holds what is left of them. Each of the four scopes of a request may have its own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from sqlalchemy import delete, insert, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tenancy import tables
+from tenancy.keys import Principal
+from tenancy.money import require_int
+
+ScopeKind = Literal["organisation", "tenant", "project", "key"]
+
+# Lua counts in doubles: a minute's allowance in quota.py's units (1/60,000,000 of a token) stays below 2^53.
+PER_MINUTE_MAX: Final = 100_000_000
+CONCURRENCY_MAX: Final = 100_000
+_MAXIMA: Final = {
+    "requests_per_minute": PER_MINUTE_MAX,
+    "tokens_per_minute": PER_MINUTE_MAX,
+    "concurrency_max": CONCURRENCY_MAX,
+}
+
+
+class LimitError(ValueError):
+    """A limit is negative or above what can be counted exactly; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeLimits:
+    """The limits of one scope; None is unlimited, 0 admits nothing.
+
+    `organisation_id` is where the counters live: every scope of an organisation shares one Redis hash tag, because
+    one script checks them all and an organisation's own counters are shared by its tenants.
+    """
+
+    scope_id: str
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrency_max: int | None = None
+    organisation_id: str = ""
+
+    def __post_init__(self) -> None:
+        for name, maximum in _MAXIMA.items():
+            value = getattr(self, name)
+            if value is not None and not 0 <= require_int(value, name) <= maximum:
+                raise LimitError(f"{name} must be between 0 and {maximum}, or None: {value}")
+
+
+async def set_limits(
+    conn: AsyncConnection,
+    scope_kind: ScopeKind,
+    scope_id: str,
+    *,
+    requests_per_minute: int | None = None,
+    tokens_per_minute: int | None = None,
+    concurrency_max: int | None = None,
+    now_ns: int,
+) -> ScopeLimits:
+    """Replace the limits of one scope; what is already used stays counted. Raises LimitError or TypeError."""
+    limits = ScopeLimits(scope_id, requests_per_minute, tokens_per_minute, concurrency_max)
+    table = tables.scope_limit
+    await conn.execute(delete(table).where(table.c.scope_id == scope_id))
+    await conn.execute(
+        insert(table).values(
+            scope_kind=scope_kind,
+            scope_id=scope_id,
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+            concurrency_max=concurrency_max,
+            updated_ns=now_ns,
+        )
+    )
+    return limits
+
+
+async def get_limits(conn: AsyncConnection, scope_ids: list[str]) -> Mapping[str, ScopeLimits]:
+    """The limits of those scopes that have any, by scope id."""
+    table = tables.scope_limit
+    rows = await conn.execute(
+        select(table.c.scope_id, table.c.requests_per_minute, table.c.tokens_per_minute, table.c.concurrency_max).where(
+            table.c.scope_id.in_(scope_ids)
+        )
+    )
+    return {row.scope_id: ScopeLimits(*row) for row in rows}
+
+
+async def load_scopes(conn: AsyncConnection, principal: Principal) -> list[ScopeLimits]:
+    """The four scopes that a request of this principal is counted in: organisation, tenant, project, key."""
+    ids = [principal.organisation_id, principal.tenant_id, principal.project_id, principal.key_id]
+    found = await get_limits(conn, ids)
+    return [_in_organisation(found.get(id_, ScopeLimits(id_)), principal.organisation_id) for id_ in ids]
+
+
+def _in_organisation(limits: ScopeLimits, organisation_id: str) -> ScopeLimits:
+    return ScopeLimits(
+        limits.scope_id,
+        limits.requests_per_minute,
+        limits.tokens_per_minute,
+        limits.concurrency_max,
+        organisation_id,
+    )

@@ -1,0 +1,69 @@
+-- Admit one request to every scope, or to none.
+-- KEYS: lease, then per scope: state, leases.   ARGV: lease id, tokens, lease ttl ms, then per scope: rpm, tpm, cmax
+-- (-1: unlimited).
+-- Answer: verdict (0 admitted, 1 refused), refusing scope (1-based), refusing limit (1 rpm, 2 tpm, 3 cmax),
+-- retry after us (-1: never fits), then per scope: request debt, token debt, live leases.
+
+local lease_id, tokens, ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local now = now_us()
+local num_scopes = (#KEYS - 1) / 2
+local scopes = {}
+local known = redis.call('EXISTS', KEYS[1]) == 1 -- the same lease asked for again: already counted
+local verdict, at_scope, at_limit, retry_us = 0, 0, 0, 0
+
+-- The longest wait is reported, so that who waits that long is not refused by another limit; "never" is the longest.
+local function refuse(scope, limit, wait)
+  if verdict == 0 or (retry_us >= 0 and (wait < 0 or wait > retry_us)) then
+    verdict, at_scope, at_limit, retry_us = 1, scope, limit, wait
+  end
+end
+
+local function wait_us(debt, amount, limit)
+  return math.max(1, math.ceil((amount * UNIT - (limit * UNIT - debt)) / limit))
+end
+
+for i = 1, num_scopes do
+  local state_key, leases_key = KEYS[2 * i], KEYS[2 * i + 1]
+  local rpm, tpm, cmax = tonumber(ARGV[3 * i + 1]), tonumber(ARGV[3 * i + 2]), tonumber(ARGV[3 * i + 3])
+  local s = load(state_key, now, rpm, tpm)
+  s.state_key, s.leases_key, s.rpm, s.tpm, s.cmax = state_key, leases_key, rpm, tpm, cmax
+  s.active = redis.call('ZCOUNT', leases_key, '(' .. int(math.floor(now / 1000)), '+inf')
+  scopes[i] = s
+  if not known then
+    if rpm == 0 then refuse(i, 1, -1)
+    elseif rpm > 0 and UNIT > rpm * UNIT - s.rd then refuse(i, 1, wait_us(s.rd, 1, rpm)) end
+    if tpm == 0 or (tpm > 0 and tokens > tpm) then refuse(i, 2, -1)
+    elseif tpm > 0 and tokens * UNIT > tpm * UNIT - s.td then refuse(i, 2, wait_us(s.td, tokens, tpm)) end
+    if cmax == 0 then refuse(i, 3, -1)
+    elseif cmax > 0 and s.active >= cmax then refuse(i, 3, 0) end
+  end
+end
+
+if verdict == 0 and not known then
+  local lease = { 'tokens', int(tokens) }
+  for i = 1, num_scopes do
+    local s = scopes[i]
+    if s.rpm > 0 then s.rd = s.rd + UNIT end
+    if s.tpm > 0 then
+      s.td = s.td + tokens * UNIT
+      s.open = s.open + tokens
+      lease[#lease + 1] = s.state_key
+      lease[#lease + 1] = int(s.burnt)
+    end
+    if s.rpm > 0 or s.tpm > 0 then save(s.state_key, s, ttl_ms, s.rpm, s.tpm) end
+    redis.call('ZREMRANGEBYSCORE', s.leases_key, '-inf', int(math.floor(now / 1000)))
+    redis.call('ZADD', s.leases_key, int(math.floor(now / 1000) + ttl_ms), lease_id)
+    redis.call('PEXPIRE', s.leases_key, int(math.max(STATE_TTL_MS, 2 * ttl_ms)))
+    s.active = s.active + 1
+  end
+  redis.call('HSET', KEYS[1], unpack(lease))
+  redis.call('PEXPIRE', KEYS[1], int(ttl_ms))
+end
+
+local answer = { verdict, at_scope, at_limit, retry_us }
+for i = 1, num_scopes do
+  answer[#answer + 1] = scopes[i].rd
+  answer[#answer + 1] = scopes[i].td
+  answer[#answer + 1] = scopes[i].active
+end
+return answer

@@ -1,0 +1,58 @@
+-- Put in front of every script of version 1. Lua's numbers are doubles: every value here stays an integer below 2^53.
+--
+-- GCRA, kept as a debt instead of as an arrival time. A scope owes `debt` for what it was admitted lately; the debt
+-- drains at the limit's rate, and a request of n is admitted if debt + n <= one minute's allowance. Debt is counted in
+-- units of 1/60,000,000 (of a request, or of a token): a limit of L per minute drains exactly L units a microsecond, so
+-- nothing is ever rounded, and a limit that changes needs no conversion.
+--
+-- State of a scope, a hash: rd, rt = request debt and when it was last drained (us); td, tt = the same for tokens;
+-- open = tokens reserved by leases that may still be given back; burnt = tokens that no lease can give back any more.
+-- Leases of a scope, a sorted set: lease id -> expiry (ms).
+
+local UNIT = 60000000
+local STATE_TTL_MS = 3600000
+
+local function now_us()
+  local t = redis.call('TIME')
+  return tonumber(t[1]) * 1000000 + tonumber(t[2])
+end
+
+local function int(n)
+  return string.format('%.0f', n)
+end
+
+local function drained(debt, since, now, limit)
+  if now <= since then return debt end
+  local gone = (now - since) * limit
+  if gone >= debt then return 0 end
+  return debt - gone
+end
+
+local function load(key, now, rpm, tpm)
+  local h = redis.call('HMGET', key, 'rd', 'rt', 'td', 'tt', 'open', 'burnt')
+  for i = 1, 6 do h[i] = tonumber(h[i] or 0) end
+  local s = { rd = h[1], rt = h[2], td = h[3], tt = h[4], open = h[5], burnt = h[6] }
+  if rpm > 0 then
+    s.rd, s.rt = drained(s.rd, s.rt, now, rpm), math.max(s.rt, now) -- a clock set back drains nothing
+  end
+  if tpm > 0 then
+    s.td, s.tt = drained(s.td, s.tt, now, tpm), math.max(s.tt, now)
+  end
+  -- What has drained by itself is not given back a second time: tokens that may come back never exceed the debt.
+  local owed = (s.td - s.td % UNIT) / UNIT
+  if s.open > owed then
+    s.burnt = s.burnt + (s.open - owed)
+    s.open = owed
+  end
+  return s
+end
+
+local function save(key, s, ttl_ms, rpm, tpm)
+  local keep = math.max(STATE_TTL_MS, 2 * ttl_ms)
+  -- A limit that was lowered far below its debt drains for longer than a minute: keep the debt until it is gone.
+  if rpm > 0 then keep = math.max(keep, math.ceil(s.rd / rpm / 1000)) end
+  if tpm > 0 then keep = math.max(keep, math.ceil(s.td / tpm / 1000)) end
+  redis.call('HSET', key, 'rd', int(s.rd), 'rt', int(s.rt), 'td', int(s.td), 'tt', int(s.tt),
+    'open', int(s.open), 'burnt', int(s.burnt))
+  redis.call('PEXPIRE', key, int(keep))
+end

@@ -1,0 +1,35 @@
+"""A real database whose next transactions fail on request: before they begin, or after they have committed."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Literal
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway.database import Database, DatabaseUnavailableError
+
+Fault = Literal["none", "before", "after"]
+
+
+class FlakyDatabase(Database):
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.faults: list[Fault] = []  # taken from the front, one a transaction
+        self.down = False  # every transaction and every read fails
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        fault = self.faults.pop(0) if self.faults else "none"
+        if self.down or fault == "before":
+            raise DatabaseUnavailableError("injected: not reachable")
+        async with super().transaction() as conn:
+            yield conn
+        if fault == "after":
+            raise DatabaseUnavailableError("injected: the reply to the commit was lost")
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        if self.down:
+            raise DatabaseUnavailableError("injected: not reachable")
+        async with super().read() as conn:
+            yield conn

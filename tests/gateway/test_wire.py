@@ -1,0 +1,220 @@
+"""What the wire refuses names its field; what it accepts changes nothing; no JSON whatever is a fault of ours."""
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway import wire
+from gateway.problems import InvalidRequestError
+
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}
+
+
+def refused(parse: Any, body: Any) -> InvalidRequestError:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse(body if isinstance(body, bytes) else json.dumps(body).encode())
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"model": None}, "model"),
+        ({"model": ""}, "model"),
+        ({"model": 3}, "model"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [3]}, "messages[0]"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+        ({"messages": [CHAT["messages"][0], {"role": "user", "content": None}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": "9"}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": "x" * 257}, "stop"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"cache_salt": "x" * 257}, "cache_salt"),
+        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": True}, "n"),
+        ({"n": "1"}, "n"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{}]}, "functions"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": "text"}, "response_format"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"frequency_penalty": -1}, "frequency_penalty"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"top_k": 5}, "top_k"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"store": True}, "store"),
+    ],
+)
+def test_a_bad_chat_request_names_its_field(change: dict[str, Any], param: str) -> None:
+    error = refused(wire.parse_chat, CHAT | change)
+    assert error.param == param
+    assert error.message
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [[1], [2]]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [True]}, "prompt[0]"),
+        ({"prompt": [1.5]}, "prompt[0]"),
+        ({"prompt": [[1, "a"]]}, "prompt[0][1]"),
+        ({"prompt": {"text": "a"}}, "prompt"),
+        ({"best_of": 2}, "best_of"),
+        ({"suffix": "end"}, "suffix"),
+        ({"echo": True}, "echo"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+    ],
+)
+def test_a_bad_completion_request_names_its_field(change: dict[str, Any], param: str) -> None:
+    assert refused(wire.parse_completion, COMPLETION | change).param == param
+
+
+@pytest.mark.parametrize("name", ["model", "messages"])
+def test_a_missing_field_is_named(name: str) -> None:
+    error = refused(wire.parse_chat, {k: v for k, v in CHAT.items() if k != name})
+    assert (error.param, error.code) == (name, "missing_required_parameter")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"nonsense",
+        b"\xff\xfe{\x00}\x00",
+        b"\xef\xbb\xbf{}",
+        b'{"model": "a", "model": "b", "messages": []}',
+        b'{"model": "m", "messages": [{"role": "user", "role": "system", "content": "x"}]}',
+        b'{"temperature": NaN}',
+        b'{"temperature": -Infinity}',
+        b'{"model": "\\ud800", "messages": []}',
+        b'{"x": ' + b"9" * 5_000 + b"}",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"{} trailing",
+    ],
+)
+def test_broken_json_is_the_callers_fault(body: bytes) -> None:
+    error = refused(wire.parse_chat, body)
+    assert (error.param, error.code) == (None, "invalid_json")
+
+
+@pytest.mark.parametrize("body", [b"[]", b"3", b'"x"', b"null"])
+def test_the_body_is_an_object(body: bytes) -> None:
+    assert refused(wire.parse_chat, body).code == "invalid_type"
+
+
+def test_values_that_change_nothing_and_unknown_fields_are_accepted() -> None:
+    quiet = {
+        "n": 1,
+        "tools": [],
+        "tool_choice": "auto",
+        "logprobs": False,
+        "response_format": {"type": "text"},
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
+        "service_tier": "auto",
+        "store": False,
+        "user": "somebody",
+        "metadata": {"a": "b"},
+        "parallel_tool_calls": True,
+        "a_field_of_next_year": [1, 2],
+        "max_tokens": 5,
+        "max_completion_tokens": 5,
+    }
+    assert wire.parse_chat(json.dumps(CHAT | quiet).encode()).max_new_tokens == 5
+
+
+@pytest.mark.parametrize("row", wire.UNSUPPORTED, ids=lambda row: str(row[0]))
+def test_null_always_means_not_given(row: tuple[str, Any, str]) -> None:
+    wire.parse_chat(json.dumps(CHAT | {row[0]: None}).encode())
+
+
+def test_a_pair_of_surrogates_is_a_character() -> None:
+    body = b'{"model": "m", "prompt": "\\ud83d\\ude00"}'
+    assert wire.parse_completion(body).prompt == "\N{GRINNING FACE}"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2]), ([7], [7])],
+)
+def test_every_spelling_of_one_prompt(prompt: Any, expected: Any) -> None:
+    assert wire.prompt_of(wire.parse_completion(json.dumps(COMPLETION | {"prompt": prompt}).encode())) == expected
+
+
+def test_content_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = CHAT | {"messages": [{"role": "user", "content": parts}]}
+    assert wire.content_text(wire.parse_chat(json.dumps(body).encode()).messages[0]) == "ab"
+
+
+NAMES = sorted({"messages", "prompt", "stop", "seed", "stream", "stream_options", "max_tokens", "top_p"}) + [
+    row[0] for row in wire.UNSUPPORTED
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES) | st.text(), inner, max_size=6),
+    max_leaves=16,
+)
+
+
+@given(JSON | st.fixed_dictionaries({"model": st.just("m")}, optional=dict.fromkeys(NAMES, JSON)))
+def test_any_json_parses_or_is_refused(value: Any) -> None:
+    body = json.dumps(value).encode("utf-8", "surrogatepass")
+    for parse in (wire.parse_chat, wire.parse_completion):
+        with suppress(InvalidRequestError):
+            parse(body)
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_parse_or_are_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequestError):
+        wire.parse_chat(body)

@@ -1,0 +1,161 @@
+"""What a user sees from `bulkhead serve`: pasted snippets work, both tenants stream, every record agrees."""
+
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from engine.journal import read_journals
+from tests.system.server import ROOT, Server, open_database, wait_until
+
+pytestmark = pytest.mark.system
+MEMORY_BYTES_MAX = 200 * 1024 * 1024
+
+
+def test_the_printed_curl_answers(server: Server) -> None:
+    command = next(line for line in server.output.splitlines() if line.startswith("curl "))
+    done = subprocess.run(["sh", "-c", command + " --silent --show-error"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+
+
+def test_the_printed_python_answers(server: Server, tmp_path: Path) -> None:
+    lines = server.output.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("# pip install openai"))
+    end = next(i for i, line in enumerate(lines) if line.startswith("print("))
+    script = tmp_path / "snippet.py"
+    script.write_text("\n".join(lines[start : end + 1]))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+
+
+def test_two_tenants_stream_at_once_and_all_records_agree(server: Server) -> None:
+    model = server.openai("acme").models.list().data[0].id
+
+    def stream(tenant: str, i: int) -> tuple[str, str, int, int]:
+        chunks = server.openai(tenant).chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": f"Count to {i + 5} in words."}],
+            max_tokens=24 + i,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        text, usage, request_id = "", None, ""
+        for chunk in chunks:
+            request_id = chunk.id
+            usage = chunk.usage or usage
+            text += "".join(choice.delta.content or "" for choice in chunk.choices)
+        assert text
+        assert usage is not None
+        return tenant, request_id.replace("chatcmpl-", "req_"), usage.prompt_tokens, usage.completion_tokens
+
+    with ThreadPoolExecutor(8) as pool:
+        told = list(pool.map(lambda i: stream(("acme", "globex")[i % 2], i), range(8)))
+
+    wait_until(lambda: count_waiting(server) == 0, what="the outbox being sequenced")
+    engine = read_journals(server.data_dir / "journal")
+    with closing(open_database(server)) as db:
+        for tenant, request_id, num_prompt_tokens, num_completion_tokens in told:
+            recorded = db.execute(
+                "SELECT t.name, u.num_prompt_tokens, u.num_completion_tokens, u.amount_nano_usd, h.captured_nano_usd"
+                " FROM usage_record u JOIN tenant t ON t.id = u.tenant_id JOIN hold h ON h.request_id = u.request_id"
+                " WHERE u.request_id = ?",
+                (request_id,),
+            ).fetchone()
+            counted = engine[request_id]  # by the worker itself, in its journal
+            assert (counted.num_prompt_tokens, counted.num_completion_tokens) == (
+                num_prompt_tokens,
+                num_completion_tokens,
+            )
+            amount = num_prompt_tokens * 150 + num_completion_tokens * 600  # nano-USD, at the demo prices
+            assert recorded == (tenant, num_prompt_tokens, num_completion_tokens, amount, amount)
+            (in_ledger,) = db.execute(
+                "SELECT sum(e.amount_nano_usd) FROM ledger_entry e JOIN ledger_transaction x ON x.id = e.transaction_id"
+                " JOIN hold h ON h.id = x.hold_id JOIN account a ON a.id = e.account_id"
+                " WHERE h.request_id = ? AND a.kind = 'revenue'",
+                (request_id,),
+            ).fetchone()
+            assert in_ledger == amount
+            leaves = db.execute(
+                "SELECT l.kind FROM log_leaf l JOIN log_opening o ON o.leaf_index = l.leaf_index"
+                " WHERE instr(o.body, CAST(? AS BLOB)) ORDER BY l.leaf_index",
+                (request_id,),
+            ).fetchall()
+            assert [kind for (kind,) in leaves] == ["request.admitted", "request.settled"]
+    assert "VERIFIED" in server.run("audit", "verify")
+
+
+def count_waiting(server: Server) -> int:
+    with closing(open_database(server)) as db:
+        return int(db.execute("SELECT count(*) FROM outbox").fetchone()[0])
+
+
+def test_the_http_process_is_small_and_has_no_torch(server: Server) -> None:
+    assert server.process is not None
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert not re.search(r"libtorch|numpy", maps)
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    peak_bytes = int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024  # type: ignore[union-attr]
+    assert peak_bytes < MEMORY_BYTES_MAX
+
+
+def test_readiness_tells_the_isolation_mode(server: Server) -> None:
+    with server.http() as http:
+        assert http.get("/healthz").status_code == 200
+        ready = http.get("/readyz")
+    assert ready.status_code == 200
+    assert "relaxed" in ready.text
+
+
+def test_a_revoked_key_is_dead_at_once(server: Server) -> None:
+    key = server.run("key", "create", "--tenant", "acme", "--name", "short-lived").splitlines()[0]
+    headers = {"Authorization": f"Bearer {key}"}
+    with server.http() as http:
+        assert http.get("/v1/models", headers=headers).status_code == 200
+        listed = server.run("key", "list", "--tenant", "acme")
+        key_id = next(line.split()[0] for line in listed.splitlines() if "short-lived" in line)
+        server.run("key", "revoke", key_id)
+        assert http.get("/v1/models", headers=headers).status_code == 401
+    assert key.split("-", 2)[2] not in listed
+
+
+def test_commands_say_what_is_wrong_in_one_line(server: Server) -> None:
+    said = server.run("key", "create", "--tenant", "nobody", expect=1)
+    assert said.count("\n") == 1
+    assert "bulkhead tenant list" in said
+
+
+def test_the_server_stays_the_only_one_on_its_folder(server: Server) -> None:
+    said = server.run("serve", expect=1)
+    assert "another bulkhead" in said
+    assert said.count("\n") == 1
+
+
+def test_reports_are_signed_and_verified(server: Server, tmp_path: Path) -> None:
+    server.run("audit", "report", "--out", str(tmp_path))
+    [statement] = tmp_path.glob("*.dsse.json")
+    [pdf] = tmp_path.glob("*.pdf")
+    assert pdf.read_bytes().startswith(b"%PDF")
+    server.run("audit", "verify", "--report", str(statement))
+    damaged = tmp_path / "damaged.dsse.json"
+    damaged.write_text(statement.read_text().replace('"payload": "', '"payload": "A', 1))
+    server.run("audit", "verify", "--report", str(damaged), expect=1)
+    assert (ROOT / "audit" / "verify.py").exists()
+
+
+def test_the_benchmark_measures_every_request(server: Server, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    options = ["--url", server.url, "--ca", str(server.ca), "--requests", "6", "--concurrency", "3"]
+    server.run("bench", "gateway", "--key", server.keys["globex"], *options, "--max-tokens", "12", "--json", str(out))
+    measured = json.loads(out.read_text())
+    assert measured["summary"]["num_requests"] == len(measured["samples"]) == 6
+    assert all(0 < sample["ttft_ms"] <= sample["total_ms"] for sample in measured["samples"])
+    assert 6 <= measured["summary"]["num_completion_tokens"] <= 72
+    said = server.run("bench", "gateway", "--key", "bk-wrong", *options, expect=1)
+    assert "401" in said
