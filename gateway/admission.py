@@ -7,7 +7,9 @@ Nothing runs before both have succeeded. When T1 fails, what had been taken is g
 whether T1 committed.
 """
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -20,7 +22,7 @@ from gateway.translation import Work
 from gateway.world import new_id
 from tenancy.keys import Principal
 from tenancy.ledger import InsufficientCredit, balance, place_hold
-from tenancy.prices import Price, price_at, worst_case_nano_usd
+from tenancy.prices import Price, PriceMissingError, price_at, worst_case_nano_usd
 from tenancy.quota import Lease, QuotaSnapshot, Refused
 
 KIND_OF_LIMIT = {"requests_per_minute": "requests", "tokens_per_minute": "tokens", "concurrency_max": "concurrency"}
@@ -44,11 +46,36 @@ class Admission:
     expires_ns: int  # of the hold
 
 
-async def acquire(services: Services, caller: Caller, work: Work, request_id: str) -> Lease:
-    """Take a place under every limit of the caller, or none.
+@dataclass(slots=True)
+class Claim:
+    """What an admission has taken so far: kept apart from its task, so that a failure knows what to give back."""
 
-    Raises RateLimitedError, NeverFitsError, or QuotaUnavailableError: without Valkey nothing is served.
+    request_id: str
+    lease: Lease | None = None
+    hold_id: str | None = None  # set before T1: whether it committed may stay unknown
+
+
+async def admit(
+    services: Services, caller: Caller, work: Work, claim: Claim, state: MutableMapping[str, Any]
+) -> Admission:
+    """Lease, then T1. Leaves the x-ratelimit headers in `state` for whatever answer follows.
+
+    Raises RateLimitedError, NeverFitsError, CreditExhaustedError, PriceMissingError; QuotaUnavailableError or
+    DatabaseUnavailableError: without Valkey and database nothing is served. The caller then undoes `claim`.
     """
+    claim.lease = await _acquire(services, caller, work, claim.request_id)
+    state["answer_headers"] = rate_limit_headers(claim.lease.snapshot)
+    claim.hold_id = new_id("hold", services.world.entropy)
+    try:
+        async with services.database.transaction() as conn:
+            return await _hold(conn, services, caller, work, claim.request_id, claim.lease, claim.hold_id)
+    except (CreditExhaustedError, PriceMissingError):
+        claim.hold_id = None  # refused before anything was held
+        raise
+
+
+async def _acquire(services: Services, caller: Caller, work: Work, request_id: str) -> Lease:
+    """A place under every limit of the caller, or none."""
     result = await services.quota.acquire(
         caller.limits,
         tenant_id=caller.principal.tenant_id,
@@ -61,38 +88,27 @@ async def acquire(services: Services, caller: Caller, work: Work, request_id: st
     return result
 
 
-async def admit(
-    services: Services, caller: Caller, work: Work, request_id: str, lease: Lease, hold_id: str
+async def _hold(
+    conn: AsyncConnection, services: Services, caller: Caller, work: Work, request_id: str, lease: Lease, hold_id: str
 ) -> Admission:
-    """T1. Raises CreditExhaustedError, PriceMissingError, DatabaseUnavailableError."""
-    async with services.database.transaction() as conn:
-        started_ns = services.world.now_ns()
-        expires_ns = started_ns + services.settings.hold_ttl_s * 1_000_000_000
-        price = await price_at(conn, work.model, started_ns)
-        admission = Admission(
-            request_id=request_id,
-            principal=caller.principal,
-            lease=lease,
-            hold_id=hold_id,
-            price=price,
-            hold_nano_usd=worst_case_nano_usd(price, work.num_prompt_tokens, work.sampling.max_tokens),
-            model=work.model,
-            num_prompt_tokens=work.num_prompt_tokens,
-            max_tokens=work.sampling.max_tokens,
-            stream=work.stream,
-            started_ns=started_ns,
-            expires_ns=expires_ns,
-        )
-        await _hold(conn, services, admission)
-    return admission
-
-
-def new_hold_id(services: Services) -> str:
-    return new_id("hold", services.world.entropy)
-
-
-async def _hold(conn: AsyncConnection, services: Services, admission: Admission) -> None:
-    tenant_id = admission.principal.tenant_id
+    """T1's statements."""
+    started_ns = services.world.now_ns()
+    tenant_id = caller.principal.tenant_id
+    price = await price_at(conn, work.model, started_ns)
+    admission = Admission(
+        request_id=request_id,
+        principal=caller.principal,
+        lease=lease,
+        hold_id=hold_id,
+        price=price,
+        hold_nano_usd=worst_case_nano_usd(price, work.num_prompt_tokens, work.sampling.max_tokens),
+        model=work.model,
+        num_prompt_tokens=work.num_prompt_tokens,
+        max_tokens=work.sampling.max_tokens,
+        stream=work.stream,
+        started_ns=started_ns,
+        expires_ns=started_ns + services.settings.hold_ttl_s * 1_000_000_000,
+    )
     held = await place_hold(
         conn,
         hold_id=admission.hold_id,
@@ -117,6 +133,7 @@ async def _hold(conn: AsyncConnection, services: Services, admission: Admission)
     }
     entry = Entry("request.admitted", tenant_id, admission.started_ns, body)
     await append(conn, entry, entropy=services.world.entropy)
+    return admission
 
 
 def _refusal(refused: Refused, work: Work) -> Exception:

@@ -25,10 +25,9 @@ from starlette.types import Receive, Scope, Send
 from engine.client import EngineClient, Generation
 from engine.errors import EngineGoneError
 from engine.protocol import TokenOutput
-from gateway.admission import Admission, acquire, admit, new_hold_id, rate_limit_headers
+from gateway.admission import Admission, Claim, admit
 from gateway.auth import Caller
 from gateway.problems import (
-    CreditExhaustedError,
     DeadlineExceededError,
     EngineRefusedError,
     bug_report,
@@ -41,7 +40,6 @@ from gateway.shapes import Shape
 from gateway.streaming import HEARTBEAT, HEARTBEAT_S, EventStream, SlowReaderError, bounded_send, event
 from gateway.translation import Work, submit_of
 from tenancy.meter import Usage
-from tenancy.prices import PriceMissingError
 from tenancy.quota import QuotaUnavailableError
 
 FINAL_COUNTS_S = 5.0  # how long an aborted sequence's last frame is awaited
@@ -71,17 +69,13 @@ async def serve(
 ) -> None:
     """Admit, run, settle. Raises what problems.py knows, as long as nothing has been sent."""
     request_id: str = scope["state"]["request_id"]
-    lease = await acquire(services, caller, work, request_id)  # cancelled here, a lease frees itself when it expires
-    scope["state"]["answer_headers"] = rate_limit_headers(lease.snapshot)
-    hold_id = new_hold_id(services)
     settler.opened()
+    claim = Claim(request_id)
+    claiming = asyncio.create_task(admit(services, caller, work, claim, scope["state"]))
     try:
-        admission = await admit(services, caller, work, request_id, lease, hold_id)
-    except (CreditExhaustedError, PriceMissingError):
-        settler.give_back(lease, None, request_id)
-        raise
+        admission = await asyncio.shield(claiming)  # never cut in the middle: a script or commit ends by itself
     except BaseException:
-        settler.give_back(lease, hold_id, request_id)
+        settler.undo(claim, claiming)
         raise
     await Exchange(services, settler, client, admission, work, shape, receive, send).run()
 

@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from audit.entry import Entry
 from audit.outbox import append
-from gateway.admission import Admission
+from gateway.admission import Admission, Claim
 from gateway.database import DatabaseUnavailableError
 from gateway.problems import bug_report
 from gateway.services import Services
@@ -68,7 +68,7 @@ class Settler:
         return self._num_open
 
     def opened(self) -> None:
-        """A request starts to take things: exactly one `settle` or `give_back` must follow."""
+        """A request starts to take things: exactly one `settle` or `undo` must follow."""
         self._num_open += 1
         self._all_closed.clear()
 
@@ -76,9 +76,9 @@ class Settler:
         """Start T2 and the quota's release. Never raises; awaiting the task is optional."""
         return self._start(self._settle(admission, outcome))
 
-    def give_back(self, lease: Lease, hold_id: str | None, request_id: str) -> asyncio.Task[None]:
-        """Undo an admission that failed. With a `hold_id`, it is not known whether its T1 committed."""
-        return self._start(self._give_back(lease, hold_id, request_id))
+    def undo(self, claim: Claim, claiming: asyncio.Task[Admission]) -> asyncio.Task[None]:
+        """Give back what a failed or abandoned admission has taken, once its task has ended."""
+        return self._start(self._undo(claim, claiming))
 
     async def drain(self, timeout_s: float) -> int:
         """Wait for open requests to be settled; returns how many are left to hold expiry and recovery."""
@@ -123,8 +123,11 @@ class Settler:
 
         await self._insist(attempt, admission.request_id, admission.expires_ns)
 
-    async def _give_back(self, lease: Lease, hold_id: str | None, request_id: str) -> None:
-        await self._release(lease, 0)
+    async def _undo(self, claim: Claim, claiming: asyncio.Task[Admission]) -> None:
+        await asyncio.gather(claiming, return_exceptions=True)
+        if claim.lease is not None:
+            await self._release(claim.lease, 0)
+        hold_id = claim.hold_id
         if hold_id is None:
             return
         world = self._services.world
@@ -134,7 +137,7 @@ class Settler:
                 await write_void_if_held(conn, hold_id, now_ns=world.now_ns(), entropy=world.entropy)
 
         expires_ns = world.now_ns() + self._services.settings.hold_ttl_s * 1_000_000_000
-        await self._insist(attempt, request_id, expires_ns)
+        await self._insist(attempt, claim.request_id, expires_ns)
 
     async def _insist(self, attempt: Callable[[], Awaitable[None]], request_id: str, expires_ns: int) -> None:
         """Repeat `attempt` while the database is away, with growing pauses, until the hold has expired."""
