@@ -33,7 +33,7 @@ app.add_typer(model_app, name="model")
 @app.command()
 def serve() -> None:
     """Set up what is missing and serve HTTPS until Ctrl-C or SIGTERM."""
-    from gateway.serve import run_serve  # the server's imports cost half a second that other commands do not need
+    from gateway.host.serve import run_serve  # the server's imports cost half a second that other commands do not need
 
     world = real_world()
     settings = load_settings(world.environ)
@@ -51,8 +51,8 @@ def worker(context: typer.Context) -> None:
 @app.command()
 def migrate() -> None:
     """Bring the database to this version's schema."""
-    from gateway.folders import open_folders
-    from gateway.migrate import migrate as run
+    from gateway.host.folders import open_folders
+    from gateway.host.migrate import migrate as run
 
     settings = load_settings(real_world().environ)
     open_folders(settings.data_dir)
@@ -63,8 +63,8 @@ def migrate() -> None:
 @model_app.command("fetch")
 def model_fetch() -> None:
     """Download, check and convert the demo model (SmolLM2-135M-Instruct)."""
-    from gateway.demo_model import ensure_demo_model
-    from gateway.folders import open_folders
+    from gateway.host.demo_model import ensure_demo_model
+    from gateway.host.folders import open_folders
 
     settings = load_settings(real_world().environ)
     open_folders(settings.data_dir)

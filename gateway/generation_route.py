@@ -10,13 +10,13 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from engine.protocol import Ready
-from gateway.auth import authenticated
-from gateway.exchange import serve
+from gateway.api.auth import authenticated
+from gateway.api.exchange import serve
+from gateway.api.settlement import Settler
+from gateway.api.shapes import Frame, Shape, fingerprint
+from gateway.api.translation import Work
+from gateway.api.wire import Common
 from gateway.services import Services
-from gateway.settlement import Settler
-from gateway.shapes import Frame, Shape, fingerprint
-from gateway.translation import Work
-from gateway.wire import Common
 
 RequestT = TypeVar("RequestT", bound=Common)
 

@@ -13,7 +13,7 @@ def model_dir() -> Path:
     """BULKHEAD_TEST_MODEL_DIR where set, else the demo model, fetched by the same function that serves it."""
     if folder := os.environ.get("BULKHEAD_TEST_MODEL_DIR"):
         return Path(folder)
-    from gateway.demo_model import ensure_demo_model
+    from gateway.host.demo_model import ensure_demo_model
 
     ensure_demo_model(MODEL_DIR)
     return MODEL_DIR

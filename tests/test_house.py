@@ -19,8 +19,8 @@ NEVER = {
 }
 ALLOWED = {
     "gateway/world.py": "the one place for clock, entropy and environment",
-    "gateway/banner.py": "holds the Python snippet that it prints",
-    "gateway/demo_model.py": "print is the default for its progress callback",
+    "gateway/host/banner.py": "holds the Python snippet that it prints",
+    "gateway/host/demo_model.py": "print is the default for its progress callback",
     "gateway/worker.py": "sets one default before torch is imported",
     "audit/verify.py": "a stand-alone program that prints its findings",
     "engine/convert.py": "a stand-alone program",
@@ -53,7 +53,7 @@ def run_python(code: str) -> str:
 
 def test_the_http_process_never_imports_torch() -> None:
     code = (
-        "import sys, gateway.serve, gateway.cli, gateway.app\n"
+        "import sys, gateway.host.serve, gateway.cli, gateway.api.app\n"
         "print([m for m in ('torch', 'transformers', 'triton', 'numpy') if m in sys.modules])"
     )
     assert run_python(code) == "[]"

@@ -17,7 +17,7 @@ from audit.log import publish, sequence
 from audit.outbox import append
 from audit.tables import log_leaf, log_opening
 from gateway.commands.session import CommandError, Session, in_transaction, open_session
-from gateway.folders import FolderError, only_server
+from gateway.host.folders import FolderError, only_server
 from tenancy.directory import list_tenants
 
 app = typer.Typer(no_args_is_help=True, help="The transparency log, reports and their verification.")

@@ -4,13 +4,13 @@ from audit.keyring import KeyringError
 from audit.publish import LogForkError
 from gateway.commands.session import CommandError
 from gateway.database import DatabaseUnavailableError
-from gateway.demo_model import ModelError
-from gateway.folders import FolderError
-from gateway.migrate import MigrationError
-from gateway.port import PortError
+from gateway.host.demo_model import ModelError
+from gateway.host.folders import FolderError
+from gateway.host.migrate import MigrationError
+from gateway.host.port import PortError
+from gateway.host.supervisor import ChildFailedError
+from gateway.host.tls import TlsError
 from gateway.settings import SettingsError
-from gateway.supervisor import ChildFailedError
-from gateway.tls import TlsError
 from tenancy.directory import DuplicateNameError, UnknownIdError
 from tenancy.ids import InvalidNameError
 from tenancy.ledger import LedgerConflictError

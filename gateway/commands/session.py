@@ -8,8 +8,8 @@ from typing import TypeVar
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.database import Database
-from gateway.folders import Folders, open_folders
-from gateway.migrate import migrate
+from gateway.host.folders import Folders, open_folders
+from gateway.host.migrate import migrate
 from gateway.secrets import Secrets, load_secrets
 from gateway.settings import Settings, load_settings
 from gateway.world import World, real_world

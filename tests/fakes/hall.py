@@ -20,13 +20,13 @@ from starlette.applications import Starlette
 from audit import tables as audit_tables
 from engine.client import EngineClient
 from engine.tokenizer import Tokenizer
-from gateway.app import create_app
+from gateway.api.app import create_app
+from gateway.api.settlement import Settler
 from gateway.database import Database
 from gateway.engine_link import EngineLink
 from gateway.secrets import Secrets
 from gateway.services import Services
 from gateway.settings import Settings
-from gateway.settlement import Settler
 from gateway.world import World
 from tenancy import tables as tenancy_tables
 from tenancy.directory import create_organisation, create_project, create_tenant

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from gateway.valkey import connect_redis, valkey_child
+from gateway.host.valkey import connect_redis, valkey_child
 from tests.fakes.byte_model import write_byte_model
 from tests.fakes.hall import Hall, open_hall, world
 from tests.fakes.integer_worker import IntegerWorker

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.streaming import event
+from gateway.api.streaming import event
 from tenancy.limits import set_limits
 from tests.fakes.asgi import Answer
 from tests.fakes.hall import USD, Hall, chat_body

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway import demo_model
-from gateway.demo_model import ModelError, check_digest, ensure_demo_model, model_is_present
+from gateway.host import demo_model
+from gateway.host.demo_model import ModelError, check_digest, ensure_demo_model, model_is_present
 
 
 def test_a_changed_file_is_refused(tmp_path: Path) -> None:

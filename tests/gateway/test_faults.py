@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway import exchange
-from gateway.edge import Edge
-from gateway.settlement import NOTHING
-from gateway.valkey import connect_redis
+from gateway.api import exchange
+from gateway.api.edge import Edge
+from gateway.api.settlement import NOTHING
+from gateway.host.valkey import connect_redis
 from tests.fakes.asgi import Answer
 from tests.fakes.flaky_database import Fault
 from tests.fakes.hall import Hall, chat_body, open_hall, reconnect, world
@@ -369,8 +369,8 @@ def test_a_bug_of_ours_is_opaque_and_settled(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a secret detail")
 
-    monkeypatch.setattr("gateway.chat.ChatShape.whole", broken)
-    monkeypatch.setattr("gateway.chat.ChatShape.closing", broken)
+    monkeypatch.setattr("gateway.api.chat.ChatShape.whole", broken)
+    monkeypatch.setattr("gateway.api.chat.ChatShape.closing", broken)
     whole, streamed = runner.run(hall.chat(max_tokens=3)), runner.run(hall.chat(max_tokens=3, stream=True))
     assert whole.status == 500
     assert whole.json()["error"]["code"] == "internal_error"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.folders import FolderError, only_server, open_folders
-from gateway.port import PortError, bind
+from gateway.host.folders import FolderError, only_server, open_folders
+from gateway.host.port import PortError, bind
 
 
 def test_a_data_folder_that_is_a_file_is_one_clear_line(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_the_runtime_folder_is_short_and_private(tmp_path: Path) -> None:
 def test_a_second_server_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     folders = open_folders(tmp_path)
     code = (
-        "import sys, time; from pathlib import Path; from gateway.folders import *\n"
+        "import sys, time; from pathlib import Path; from gateway.host.folders import *\n"
         "with only_server(open_folders(Path(sys.argv[1]))): print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

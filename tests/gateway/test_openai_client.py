@@ -17,9 +17,9 @@ import pytest
 from redis.asyncio import Redis
 
 from engine.journal import read_journals
-from gateway.https import https_server
-from gateway.port import bind
-from gateway.tls import TlsFiles, ensure_certificates
+from gateway.host.https import https_server
+from gateway.host.port import bind
+from gateway.host.tls import TlsFiles, ensure_certificates
 from tests.fakes.hall import Hall, open_hall, world
 
 ROOT = Path(__file__).parents[2]

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from starlette.exceptions import HTTPException
 
 from engine.errors import EngineGoneError
-from gateway import problems
-from gateway.admission import duration
+from gateway.api import problems
+from gateway.api.admission import duration
+from gateway.api.problems import problem_of, retry_after
 from gateway.database import DatabaseUnavailableError
 from gateway.engine_link import EngineUnavailableError
-from gateway.problems import problem_of, retry_after
 from tenancy.keys import InvalidApiKeyError
 from tenancy.prices import PriceMissingError
 from tenancy.quota import QuotaUnavailableError

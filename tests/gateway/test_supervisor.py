@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.supervisor import Child, ChildFailedError
+from gateway.host.supervisor import Child, ChildFailedError
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -41,7 +41,7 @@ def wait_until(condition: object, timeout_s: float = 10.0) -> None:
 def test_a_killed_parent_leaves_no_child() -> None:
     code = (
         "import asyncio, os, sys\n"
-        "from gateway.supervisor import Child\n"
+        "from gateway.host.supervisor import Child\n"
         "async def nothing(_): pass\n"
         "async def main():\n"
         "    child = Child('c', [sys.executable, '-c', 'import time; time.sleep(60)'],"

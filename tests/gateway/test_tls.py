@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.tls import LEAF_DAYS, RENEW_DAYS, TlsFiles, ensure_certificates, server_context
+from gateway.host.tls import LEAF_DAYS, RENEW_DAYS, TlsFiles, ensure_certificates, server_context
 
 NOW_NS = 1_790_000_000 * 10**9
 DAY_NS = 86_400 * 10**9

@@ -20,13 +20,13 @@ from engine.client import EngineClient
 from engine.protocol import PROTOCOL_VERSION, Ready, Stats, encode_frame
 from engine.tokenizer import Tokenizer
 from gateway.admin import admin_routes
-from gateway.app import create_app
+from gateway.api.app import create_app
 from gateway.database import Database
 from gateway.engine_link import EngineLink
+from gateway.host.valkey import connect_redis
 from gateway.secrets import Secrets
 from gateway.services import Services
 from gateway.settings import Settings
-from gateway.valkey import connect_redis
 from gateway.world import World, new_id
 from tenancy.directory import create_organisation, create_project, create_tenant
 from tenancy.keys import mint_key

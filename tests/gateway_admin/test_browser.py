@@ -17,7 +17,7 @@ import uvicorn
 from playwright.async_api import Browser, Page, async_playwright
 from starlette.applications import Starlette
 
-from gateway.tls import ensure_certificates
+from gateway.host.tls import ensure_certificates
 from tenancy.limits import set_limits
 from tenancy.meter import Usage
 from tests.gateway_admin.house import NAME, PASSWORD, House, build_house

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from audit import tables as audit_tables
-from gateway.migrate import MigrationError, migrate
+from gateway.host.migrate import MigrationError, migrate
 from tenancy import tables as tenancy_tables
 from tests.servers import PostgresServer
 

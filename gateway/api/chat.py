@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
+from gateway.api.settlement import Settler
+from gateway.api.shapes import Frame, Json, usage_json
+from gateway.api.translation import Translator
+from gateway.api.wire import ChatRequest, parse_chat
 from gateway.generation_route import GenerationRoute
 from gateway.services import Services
-from gateway.settlement import Settler
-from gateway.shapes import Frame, Json, usage_json
-from gateway.translation import Translator
-from gateway.wire import ChatRequest, parse_chat
 from tenancy.meter import Usage
 
 

@@ -16,7 +16,7 @@ from audit.entry import Entry
 from audit.outbox import append
 from audit.tables import log_leaf, log_opening, outbox
 from engine.journal import JournalRecord, prune, read_journals
-from gateway.folders import Folders
+from gateway.host.folders import Folders
 from gateway.services import Services
 from tenancy.keys import list_keys
 from tenancy.ledger import Hold, capture, pending_holds, void

@@ -12,7 +12,7 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
-from gateway.tls import TlsFiles, server_context
+from gateway.host.tls import TlsFiles, server_context
 
 BACKLOG = 512
 

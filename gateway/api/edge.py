@@ -17,7 +17,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.problems import (
+from gateway.api.problems import (
     BodyTooLargeError,
     HeadersTooLargeError,
     Problem,
@@ -33,7 +33,7 @@ BODY_TIMEOUT_S = 30.0  # for the whole body
 LINGER_S = 2.0  # how long a refused body is still read, so that its sender gets to see the answer
 LINGER_BYTES_MAX = 64 * 1024 * 1024
 
-log = structlog.get_logger("gateway.edge")
+log = structlog.get_logger("gateway.api.edge")
 
 
 class Edge:

@@ -5,9 +5,9 @@ from audit.keyring import Keyring
 from audit.log import publish, sequence
 from audit.outbox import append
 from gateway import __version__
-from gateway.background import Loop
-from gateway.engine_host import EngineHost
-from gateway.folders import Folders
+from gateway.host.background import Loop
+from gateway.host.engine_host import EngineHost
+from gateway.host.folders import Folders
 from gateway.services import Services
 from tenancy.ledger import expire_due
 

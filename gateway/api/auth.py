@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from starlette.types import Scope
 
-from gateway.problems import MissingScopeError
+from gateway.api.problems import MissingScopeError
 from gateway.services import Services
 from tenancy.keys import Principal, authenticate
 from tenancy.limits import ScopeLimits, load_scopes

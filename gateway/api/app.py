@@ -9,15 +9,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from gateway.chat import chat_route
-from gateway.completions import completions_route
-from gateway.edge import Edge
-from gateway.health import Readiness, healthz
-from gateway.models import Models
-from gateway.problems import problem_of
+from gateway.api.chat import chat_route
+from gateway.api.completions import completions_route
+from gateway.api.edge import Edge
+from gateway.api.health import Readiness, healthz
+from gateway.api.models import Models
+from gateway.api.problems import problem_of
+from gateway.api.settlement import Settler
+from gateway.api.translation import Translator
 from gateway.services import Services
-from gateway.settlement import Settler
-from gateway.translation import Translator
 
 
 def create_app(services: Services, *, extra_routes: Sequence[BaseRoute] = ()) -> Starlette:

@@ -19,24 +19,24 @@ from rich.console import Console
 from audit.keyring import load_keyring
 from engine.tokenizer import Tokenizer
 from gateway.admin.routes import admin_routes
-from gateway.app import create_app
-from gateway.banner import ready_banner
+from gateway.api.app import create_app
 from gateway.database import Database
-from gateway.demo_model import ModelError, ensure_demo_model, model_is_present
-from gateway.engine_host import EngineHost, worker_environment
 from gateway.engine_link import EngineLink
-from gateway.first_run import FirstRun, first_run
-from gateway.folders import Folders, only_server, open_folders
-from gateway.housekeeping import Housekeeping
-from gateway.https import HttpsServer, https_server
-from gateway.migrate import migrate
-from gateway.port import bind
-from gateway.recovery import recover
+from gateway.host.banner import ready_banner
+from gateway.host.demo_model import ModelError, ensure_demo_model, model_is_present
+from gateway.host.engine_host import EngineHost, worker_environment
+from gateway.host.first_run import FirstRun, first_run
+from gateway.host.folders import Folders, only_server, open_folders
+from gateway.host.housekeeping import Housekeeping
+from gateway.host.https import HttpsServer, https_server
+from gateway.host.migrate import migrate
+from gateway.host.port import bind
+from gateway.host.recovery import recover
+from gateway.host.tls import TlsFiles, ensure_certificates, own_certificate
+from gateway.host.valkey import connect_redis, valkey_child
 from gateway.secrets import load_secrets
 from gateway.services import Services
 from gateway.settings import Settings
-from gateway.tls import TlsFiles, ensure_certificates, own_certificate
-from gateway.valkey import connect_redis, valkey_child
 from gateway.world import World
 from tenancy.quota import Quota
 

@@ -13,8 +13,8 @@ from typing import TypeVar
 from engine.errors import TokenizerError
 from engine.protocol import Ready, SamplingParams, Submit
 from engine.tokenizer import Tokenizer
-from gateway import wire
-from gateway.problems import InvalidRequestError, ModelNotFoundError
+from gateway.api import wire
+from gateway.api.problems import InvalidRequestError, ModelNotFoundError
 from gateway.secrets import Secrets, cache_salt
 from gateway.settings import Settings
 

@@ -3,10 +3,10 @@
 from rich.console import Console
 from rich.rule import Rule
 
-from gateway.first_run import FirstRun
-from gateway.folders import Folders
+from gateway.host.first_run import FirstRun
+from gateway.host.folders import Folders
+from gateway.host.tls import TlsFiles
 from gateway.settings import Settings
-from gateway.tls import TlsFiles
 
 QUESTION = "What is the capital of France?"
 

@@ -3,10 +3,10 @@
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from gateway.auth import authenticated
-from gateway.problems import ModelNotFoundError
+from gateway.api.auth import authenticated
+from gateway.api.problems import ModelNotFoundError
+from gateway.api.shapes import Json
 from gateway.services import Services
-from gateway.shapes import Json
 
 
 class Models:

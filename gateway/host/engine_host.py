@@ -17,9 +17,9 @@ from engine.client import EngineClient
 from engine.protocol import Incident
 from gateway.database import Database, DatabaseUnavailableError
 from gateway.engine_link import EngineLink
-from gateway.folders import Folders
+from gateway.host.folders import Folders
+from gateway.host.supervisor import Child
 from gateway.settings import Settings
-from gateway.supervisor import Child
 from gateway.world import World
 
 START_TIMEOUT_S = 180.0  # a cold disk and two busy cores; a warm start takes a few seconds

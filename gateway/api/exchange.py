@@ -25,20 +25,20 @@ from starlette.types import Receive, Scope, Send
 from engine.client import EngineClient, Generation
 from engine.errors import EngineGoneError
 from engine.protocol import TokenOutput
-from gateway.admission import Admission, Claim, admit
-from gateway.auth import Caller
-from gateway.problems import (
+from gateway.api.admission import Admission, Claim, admit
+from gateway.api.auth import Caller
+from gateway.api.problems import (
     DeadlineExceededError,
     EngineRefusedError,
     bug_report,
     internal_problem,
     problem_of,
 )
+from gateway.api.settlement import NOTHING, Outcome, Settler
+from gateway.api.shapes import Shape
+from gateway.api.streaming import HEARTBEAT, HEARTBEAT_S, EventStream, SlowReaderError, bounded_send, event
+from gateway.api.translation import Work, submit_of
 from gateway.services import Services
-from gateway.settlement import NOTHING, Outcome, Settler
-from gateway.shapes import Shape
-from gateway.streaming import HEARTBEAT, HEARTBEAT_S, EventStream, SlowReaderError, bounded_send, event
-from gateway.translation import Work, submit_of
 from tenancy.meter import Usage
 from tenancy.quota import QuotaUnavailableError
 
@@ -49,7 +49,7 @@ COMPLETE = frozenset({"stop", "length"})
 # The engine's error codes as a usage row's finish reason (at most 16 characters).
 REASON_OF_ERROR = {"isolation_violation": "isolation", "busy": "busy", "draining": "draining", "abort": "draining"}
 
-log = structlog.get_logger("gateway.exchange")
+log = structlog.get_logger("gateway.api.exchange")
 
 
 class ClientGoneError(Exception):

@@ -15,10 +15,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from audit.entry import Entry
 from audit.outbox import append
-from gateway.auth import Caller
-from gateway.problems import CreditExhaustedError, Headers, NeverFitsError, RateLimitedError
+from gateway.api.auth import Caller
+from gateway.api.problems import CreditExhaustedError, Headers, NeverFitsError, RateLimitedError
+from gateway.api.translation import Work
 from gateway.services import Services
-from gateway.translation import Work
 from gateway.world import new_id
 from tenancy.keys import Principal
 from tenancy.ledger import InsufficientCredit, balance, place_hold

@@ -1,0 +1,1 @@
+"""What keeps the house running: start and stop, child processes, folders, certificates, recovery, loops."""
