@@ -14,7 +14,7 @@ SESSION_SCOPE = "bulkhead.admin.session"  # where RequireSession leaves the sess
 class Pages:
     def __init__(self) -> None:
         self._environment = Environment(
-            loader=PackageLoader("gateway", "templates/admin"),
+            loader=PackageLoader("gateway.admin", "templates"),
             autoescape=True,
             undefined=StrictUndefined,
             trim_blocks=True,

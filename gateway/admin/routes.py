@@ -105,7 +105,7 @@ class AdminSite:
             Route(LOGIN, self.login_form, methods=["GET"]),
             Route(LOGIN, self.log_in, methods=["POST"]),
             Route(LOGOUT, self.log_out, methods=["POST"]),
-            Mount(STATIC.rstrip("/"), StaticFiles(packages=[("gateway", "static")])),
+            Mount(STATIC.rstrip("/"), StaticFiles(packages=[("gateway.admin", "static")])),
         ]
 
     # Pages
