@@ -146,7 +146,6 @@ class EngineThread:
                 return False
         elif self._drain_until_s is not None:
             return False
-        self.stats = self.core.stats()
         return True
 
     def _take_commands(self) -> list[Command]:
@@ -188,7 +187,8 @@ class EngineThread:
             self.deliver({connection: encode_frame(refused)}, b"")
 
     def _emit(self, outputs: list[TokenOutput], incidents: list[Incident]) -> None:
-        """Journal first, then the frames: what a client has seen is on record."""
+        """Journal first, then the frames: what a client has seen is on record, and in the stats that it reads next."""
+        self.stats = self.core.stats()
         self.journal.append(
             [
                 JournalRecord(
