@@ -51,8 +51,8 @@ def run_serve(settings: Settings, world: World, console: Console) -> int:
     folders = open_folders(settings.data_dir)
     with only_server(folders):
         listener = bind(settings.host, settings.port)
-        with console.status("model") as status:
-            prepare_model(settings, lambda text: status.update(f"model: {text}"))
+        with console.status("model"):
+            prepare_model(settings, lambda text: console.print(f"model: {text}"))
         return uvloop.run(_serve(settings, world, folders, listener, console))
 
 
