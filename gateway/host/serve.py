@@ -48,12 +48,13 @@ log = structlog.get_logger(__name__)
 
 def run_serve(settings: Settings, world: World, console: Console) -> int:
     """Serve until SIGINT or SIGTERM. Raises FolderError, PortError, ModelError and others with one clear line."""
+    started_ns = world.monotonic_ns()
     folders = open_folders(settings.data_dir)
     with only_server(folders):
         listener = bind(settings.host, settings.port)
         with console.status("model"):
             prepare_model(settings, lambda text: console.print(f"model: {text}"))
-        return uvloop.run(_serve(settings, world, folders, listener, console))
+        return uvloop.run(_serve(settings, world, folders, listener, console, started_ns))
 
 
 def prepare_model(settings: Settings, say: Callable[[str], None]) -> None:
@@ -72,7 +73,14 @@ def tls_files(settings: Settings, world: World, folders: Folders) -> TlsFiles:
     return ensure_certificates(folders.tls, settings.host, world.now_ns())
 
 
-async def _serve(settings: Settings, world: World, folders: Folders, listener: socket.socket, console: Console) -> int:
+async def _serve(
+    settings: Settings,
+    world: World,
+    folders: Folders,
+    listener: socket.socket,
+    console: Console,
+    started_ns: int,
+) -> int:
     task = asyncio.current_task()
     assert task is not None
     server: HttpsServer | None = None
@@ -98,6 +106,7 @@ async def _serve(settings: Settings, world: World, folders: Folders, listener: s
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             await server.listening.wait()
             port = listener.getsockname()[1]
+            console.print(f"started in {(world.monotonic_ns() - started_ns) / 1e9:.1f} s")
             ready_banner(console, settings, folders, tls, services.tokenizer.model_id, port, fresh)
             await serving
     return 0
