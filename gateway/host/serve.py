@@ -137,6 +137,7 @@ async def _start(
         await asyncio.gather(*starts)
         tokenizer = Tokenizer.load(settings.effective_model_dir)
         services = Services(settings, world, database, redis, Quota(redis), link, tokenizer, secrets)
+        services.metrics.watch_engine(link)
         status.update("first run and recovery")
         async with database.transaction() as conn:
             fresh = None
@@ -146,6 +147,7 @@ async def _start(
         await recover(services, folders, ready.epoch if ready is not None else "")
         keyring = load_keyring(folders.log_keys, origin=settings.log_origin, entropy=world.entropy)
         housekeeping = Housekeeping(services, folders, keyring, engine)
+        services.metrics.watch_loops(housekeeping.loops)
         await housekeeping.start()
         stack.push_async_callback(housekeeping.stop)
     return services, fresh
