@@ -92,14 +92,16 @@ def test_nobody_of_its_domain_overtakes_whoever_waited_too_long(wait_max: int) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(order, "WAIT_MAX_TOKENS", wait_max)
         core, _ = integer_core(max_num_seqs=1, num_blocks=64)
-        core.add(submit("long", [2] * 20, 1))
         core.add(submit("first", [1], 2))
-        for index in range(60):
+        core.step()
+        core.add(submit("long", [2] * 20, 1))
+        came_at = core.scheduler.served.total
+        for index in range(150):
             core.add(submit(f"s{index}", [3], 2))
             core.step()
             if all(sequence.sequence_id != "long" for sequence in core.scheduler.waiting):
                 break
-            assert core.scheduler.served.total <= wait_max + 8
+            assert core.scheduler.served.total - came_at <= wait_max + 4, "one short one may be under way"
         else:
             raise AssertionError("it waits for ever")
 
