@@ -1,12 +1,13 @@
 """What request handlers are given: every collaborator of the HTTP process, built once by bootstrap.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
 
 from engine.tokenizer import Tokenizer
 from gateway.database import Database
 from gateway.engine_link import EngineLink
+from gateway.metrics import Metrics
 from gateway.secrets import Secrets
 from gateway.settings import Settings
 from gateway.world import World
@@ -23,3 +24,4 @@ class Services:
     engine: EngineLink
     tokenizer: Tokenizer
     secrets: Secrets
+    metrics: Metrics = field(default_factory=Metrics)

@@ -8,6 +8,7 @@ whether T1 committed.
 """
 
 from collections.abc import MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from gateway.world import new_id
 from tenancy.keys import Principal
 from tenancy.ledger import InsufficientCredit, balance, place_hold
 from tenancy.prices import Price, PriceMissingError, price_at, worst_case_nano_usd
-from tenancy.quota import Lease, QuotaSnapshot, Refused
+from tenancy.quota import Lease, QuotaSnapshot, QuotaUnavailableError, Refused
 
 KIND_OF_LIMIT = {"requests_per_minute": "requests", "tokens_per_minute": "tokens", "concurrency_max": "concurrency"}
 
@@ -72,6 +73,13 @@ async def admit(
     except (CreditExhaustedError, PriceMissingError):
         claim.hold_id = None  # refused before anything was held
         raise
+
+
+async def show_limits(services: Services, caller: Caller, state: MutableMapping[str, Any]) -> None:
+    """The x-ratelimit headers of an answer that takes nothing; left out while Valkey is away."""
+    with suppress(QuotaUnavailableError):
+        snapshot = await services.quota.usage_now(caller.principal.tenant_id, caller.limits)
+        state["answer_headers"] = rate_limit_headers(snapshot)
 
 
 async def _acquire(services: Services, caller: Caller, work: Work, request_id: str) -> Lease:

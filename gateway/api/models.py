@@ -3,6 +3,7 @@
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from gateway.api.admission import show_limits
 from gateway.api.auth import authenticated
 from gateway.api.problems import ModelNotFoundError
 from gateway.api.shapes import Json
@@ -16,15 +17,19 @@ class Models:
         self._created = services.world.now_ns() // 1_000_000_000
 
     async def list(self, request: Request) -> Response:
-        await authenticated(self._services, request.scope)
+        await self._known_caller(request)
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def one(self, request: Request) -> Response:
-        await authenticated(self._services, request.scope)
+        await self._known_caller(request)
         model_id = request.path_params["model_id"]
         if model_id != self._services.tokenizer.model_id:
             raise ModelNotFoundError(model_id[:256])
         return JSONResponse(self._model())
+
+    async def _known_caller(self, request: Request) -> None:
+        caller = await authenticated(self._services, request.scope)
+        await show_limits(self._services, caller, request.scope["state"])
 
     def _model(self) -> Json:
         tokenizer = self._services.tokenizer

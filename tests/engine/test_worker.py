@@ -14,8 +14,8 @@ from engine.client import EngineClient, Generation
 from engine.errors import EngineConnectError, EngineGoneError
 from engine.journal import read_journals
 from engine.protocol import SamplingParams, Submit, TokenOutput
-from tests.kernels.native import isas
 from tests.engine.worker_process import wait_ended, worker
+from tests.kernels.native import isas
 
 
 def make(

@@ -297,6 +297,8 @@ def test_limits_refuse_and_say_when(shared_stage: Stage, runner: asyncio.Runner)
     assert int(third.headers["retry-after-ms"]) <= 1_000 * int(third.headers["retry-after"]) <= 60_000
     assert third.headers["x-ratelimit-remaining-requests"] == "0"
     assert runner.run(hall.chat(max_tokens=2, tenant="globex")).status == 200
+    for free in (hall.call("GET", "/v1/models"), hall.chat(n=2), hall.chat(temperature=9)):
+        assert runner.run(free).headers["x-ratelimit-limit-requests"] == "2"
 
     runner.run(limit(tokens_per_minute=50))
     assert problem(runner.run(hall.chat(max_tokens=200))) == (400, "max_tokens", "request_never_fits")
