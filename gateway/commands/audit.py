@@ -31,7 +31,7 @@ ENGINE_EXCLUSIONS = (
         "Bitwise non-interference is promised only for the time that the engine ran in bitwise mode, per instruction "
         "set; in relaxed mode a batch's other sequences can change a row's last bits."
     ),
-    "Prefix caching is off, so no KV block is ever shared between sequences.",
+    "Sequences of one tenant that begin with the same tokens share KV blocks; heavy use by one tenant evicts others'.",
     "Scrubbing of blocks before another tenant gets them is reported by the engine and not verified by reading bytes.",
     "Queueing delay and load are not hidden from tenants.",
 )

@@ -63,7 +63,7 @@ async def _settle(conn: AsyncConnection, services: Services, hold: Hold, record:
     usage = Usage(0, 0, 0)
     admitted = await _admitted(conn, hold)
     if record is not None and record.num_completion_tokens > 0 and admitted is not None:
-        usage = Usage(record.num_prompt_tokens, 0, record.num_completion_tokens)
+        usage = Usage(record.num_prompt_tokens, record.num_cached_tokens, record.num_completion_tokens)
     price = await get_price(conn, hold.price_id)
     amount = charge_nano_usd(price, usage) if usage.num_completion_tokens else 0
     if admitted is not None and usage.num_completion_tokens:
