@@ -52,6 +52,7 @@ class Recording(ModelRunner):
             max_num_seqs=schedule.max_num_seqs,
             num_blocks=schedule.num_blocks,
         )
+        self.num_cached_tokens = 0
         self.seen: dict[tuple[str, int], NDArray[np.float32]] = {}
 
     def logits(self, batch: Batch) -> NDArray[np.float32]:
@@ -91,6 +92,7 @@ def play(
         assert result.failure == ""
         for output in result.outputs:
             tokens[output.sequence_id] += output.token_ids
+            runner.num_cached_tokens = max(runner.num_cached_tokens, output.num_cached_tokens)
             if output.sequence_id in aborted and len(tokens[output.sequence_id]) > 3:
                 core.abort(output.sequence_id)
     torch.set_num_threads(1)
@@ -103,13 +105,15 @@ def load(folder: Path, dtype: str, isa: str) -> LlamaModel:
 
 
 def submits(vocab_size: int, lengths: list[int], num_tokens: int) -> list[Submit]:
+    """Those of one domain begin alike, so that they find each other's blocks in the prefix cache."""
     chance = random.Random(7)
+    heads = [[chance.randrange(3, vocab_size) for _ in range(36)] for _ in range(3)]
     return [
         Submit(
             f"s{index}",
             f"domain {index % 3}",
             b"",
-            [chance.randrange(3, vocab_size) for _ in range(length)],
+            (heads[index % 3] + [chance.randrange(3, vocab_size) for _ in range(length)])[:length],
             SamplingParams(
                 max_tokens=num_tokens + index % 5, temperature=0.8 * (index % 2), seed=index, ignore_eos=True
             ),
@@ -119,7 +123,10 @@ def submits(vocab_size: int, lengths: list[int], num_tokens: int) -> list[Submit
 
 
 def same_as_alone(
-    model: LlamaModel, work: list[Submit], schedules: list[Schedule], note: Callable[[int], None] = lambda n: None
+    model: LlamaModel,
+    work: list[Submit],
+    schedules: list[Schedule],
+    note: Callable[[int, int], None] = lambda preempted, cached: None,
 ) -> None:
     alone: dict[tuple[str, int], NDArray[np.float32]] = {}
     alone_tokens: dict[str, list[int]] = {}
@@ -130,7 +137,7 @@ def same_as_alone(
     for schedule in schedules:
         aborted = frozenset(submit.sequence_id for submit in work[:: 2 + schedule.seed % 3])
         tokens, recorded, num_preemptions = play(model, work, schedule, aborted)
-        note(num_preemptions)
+        note(num_preemptions, recorded.num_cached_tokens)
         for (name, position), logits in recorded.seen.items():
             same = logits.view(np.int32) == alone[name, position].view(np.int32)
             assert same.all(), f"{name} at {position} under {schedule}: {int((~same).sum())} logits differ"
@@ -157,9 +164,10 @@ def test_random_schedules_change_no_bit(tiny_model_dir: Path, dtype: str, isa: s
         )
         for index, size in enumerate([1, 16, 7, 33])
     ]
-    preempted: list[int] = []
-    same_as_alone(model, work, schedules, preempted.append)
-    assert sum(preempted) > 0, "the schedules must preempt"
+    seen: list[tuple[int, int]] = []
+    same_as_alone(model, work, schedules, lambda preempted, cached: seen.append((preempted, cached)))
+    assert sum(preempted for preempted, _ in seen) > 0, "the schedules must preempt"
+    assert max(cached for _, cached in seen) > 0, "and find prefixes"
 
 
 @needs_native
