@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  := 2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all check bench format setup setup-dev clean
+.PHONY: help serve test test-all check bench format native native-asan setup setup-dev clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,14 +33,25 @@ format: setup-dev ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+native: setup ## Build the CPU kernels again, with the C++ compiler's messages
+	$(BIN)/python -m pip install --quiet "setuptools>=75"
+	$(BIN)/python setup.py build_ext --inplace --force
+
+native-asan: setup-dev ## Run the kernels' tests under AddressSanitizer and UBSan (in a build of their own)
+	$(BIN)/python -m pip install --quiet "setuptools>=75"
+	BULKHEAD_NATIVE_SANITIZE=1 $(BIN)/python setup.py build_ext --build-lib build/asan --build-temp build/asan-temp
+	NATIVE_LIBRARY=build/asan/kernels/cpu/_native.so ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+		$(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels
+
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 
-$(VENV)/.installed: pyproject.toml constraints.txt setup.sh
+$(VENV)/.installed: pyproject.toml constraints.txt setup.sh setup.py $(wildcard kernels/cpu/src/*)
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh setup.sh
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" sh setup.sh dev
 
 clean: ## Remove the virtual environment and caches; the data folder stays
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build kernels/cpu/_native.so *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

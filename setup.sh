@@ -51,9 +51,15 @@ if [ ! -e "$venv/.torch-$torch" ]; then
     : >"$venv/.torch-$torch"
 fi
 
-if [ ! -e "$venv/.installed" ] || [ pyproject.toml -nt "$venv/.installed" ] || [ constraints.txt -nt "$venv/.installed" ]; then
+stale=
+for file in pyproject.toml constraints.txt setup.py kernels/cpu/src/*; do
+    [ ! "$file" -nt "$venv/.installed" ] || stale=1
+done
+if [ ! -e "$venv/.installed" ] || [ -n "$stale" ]; then
     say "installing Bulkhead and what it needs"
     install -e . -c constraints.txt
+    [ -e kernels/cpu/_native.so ] ||
+        say "the native kernels could not be built (is there a C++ compiler, such as g++?): serving will be slower, isolation relaxed"
     touch "$venv/.installed"
 fi
 if [ "$stage" = dev ]; then

@@ -41,6 +41,13 @@ RELAXED = (
 )
 
 
+BITWISE = (
+    "The engine ran in bitwise mode: by its own statement, made at each start, an answer is bit for bit independent of "
+    "which other requests were computed at the same time (bitwise non-interference). The engine's tests check that "
+    "before a release; the auditor, at run time, checks which cache blocks are read and written, not the arithmetic."
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Control:
     framework: str
@@ -84,14 +91,23 @@ def result(figures: Figures, scope: Scope) -> str:
             )
         case _:
             verdict = "No engine ran in this period, so there was nothing to check."
-    relaxed = f" {RELAXED}" if "relaxed" in coverage.isolation_modes else ""
+    promised = _promised(frozenset(coverage.isolation_modes))
     silent_ns = scope.until_ns - max(coverage.last_entry_ns, scope.since_ns)
     silent = (
         f" The log ends {seconds(silent_ns)} before the end of the period and says nothing about that time."
         if silent_ns > scope.heartbeat_gap_max_ns
         else ""
     )
-    return served + verdict + relaxed + silent
+    return served + verdict + promised + silent
+
+
+def _promised(modes: frozenset[str]) -> str:
+    """What the engine promised in the weakest mode that it ran in."""
+    if modes == {"bitwise"}:
+        return f" {BITWISE}"
+    if modes == {"relaxed"}:
+        return f" {RELAXED}"
+    return f" For a part of this period: {RELAXED[0].lower()}{RELAXED[1:]}" if "relaxed" in modes else ""
 
 
 def controls(figures: Figures) -> Sequence[Control]:

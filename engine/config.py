@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.errors import ConfigError
 
 DTYPES = ("bfloat16", "float32")
+KERNELS = ("auto", "torch", "portable", "avx2", "avx512")
 
 
 def default_num_threads() -> int:
@@ -28,6 +29,7 @@ class WorkerConfig:
     block_size: int = 32  # tokens per KV block
     num_threads: int = 0
     dtype: str = "bfloat16"
+    kernels: str = "auto"  # kernels/backend.py: auto, torch, or an instruction set of the native library
     max_waiting: int = 256  # further submits are refused with "busy"
     scheduling: str = "fair"  # engine/order.py
     prefix_cache: bool = True  # share computed blocks between sequences of one domain that begin alike
@@ -43,6 +45,9 @@ class WorkerConfig:
                 raise ConfigError(f"{name} must be 0 or greater, not {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+
+        if self.kernels not in KERNELS:
+            raise ConfigError(f"kernels must be one of {', '.join(KERNELS)}, not {self.kernels!r}")
 
     @property
     def effective_num_threads(self) -> int:

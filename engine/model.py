@@ -10,10 +10,13 @@ Products are in the weights' dtype; the sum x is float32 throughout, and so is t
 steps of 0.125, which is wider than many a gap between the two best tokens. The queries, keys and values of a layer
 are one matrix, and so are gate and up: fewer, larger products. What is not understood in a config is refused, never
 ignored.
+
+With exact kernels and products in slabs of fixed size, a sequence's logits are the same bits alone and in any company;
+`exact` says whether that holds here.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +26,8 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.kv_cache import KVCache
-from kernels import cpu as ops
+from kernels.backend import Backend
+from kernels.slabs import SlabLinear
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 
@@ -98,32 +102,37 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
             raise ConfigError(f"cannot serve rope type {other!r}: the engine knows default, linear and llama3")
 
 
+Linear = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    output: Tensor
-    output_bias: Tensor | None
+    qkv: Linear
+    output: Linear
     mlp_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    gate_up: Linear
+    down: Linear
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (self.qkv, self.output, self.gate_up, self.down)
 
 
 class LlamaModel:
     """Takes ``weights`` by their transformers names; raises ConfigError where one is missing or has a wrong shape."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], backend: Backend) -> None:
         self.config = config
+        self.backend = backend
+        linear = SlabLinear if backend.exact else _plain_linear
         take = _Taker(weights)
         hidden, size = config.hidden_size, config.head_size
         q_size, kv_size = config.num_heads * size, config.num_kv_heads * size
         self.embedding = take("model.embed_tokens.weight", config.vocab_size, hidden)
         self.norm = take("model.norm.weight", hidden)
         head = self.embedding if config.tie_word_embeddings else take("lm_head.weight", config.vocab_size, hidden)
-        self.head = head.float()
+        self.head = linear(head.float())
         self.dtype = self.embedding.dtype
         self.layers = []
         for index in range(config.num_layers):
@@ -133,15 +142,23 @@ class LlamaModel:
             self.layers.append(
                 Layer(
                     input_norm=take(f"model.layers.{index}.input_layernorm.weight", hidden),
-                    qkv=torch.cat([take(f"{name}.weight", rows, hidden) for name, rows in q_k_v]),
-                    qkv_bias=take.biases(config.attention_bias, *q_k_v),
-                    output=take(f"{attention}o_proj.weight", hidden, q_size),
-                    output_bias=take.biases(config.attention_bias, (f"{attention}o_proj", hidden)),
+                    qkv=linear(
+                        torch.cat([take(f"{name}.weight", rows, hidden) for name, rows in q_k_v]),
+                        take.biases(config.attention_bias, *q_k_v),
+                    ),
+                    output=linear(
+                        take(f"{attention}o_proj.weight", hidden, q_size),
+                        take.biases(config.attention_bias, (f"{attention}o_proj", hidden)),
+                    ),
                     mlp_norm=take(f"model.layers.{index}.post_attention_layernorm.weight", hidden),
-                    gate_up=torch.cat([take(f"{name}.weight", rows, hidden) for name, rows in halves]),
-                    gate_up_bias=take.biases(config.mlp_bias, *halves),
-                    down=take(f"{mlp}down_proj.weight", hidden, config.intermediate_size),
-                    down_bias=take.biases(config.mlp_bias, (f"{mlp}down_proj", hidden)),
+                    gate_up=linear(
+                        torch.cat([take(f"{name}.weight", rows, hidden) for name, rows in halves]),
+                        take.biases(config.mlp_bias, *halves),
+                    ),
+                    down=linear(
+                        take(f"{mlp}down_proj.weight", hidden, config.intermediate_size),
+                        take.biases(config.mlp_bias, (f"{mlp}down_proj", hidden)),
+                    ),
                 )
             )
         take.refuse_rest()
@@ -154,31 +171,42 @@ class LlamaModel:
         positions: Tensor,
         *,
         cache: KVCache,
-        slot_mapping: Tensor,
-        plan: ops.AttentionPlan,
+        plan: Any,
         wanted: Tensor,
     ) -> Tensor:
-        """token_ids, positions, slot_mapping int64 [T], wanted int64 [S] -> logits float32 [S, V]. Fills the cache."""
+        """token_ids, positions int64 [T], the backend's plan, wanted int64 [S] -> logits float32 [S, V].
+
+        Fills the cache. Raises OwnershipError where a kernel met a block that is not its row's.
+        """
         config = self.config
         epsilon, scale = config.rms_norm_epsilon, config.head_size**-0.5
-        value_start = config.num_heads + config.num_kv_heads
+        ops = self.backend
         cos, sin = self.cos[positions], self.sin[positions]
         residual: Tensor | None = None
         x = F.embedding(token_ids, self.embedding)
         for index, layer in enumerate(self.layers):
             key_cache, value_cache = cache.layer(index)
             x, residual = ops.rms_norm(x, layer.input_norm, epsilon, residual)
-            qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(len(token_ids), -1, config.head_size)
-            rotated = ops.rope(qkv[:, :value_start], cos, sin)
-            query, key, value = rotated[:, : config.num_heads], rotated[:, config.num_heads :], qkv[:, value_start:]
-            ops.store_kv(key, value, key_cache, value_cache, slot_mapping)
-            attended = ops.paged_attention(query, key_cache, value_cache, plan=plan, scale=scale)
-            x = F.linear(attended.flatten(1), layer.output, layer.output_bias)
-            x, residual = ops.rms_norm(x, layer.mlp_norm, epsilon, residual)
-            x = F.linear(ops.silu_and_mul(F.linear(x, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+            qkv = layer.qkv(x).view(len(token_ids), -1, config.head_size)
+            attended = ops.attend(
+                qkv, cos, sin, key_cache, value_cache, num_heads=config.num_heads, plan=plan, scale=scale
+            )
+            x, residual = ops.rms_norm(layer.output(attended.flatten(1)), layer.mlp_norm, epsilon, residual)
+            x = layer.down(ops.silu_and_mul(layer.gate_up(x)))
+        ops.check(plan)
         assert residual is not None
         x, _ = ops.rms_norm(x[wanted], self.norm, epsilon, residual[wanted])
-        return F.linear(x.float(), self.head)
+        return self.head(x.float())
+
+    def is_exact(self) -> bool:
+        """Whether a row's bits depend on nothing but the row. The products are tried: their library does not promise
+        it; one layer's stand for the others', which have the same shapes."""
+        tried = (*self.layers[0].linears, self.head)
+        return self.backend.exact and all(isinstance(linear, SlabLinear) and linear.is_exact() for linear in tried)
+
+
+def _plain_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    return lambda x: F.linear(x, weight, bias)
 
 
 class _Taker:

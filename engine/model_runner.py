@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from engine import sampler
 from engine.batch import Batch
 from engine.errors import ConfigError
-from engine.kv_cache import KVCache, block_bytes
+from engine.kv_cache import KVCache, block_bytes, row_tags
 from engine.model import LlamaModel, ModelConfig
 from engine.protocol import SamplingParams
 from engine.tokenizer import read_json
 from engine.weights import load_weights
-from kernels import cpu as ops
+from kernels.backend import Backend, StepTables, choose
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -78,12 +78,17 @@ class ModelRunner:
         max_num_seqs: int,
         num_blocks: int = 0,
         kv_cache_bytes: int = 0,
+        backend: Backend | None = None,
     ) -> "ModelRunner":
-        """From a model folder. Raises ConfigError where it is missing, damaged or not of the Llama family."""
+        """From a model folder. Raises ConfigError where it is missing, damaged or not of the Llama family.
+
+        ``backend`` None takes the best kernels of this machine, on one thread.
+        """
         if not model_dir.is_dir():
             raise ConfigError(f"there is no model folder at {model_dir}")
         config = ModelConfig.from_json(read_json(model_dir / "config.json"))
-        model = LlamaModel(config, load_weights(model_dir, DTYPES[dtype]))
+        backend = backend or choose("auto", 1, lambda line: None)
+        model = LlamaModel(config, load_weights(model_dir, DTYPES[dtype]), backend)
         return cls(
             model,
             block_size=block_size,
@@ -117,17 +122,23 @@ class ModelRunner:
     def logits(self, batch: Batch) -> NDArray[np.float32]:
         """float32 [S, V] of the rows that sample."""
         evidence = batch.evidence
-        plan = ops.plan_attention(
-            cu_seqlens=torch.from_numpy(evidence.cu_seqlens),
-            kv_lens=torch.from_numpy(evidence.kv_lens),
-            block_tables=torch.from_numpy(evidence.block_tables),
-            block_size=self.block_size,
+        tags = row_tags(evidence.domains)
+        self.cache.claim(evidence.slot_mapping, np.repeat(tags, np.diff(evidence.cu_seqlens)))
+        plan = self.model.backend.plan(
+            StepTables(
+                cu_seqlens=evidence.cu_seqlens,
+                kv_lens=evidence.kv_lens,
+                block_tables=evidence.block_tables,
+                slot_mapping=evidence.slot_mapping,
+                row_tags=tags,
+                block_tags=self.cache.block_tags,
+                block_size=self.block_size,
+            )
         )
         logits = self.model.forward(
             torch.from_numpy(batch.token_ids),
             torch.from_numpy(batch.positions),
             cache=self.cache,
-            slot_mapping=torch.from_numpy(evidence.slot_mapping),
             plan=plan,
             wanted=torch.from_numpy(batch.sampled_tokens),
         )

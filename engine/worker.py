@@ -53,13 +53,12 @@ from engine.protocol import (
 )
 from engine.tokenizer import Tokenizer
 from engine.weights import model_digest
+from kernels.backend import KernelError, choose
 
 READ_BYTES = 256 * 1024
 SEND_BUFFER_BYTES_MAX = 64 * 1024 * 1024  # a client that leaves this much unread is gone
 STATS_INTERVAL_S = 1.0
 CLOSE_TIMEOUT_S = 2.0  # for the last frames to leave at exit
-ISOLATION = "relaxed"  # rows may depend on neighbours in their last bits; see docs
-KERNELS = "torch-cpu"
 
 
 @dataclass(slots=True, eq=False)
@@ -331,6 +330,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver) -> tuple[EngineCore
         raise ConfigError(f"there is no model folder at {config.model_dir}")
     torch.set_num_threads(config.effective_num_threads)
     tokenizer = Tokenizer.load(config.model_dir)
+    backend = choose(config.kernels, config.effective_num_threads, log)
     runner = ModelRunner.load(
         config.model_dir,
         dtype=config.dtype,
@@ -338,7 +338,11 @@ def build(config: WorkerConfig, make_observer: MakeObserver) -> tuple[EngineCore
         max_num_seqs=config.max_num_seqs,
         num_blocks=config.num_blocks,
         kv_cache_bytes=config.kv_cache_bytes,
+        backend=backend,
     )
+    isolation = "bitwise" if runner.model.is_exact() else "relaxed"
+    if backend.exact and isolation == "relaxed":
+        log("matrix products on this machine depend on their company in the last bits: isolation is relaxed")
     model = runner.model.config
     digest = model_digest(config.model_dir)
     core = EngineCore(
@@ -368,8 +372,8 @@ def build(config: WorkerConfig, make_observer: MakeObserver) -> tuple[EngineCore
         num_blocks=runner.num_blocks,
         dtype=config.dtype,
         device="cpu",
-        kernels=KERNELS,
-        isolation=ISOLATION,
+        kernels=backend.name,
+        isolation=isolation,
     )
     return core, Journal(config.journal_dir, epoch), ready
 
@@ -383,7 +387,7 @@ def run_worker(config: WorkerConfig, make_observer: MakeObserver = unobserved) -
         clear_socket(config.socket_path)
         core, journal, ready = build(config, make_observer)
         return asyncio.run(_serve(config, core, journal, ready))
-    except (ConfigError, OSError) as error:
+    except (ConfigError, KernelError, OSError) as error:
         log(str(error))
         return 2
 

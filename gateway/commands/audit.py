@@ -27,7 +27,10 @@ HEARTBEATS_MISSED_MAX = 3  # a gap longer than this many intervals is reported a
 
 # What a reader of a report must know about this version's engine; the rest of the limits is the report's own text.
 ENGINE_EXCLUSIONS = (
-    "Bitwise non-interference is not promised: in relaxed mode a batch's other sequences can change a row's last bits.",
+    (
+        "Bitwise non-interference is promised only for the time that the engine ran in bitwise mode, per instruction "
+        "set; in relaxed mode a batch's other sequences can change a row's last bits."
+    ),
     "Sequences of one tenant that begin with the same tokens share KV blocks; heavy use by one tenant evicts others'.",
     "Scrubbing of blocks before another tenant gets them is reported by the engine and not verified by reading bytes.",
     "Queueing delay and load are not hidden from tenants.",

@@ -144,6 +144,21 @@ def test_the_result_says_what_happened_in_plain_words(hour: tuple[Path, Report])
     assert not any("satisf" in str(part) for part in (result, hour[1].controls, wording.LIMITS))
 
 
+@pytest.mark.parametrize(
+    ("modes", "expected"),
+    [
+        ({"bitwise"}, "ran in bitwise mode: by its own statement"),
+        ({"relaxed"}, " Isolation ran in relaxed mode"),
+        ({"bitwise", "relaxed"}, "For a part of this period: isolation ran in relaxed mode"),
+    ],
+)
+def test_the_words_on_bitwise_isolation_follow_the_log(modes: set[str], expected: str) -> None:
+    words = wording._promised(frozenset(modes))
+    assert expected in words
+    assert ("bitwise mode" in words) == (modes == {"bitwise"})
+    assert wording._promised(frozenset()) == ""
+
+
 # ---------------------------------------------------------------- two counts of one history
 
 

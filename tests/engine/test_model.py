@@ -13,6 +13,7 @@ from engine.model_runner import ModelRunner
 from engine.protocol import SamplingParams
 from engine.scheduler import ScheduledRow
 from engine.sequence import Sequence
+from kernels.backend import choose
 from tests.strategies.tiny_model import write_tiny_model
 
 LLAMA3 = {
@@ -35,11 +36,13 @@ FAMILY: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
 @pytest.mark.parametrize("name", FAMILY)
-def test_packed_chunks_give_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
+def test_packed_chunks_give_the_logits_of_transformers(name: str, kernels: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     theirs = write_tiny_model(folder, **FAMILY[name])
-    runner = ModelRunner.load(folder, dtype="float32", block_size=4, max_num_seqs=4, num_blocks=40)
+    backend = choose(kernels, 1, lambda line: None)
+    runner = ModelRunner.load(folder, dtype="float32", block_size=4, max_num_seqs=4, num_blocks=40, backend=backend)
     generator = torch.Generator().manual_seed(5)
     lengths, chunk_sizes = (3, 21, 40), (1, 5, 7)
     sequences = []

@@ -15,6 +15,7 @@ from engine.errors import EngineConnectError, EngineGoneError
 from engine.journal import read_journals
 from engine.protocol import SamplingParams, Submit, TokenOutput
 from tests.engine.worker_process import wait_ended, worker
+from tests.kernels.native import isas
 
 
 def make(
@@ -38,7 +39,10 @@ def test_eight_sequences_some_aborted(tiny_model_dir: Path, tmp_path: Path) -> N
         other = await EngineClient.connect(tmp_path / "engine.sock", timeout_s=10)
         ready = client.ready
         assert (ready.pid, ready.vocab_size, ready.context_max) == (process.pid, 320, 4096)
-        assert (ready.isolation, ready.num_blocks, ready.dtype) == ("relaxed", 400, "float32")
+        assert (ready.num_blocks, ready.dtype) == (400, "float32")
+        assert (ready.isolation, ready.kernels) == (
+            ("bitwise", f"native-{isas()[0]}") if isas() else ("relaxed", "torch-cpu")
+        )
         assert ready.model_digest.startswith("sha256:")
         assert stat.S_IMODE(os.stat(tmp_path / "engine.sock").st_mode) == 0o600
 
@@ -214,3 +218,16 @@ def test_a_worker_that_cannot_start_says_why_in_one_line(tiny_model_dir: Path, t
         for context, _, _ in started:
             context.__exit__(None, None, None)
         listener.close()
+
+
+def test_kernels_can_be_chosen(tiny_model_dir: Path, tmp_path: Path) -> None:
+    async def ready() -> tuple[str, str]:
+        client = await EngineClient.connect(tmp_path / "engine.sock", timeout_s=60)
+        await client.close()
+        return client.ready.kernels, client.ready.isolation
+
+    with worker(tmp_path, tiny_model_dir, kernels="torch"):
+        assert asyncio.run(ready()) == ("torch-cpu", "relaxed")
+    with worker(tmp_path, tiny_model_dir, kernels="abacus") as process:
+        _, errors = process.communicate(timeout=60)
+        assert "ConfigError" in errors or "kernels must be one of" in errors

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cpu, reference
+from kernels import reference, torch_cpu
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -74,7 +74,7 @@ def build(case: Case) -> Inputs:
             [blocks[i // case.block_size] * case.block_size + i % case.block_size for i in range(kv_len)]
         )
         key, value = (torch.randn((kv_len, *shape[2:]), generator=generator).to(case.dtype) for _ in range(2))
-        cpu.store_kv(key, value, key_cache, value_cache, slots)
+        torch_cpu.store_kv(key, value, key_cache, value_cache, slots)
         keys.append(key)
         values.append(value)
     cu_seqlens = np.cumsum([0] + [num_new for num_new, _ in case.rows]).astype(np.int32)
@@ -114,14 +114,14 @@ def test_both_twins_match_dense_attention(case: Case) -> None:
     scale = case.head_size**-0.5
     tables = {"cu_seqlens": inputs.cu_seqlens, "kv_lens": inputs.kv_lens, "block_tables": inputs.block_tables}
     expected = dense(case, inputs, scale)
-    plan = cpu.plan_attention(**tables, block_size=case.block_size)
+    plan = torch_cpu.plan_attention(**tables, block_size=case.block_size)
     assert len(plan.decode_tokens) == sum(num_new == 1 for num_new, _ in case.rows)
     assert len(plan.chunks) == sum(num_new > 1 for num_new, _ in case.rows)
     results = {
         "reference": reference.paged_attention(
             inputs.query, inputs.key_cache, inputs.value_cache, scale=scale, **tables
         ),
-        "cpu": cpu.paged_attention(inputs.query, inputs.key_cache, inputs.value_cache, plan=plan, scale=scale),
+        "torch": torch_cpu.paged_attention(inputs.query, inputs.key_cache, inputs.value_cache, plan=plan, scale=scale),
     }
     for name, result in results.items():
         assert result.dtype == case.dtype
@@ -138,15 +138,17 @@ def test_no_rows_with_tokens_is_a_no_op() -> None:
     case = Case(4, 1, 1, 4, ((0, 5), (0, 1)), torch.float32, 0)
     inputs = build(case)
     tables = {"cu_seqlens": inputs.cu_seqlens, "kv_lens": inputs.kv_lens, "block_tables": inputs.block_tables}
-    plan = cpu.plan_attention(**tables, block_size=4)
-    assert cpu.paged_attention(inputs.query, inputs.key_cache, inputs.value_cache, plan=plan, scale=1.0).shape == (
+    plan = torch_cpu.plan_attention(**tables, block_size=4)
+    assert torch_cpu.paged_attention(
+        inputs.query, inputs.key_cache, inputs.value_cache, plan=plan, scale=1.0
+    ).shape == (
         0,
         1,
         4,
     )
 
 
-@pytest.mark.parametrize("ops", [cpu, reference])
+@pytest.mark.parametrize("ops", [torch_cpu, reference])
 def test_store_writes_its_slots_and_nothing_else(ops: object) -> None:
     key_cache, value_cache = torch.zeros(3, 4, 2, 5), torch.zeros(3, 4, 2, 5)
     key, value = torch.randn(3, 2, 5), torch.randn(3, 2, 5)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cpu, reference
+from kernels import reference, torch_cpu
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -20,7 +20,7 @@ def random(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("ops", [reference, torch_cpu], ids=["reference", "torch"])
 @given(
     num_tokens=st.integers(0, 9),
     size=st.sampled_from([1, 7, 64]),
@@ -51,7 +51,7 @@ def test_rope_turns_pairs_and_depends_on_distance_only(
     close(turned, torch.cat((expected.real, expected.imag), dim=-1), dtype)
 
 
-@pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("ops", [reference, torch_cpu], ids=["reference", "torch"])
 @given(num_tokens=st.integers(0, 9), size=st.sampled_from([1, 5, 64]), dtype=DTYPES, seed=st.integers(0, 99))
 def test_silu_and_mul(ops: object, num_tokens: int, size: int, dtype: torch.dtype, seed: int) -> None:
     gate_up = random((num_tokens, 2 * size), seed, dtype)

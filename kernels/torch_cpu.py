@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
+from kernels.backend import StepTables
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -129,3 +130,53 @@ def _chunk_row(query: Tensor, key_cache: Tensor, value_cache: Tensor, chunk: Chu
         query.transpose(0, 1)[None], key[None], value[None], attn_mask=chunk.mask, scale=scale, enable_gqa=True
     )
     return attended[0].transpose(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchPlan:
+    attention: AttentionPlan
+    slot_mapping: Tensor
+
+
+class TorchBackend:
+    """These ops behind kernels/backend.py's face."""
+
+    name = "torch-cpu"
+    exact = False
+
+    def plan(self, tables: StepTables) -> TorchPlan:
+        attention = plan_attention(
+            cu_seqlens=torch.from_numpy(tables.cu_seqlens),
+            kv_lens=torch.from_numpy(tables.kv_lens),
+            block_tables=torch.from_numpy(tables.block_tables),
+            block_size=tables.block_size,
+        )
+        return TorchPlan(attention, torch.from_numpy(tables.slot_mapping))
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return rms_norm(x, weight, epsilon, residual)
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return silu_and_mul(gate_up)
+
+    def attend(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        *,
+        num_heads: int,
+        plan: TorchPlan,
+        scale: float,
+    ) -> Tensor:
+        value_start = num_heads + key_cache.shape[2]
+        rotated = rope(qkv[:, :value_start], cos, sin)
+        store_kv(rotated[:, num_heads:], qkv[:, value_start:], key_cache, value_cache, plan.slot_mapping)
+        return paged_attention(rotated[:, :num_heads], key_cache, value_cache, plan=plan.attention, scale=scale)
+
+    def check(self, plan: TorchPlan) -> None:
+        """Torch itself raises on a block out of range; owners are the auditor's business alone here."""

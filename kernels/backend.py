@@ -1,0 +1,95 @@
+"""What a model needs of the ops, whoever computes them, and the choice of who does.
+
+The model builds a Plan once a step and hands it to every layer. A backend that is `exact` computes each row from its
+own numbers in an order of its own: a row's bits do not depend on the other rows, on chunking, on the placement of
+blocks or on the number of threads. One that is not is fit for relaxed isolation only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class KernelError(Exception):
+    """The kernels asked for cannot be had on this machine."""
+
+
+class OwnershipError(Exception):
+    """A kernel met a block that its row may not touch: it did not read it, and what it computed must not leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTables:
+    """Where a step reads and writes: the arrays of kernels/reference.py, and the owners' tags.
+
+    ``row_tags`` [R] names each row's domain, ``block_tags`` [N] each block's owner, as numbers; 0 is nobody.
+    """
+
+    cu_seqlens: NDArray[np.int32]
+    kv_lens: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
+    slot_mapping: NDArray[np.int64]
+    row_tags: NDArray[np.int64]
+    block_tags: NDArray[np.int64]
+    block_size: int
+
+
+class Backend(Protocol):
+    name: str  # as /readyz shows it
+    exact: bool
+
+    def plan(self, tables: StepTables) -> Any:
+        """Whatever this backend wants to work out once a step. Raises ValueError on tables that cannot be."""
+        ...
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See reference.rms_norm; ``residual`` may be overwritten."""
+        ...
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """See reference.silu_and_mul."""
+        ...
+
+    def attend(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        *,
+        num_heads: int,
+        plan: Any,
+        scale: float,
+    ) -> Tensor:
+        """Rope, store, attention: qkv [T, Hq + 2 * Hkv, D], which may be overwritten -> [T, Hq, D]."""
+        ...
+
+    def check(self, plan: Any) -> None:
+        """After the last layer, before any output leaves. Raises OwnershipError."""
+        ...
+
+
+def choose(choice: str, num_threads: int, log: Callable[[str], None]) -> Backend:
+    """``auto`` takes the best that this machine has, and plain torch with one line in the log where that is all.
+
+    Raises KernelError where a named instruction set cannot be had.
+    """
+    from kernels.cpu.backend import NativeBackend
+    from kernels.torch_cpu import TorchBackend
+
+    if choice == "torch":
+        return TorchBackend()
+    try:
+        return NativeBackend("" if choice == "auto" else choice, num_threads)
+    except KernelError as error:
+        if choice != "auto":
+            raise
+        log(f"{error}: serving on plain torch, slower and with relaxed isolation; `make native` builds the kernels")
+        return TorchBackend()

@@ -1,0 +1,181 @@
+"""The native ops behind kernels/backend.py's face. Sizes are checked here, once a step; the library checks every block
+id and owner itself.
+
+Two facts make rows exact: the library's rule (src/isa.cpp) and kernels/slabs.py. Bits are promised per instruction set.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.backend import KernelError, OwnershipError, StepTables
+from kernels.cpu.library import AttentionArgs, NormArgs, RopeArgs, SiluArgs, load
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ITEM_TOKENS_MAX = 16  # new tokens of a row that share one walk over its keys
+FLAGS = {1: "a block id out of range", 2: "a block of another owner"}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Holds the arrays that the structs point into."""
+
+    tables: StepTables
+    items: NDArray[np.int32]  # [I, 3] row, first and end of a range of its new tokens
+    token_tags: NDArray[np.int64]  # [T]
+    flags: NDArray[np.int32]  # [1]
+    rope: RopeArgs
+    attention: AttentionArgs
+
+
+class NativeBackend:
+    """``isa`` empty takes the best that this machine has. Raises KernelError where it cannot be had."""
+
+    exact = True
+
+    def __init__(self, isa: str = "", num_threads: int = 1) -> None:
+        self._library = load()
+        isas = self._library.isas()
+        if isa and isa not in isas:
+            raise KernelError(f"this machine's native kernels are {', '.join(isas)}, not {isa}")
+        self.isa = isa or next(iter(isas))
+        self.name = f"native-{self.isa}"
+        self._isa = isas[self.isa]
+        self._library.set_num_threads(num_threads)
+
+    def plan(self, tables: StepTables) -> Plan:
+        num_new = np.diff(tables.cu_seqlens)
+        num_tokens = int(tables.cu_seqlens[-1])
+        if tables.cu_seqlens[0] != 0 or (num_new < 0).any() or (tables.kv_lens < num_new).any():
+            raise ValueError("rows must be in order and no longer than their keys")
+        if (tables.kv_lens > tables.block_tables.shape[1] * tables.block_size).any():
+            raise ValueError("a row is longer than its block table")
+        if len(tables.slot_mapping) != num_tokens or len(tables.kv_lens) != len(num_new) != len(tables.row_tags):
+            raise ValueError("tables of different steps")
+        num_items = -(-num_new // ITEM_TOKENS_MAX)
+        rows = np.repeat(np.arange(len(num_new)), num_items)
+        first = (np.arange(len(rows)) - np.repeat(np.cumsum(num_items) - num_items, num_items)) * ITEM_TOKENS_MAX
+        items = np.stack((rows, first, np.minimum(first + ITEM_TOKENS_MAX, num_new[rows])), axis=1).astype(np.int32)
+        cost = (items[:, 2] - items[:, 1]) * tables.kv_lens[rows].astype(np.int64)
+        items = np.ascontiguousarray(items[np.argsort(-cost, kind="stable")])  # long ones first: threads end together
+        token_tags = np.repeat(tables.row_tags, num_new)
+        flags = np.zeros(1, dtype=np.int32)
+        common = {
+            "block_tags": address(tables.block_tags, np.int64),
+            "flags": address(flags, np.int32),
+            "num_blocks": len(tables.block_tags),
+            "block_size": tables.block_size,
+        }
+        rope = RopeArgs(
+            slots=address(tables.slot_mapping, np.int64),
+            token_tags=address(token_tags, np.int64),
+            num_tokens=num_tokens,
+            **common,
+        )
+        attention = AttentionArgs(
+            cu_seqlens=address(tables.cu_seqlens, np.int32),
+            kv_lens=address(tables.kv_lens, np.int32),
+            block_tables=address(tables.block_tables, np.int32),
+            items=address(items, np.int32),
+            row_tags=address(tables.row_tags, np.int64),
+            num_items=len(items),
+            table_width=tables.block_tables.shape[1],
+            item_tokens_max=ITEM_TOKENS_MAX,
+            **common,
+        )
+        return Plan(tables, items, token_tags, flags, rope, attention)
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        num_tokens, size = x.shape
+        total = torch.empty((num_tokens, size), dtype=torch.float32) if residual is None else residual
+        out = torch.empty((num_tokens, size), dtype=weight.dtype)
+        assert x.dtype == weight.dtype
+        assert weight.shape == (size,)
+        assert total.shape == x.shape
+        assert total.dtype == torch.float32
+        args = NormArgs(
+            x=pointer(x),
+            weight=pointer(weight),
+            residual=None if residual is None else pointer(residual),
+            total=pointer(total),
+            out=pointer(out),
+            num_tokens=num_tokens,
+            size=size,
+            epsilon=epsilon,
+            dtype=DTYPES[x.dtype],
+        )
+        self._library.rms_norm(self._isa, ctypes.byref(args))
+        return out, total
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        num_tokens, width = gate_up.shape
+        assert width % 2 == 0
+        out = torch.empty((num_tokens, width // 2), dtype=gate_up.dtype)
+        args = SiluArgs(
+            gate_up=pointer(gate_up),
+            out=pointer(out),
+            num_tokens=num_tokens,
+            size=width // 2,
+            dtype=DTYPES[gate_up.dtype],
+        )
+        self._library.silu_and_mul(self._isa, ctypes.byref(args))
+        return out
+
+    def attend(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        *,
+        num_heads: int,
+        plan: Plan,
+        scale: float,
+    ) -> Tensor:
+        num_tokens, all_heads, head_size = qkv.shape
+        num_blocks, block_size, num_kv_heads, _ = key_cache.shape
+        assert key_cache.shape == value_cache.shape == (num_blocks, block_size, num_kv_heads, head_size)
+        assert (num_blocks, block_size) == (len(plan.tables.block_tags), plan.tables.block_size)
+        assert all_heads == num_heads + 2 * num_kv_heads
+        assert num_heads % num_kv_heads == 0
+        assert head_size % 2 == 0
+        assert num_tokens == len(plan.token_tags)
+        assert qkv.dtype == key_cache.dtype == value_cache.dtype
+        assert cos.shape == sin.shape == (num_tokens, head_size // 2)
+        assert cos.dtype == sin.dtype == torch.float32
+        out = torch.empty((num_tokens, num_heads, head_size), dtype=qkv.dtype)
+        for args in (plan.rope, plan.attention):
+            args.key_cache, args.value_cache = pointer(key_cache), pointer(value_cache)
+            args.num_heads, args.num_kv_heads, args.head_size = num_heads, num_kv_heads, head_size
+            args.dtype = DTYPES[qkv.dtype]
+        plan.rope.qkv = plan.attention.query = pointer(qkv)
+        plan.rope.cos, plan.rope.sin = pointer(cos), pointer(sin)
+        plan.attention.out, plan.attention.scale = pointer(out), scale
+        plan.attention.query_stride = all_heads * head_size
+        self._library.rope_and_store(self._isa, ctypes.byref(plan.rope))
+        self._library.attention(self._isa, ctypes.byref(plan.attention))
+        return out
+
+    def check(self, plan: Plan) -> None:
+        found = [text for bit, text in FLAGS.items() if plan.flags[0] & bit]
+        if found:
+            raise OwnershipError(f"a kernel met {' and '.join(found)}, and did not touch it")
+
+
+def pointer(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    return tensor.data_ptr()
+
+
+def address(array: NDArray[np.generic], dtype: type[np.generic]) -> int:
+    assert array.dtype == dtype
+    assert array.flags.c_contiguous
+    return array.ctypes.data

@@ -1,0 +1,131 @@
+"""The native library through ctypes: structs as in src/ops.h, loaded once, the GIL released during every call."""
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+from kernels.backend import KernelError
+
+PATH = Path(__file__).parent / "_native.so"
+ABI = 1
+
+
+class NormArgs(Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("residual", c_void_p),
+        ("total", c_void_p),
+        ("out", c_void_p),
+        ("num_tokens", c_int64),
+        ("size", c_int64),
+        ("epsilon", c_float),
+        ("dtype", c_int32),
+    )
+
+
+class SiluArgs(Structure):
+    _fields_ = (
+        ("gate_up", c_void_p),
+        ("out", c_void_p),
+        ("num_tokens", c_int64),
+        ("size", c_int64),
+        ("dtype", c_int32),
+    )
+
+
+class RopeArgs(Structure):
+    _fields_ = (
+        ("qkv", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("key_cache", c_void_p),
+        ("value_cache", c_void_p),
+        ("slots", c_void_p),
+        ("token_tags", c_void_p),
+        ("block_tags", c_void_p),
+        ("flags", c_void_p),
+        ("num_tokens", c_int64),
+        ("num_blocks", c_int64),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_size", c_int32),
+        ("block_size", c_int32),
+        ("dtype", c_int32),
+    )
+
+
+class AttentionArgs(Structure):
+    _fields_ = (
+        ("query", c_void_p),
+        ("key_cache", c_void_p),
+        ("value_cache", c_void_p),
+        ("out", c_void_p),
+        ("cu_seqlens", c_void_p),
+        ("kv_lens", c_void_p),
+        ("block_tables", c_void_p),
+        ("items", c_void_p),
+        ("row_tags", c_void_p),
+        ("block_tags", c_void_p),
+        ("flags", c_void_p),
+        ("query_stride", c_int64),
+        ("num_blocks", c_int64),
+        ("num_items", c_int64),
+        ("table_width", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_size", c_int32),
+        ("block_size", c_int32),
+        ("dtype", c_int32),
+        ("scale", c_float),
+        ("item_tokens_max", c_int32),
+    )
+
+
+class Library:
+    """The functions, with their types."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise KernelError("the native kernels are not built")
+        try:
+            loaded = ctypes.CDLL(str(path))
+            abi = loaded.bulkhead_abi()
+        except (OSError, AttributeError) as error:
+            raise KernelError(f"the native kernels do not load ({error})") from error
+        if abi != ABI:
+            raise KernelError(f"the native kernels are of another version ({abi}, not {ABI})")
+        loaded.bulkhead_isa_name.restype = ctypes.c_char_p
+        self._loaded = loaded
+        self.rms_norm = loaded.bulkhead_rms_norm
+        self.silu_and_mul = loaded.bulkhead_silu_and_mul
+        self.rope_and_store = loaded.bulkhead_rope_and_store
+        self.attention = loaded.bulkhead_attention
+        for function, args in (
+            (self.rms_norm, NormArgs),
+            (self.silu_and_mul, SiluArgs),
+            (self.rope_and_store, RopeArgs),
+            (self.attention, AttentionArgs),
+        ):
+            function.argtypes = (ctypes.c_int, POINTER(args))
+            function.restype = None
+
+    def isas(self) -> dict[str, int]:
+        """Instruction sets that this machine has, by name, best first -> their number."""
+        found: dict[str, int] = {}
+        index = 0
+        while (name := self._loaded.bulkhead_isa_name(index)) is not None:
+            if self._loaded.bulkhead_isa_supported(index):
+                found[name.decode()] = index
+            index += 1
+        return found
+
+    def set_num_threads(self, num_threads: int) -> None:
+        self._loaded.bulkhead_set_num_threads(num_threads)
+
+
+@cache
+def load() -> Library:
+    """Raises KernelError where it is not there or does not load."""
+    return Library(PATH)

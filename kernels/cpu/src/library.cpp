@@ -1,0 +1,130 @@
+// The C ABI: which instruction set, how many threads, and each op cut into pieces for the pool.
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "ops.h"
+#include "pool.h"
+
+extern const Ops ops_portable;
+#if defined(BULKHEAD_X86)
+extern const Ops ops_avx2, ops_avx512;
+#endif
+
+namespace {
+
+struct Isa {
+    const char* name;
+    const Ops* ops;
+    bool (*supported)();
+};
+
+const Isa ISAS[] = {  // best first
+#if defined(BULKHEAD_X86)
+    {"avx512", &ops_avx512,
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("fma");
+     }},
+    {"avx2", &ops_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {"portable", &ops_portable, [] { return true; }},
+};
+constexpr int NUM_ISAS = sizeof ISAS / sizeof ISAS[0];
+
+Pool& pool() {
+    static Pool* forever = new Pool;  // its threads live as long as the process
+    return *forever;
+}
+
+struct Scratch {
+    float* memory = nullptr;
+    size_t num_floats = 0;
+
+    float* at_least(size_t num) {
+        if (num > num_floats) {
+            std::free(memory);
+            num_floats = 0;
+            memory = static_cast<float*>(std::aligned_alloc(64, (num * sizeof(float) + 63) / 64 * 64));
+            if (!memory)
+                std::abort();
+            num_floats = num;
+        }
+        return memory;
+    }
+
+    ~Scratch() { std::free(memory); }
+};
+
+thread_local Scratch scratch;
+
+template <class Args> struct Job {
+    const Args* args;
+    void (*work)(const Args*, int64_t, int64_t);
+    int64_t num, chunk;
+};
+
+template <class Args> void in_chunks(const Args* args, void (*work)(const Args*, int64_t, int64_t), int64_t num, int64_t chunk) {
+    const Job<Args> job{args, work, num, chunk};
+    pool().run(
+        [](const void* context, int64_t piece) {
+            const auto* j = static_cast<const Job<Args>*>(context);
+            const int64_t begin = piece * j->chunk, end = begin + j->chunk;
+            j->work(j->args, begin, end < j->num ? end : j->num);
+        },
+        &job, (num + chunk - 1) / chunk);
+}
+
+struct AttentionJob {
+    const AttentionArgs* args;
+    const Ops* ops;
+    size_t scratch_floats;
+};
+
+constexpr int64_t TOKENS_PER_PIECE = 8;
+
+} // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int bulkhead_abi() {
+    return 1;
+}
+
+// Name of the i-th instruction set that was built, best first; null beyond the last.
+EXPORT const char* bulkhead_isa_name(int index) {
+    return index >= 0 && index < NUM_ISAS ? ISAS[index].name : nullptr;
+}
+
+EXPORT int bulkhead_isa_supported(int index) {
+    return index >= 0 && index < NUM_ISAS && ISAS[index].supported();
+}
+
+EXPORT void bulkhead_set_num_threads(int num) {
+    pool().set_num_threads(num);
+}
+
+EXPORT void bulkhead_rms_norm(int isa, const NormArgs* args) {
+    in_chunks(args, ISAS[isa].ops->rms_norm, args->num_tokens, TOKENS_PER_PIECE);
+}
+
+EXPORT void bulkhead_silu_and_mul(int isa, const SiluArgs* args) {
+    in_chunks(args, ISAS[isa].ops->silu_and_mul, args->num_tokens, TOKENS_PER_PIECE);
+}
+
+EXPORT void bulkhead_rope_and_store(int isa, const RopeArgs* args) {
+    in_chunks(args, ISAS[isa].ops->rope_and_store, args->num_tokens, TOKENS_PER_PIECE);
+}
+
+EXPORT void bulkhead_attention(int isa, const AttentionArgs* args) {
+    const size_t stride = (static_cast<size_t>(args->head_size) + 15) / 16 * 16;
+    const size_t queries = static_cast<size_t>(args->item_tokens_max) * (args->num_heads / args->num_kv_heads);
+    const AttentionJob job{args, ISAS[isa].ops, 2 * 32 * stride + queries * (2 * stride + 2)};
+    pool().run(
+        [](const void* context, int64_t piece) {
+            const auto* j = static_cast<const AttentionJob*>(context);
+            j->ops->attention(j->args, piece, piece + 1, scratch.at_least(j->scratch_floats));
+        },
+        &job, args->num_items * args->num_kv_heads);
+}

@@ -1,0 +1,69 @@
+// The library's face: plain C structs of raw pointers, mirrored in kernels/cpu/library.py. kernels/reference.py says
+// what each op means. T tokens, R rows, Hq query heads, Hkv key/value heads, D head size, N blocks.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+
+// Bits of `flags`: the host must look before any output leaves.
+enum { FLAG_OUT_OF_RANGE = 1, FLAG_WRONG_OWNER = 2 };
+
+struct NormArgs {
+    const void* x;          // [T, H]
+    const void* weight;     // [H]
+    const float* residual;  // [T, H] or null
+    float* total;           // [T, H] x + residual; may be `residual`
+    void* out;              // [T, H]
+    int64_t num_tokens, size;
+    float epsilon;
+    int32_t dtype;
+};
+
+struct SiluArgs {
+    const void* gate_up;  // [T, 2 * I]
+    void* out;            // [T, I]
+    int64_t num_tokens, size;
+    int32_t dtype;
+};
+
+struct RopeArgs {
+    void* qkv;            // [T, Hq + 2 * Hkv, D]; the queries are turned in place
+    const float* cos;     // [T, D / 2]
+    const float* sin;
+    void* key_cache;      // [N, block_size, Hkv, D]
+    void* value_cache;
+    const int64_t* slots;       // [T]
+    const int64_t* token_tags;  // [T] tag of the token's domain, or null
+    const int64_t* block_tags;  // [N] tag of the block's owner, or null
+    int32_t* flags;             // [1]
+    int64_t num_tokens, num_blocks;
+    int32_t num_heads, num_kv_heads, head_size, block_size, dtype;
+};
+
+struct AttentionArgs {
+    const void* query;  // token t, head h at t * query_stride + h * D
+    const void* key_cache;
+    const void* value_cache;
+    void* out;                  // [T, Hq, D]
+    const int32_t* cu_seqlens;  // [R + 1]
+    const int32_t* kv_lens;     // [R]
+    const int32_t* block_tables;  // [R, table_width]
+    const int32_t* items;         // [num_items, 3] row and a range of its new tokens
+    const int64_t* row_tags;      // [R] or null
+    const int64_t* block_tags;    // [N] or null
+    int32_t* flags;
+    int64_t query_stride, num_blocks, num_items;
+    int32_t table_width, num_heads, num_kv_heads, head_size, block_size, dtype;
+    float scale;
+    int32_t item_tokens_max;
+};
+
+// What one instruction set offers: each works on a range of independent pieces.
+struct Ops {
+    void (*rms_norm)(const NormArgs*, int64_t begin, int64_t end);
+    void (*silu_and_mul)(const SiluArgs*, int64_t begin, int64_t end);
+    void (*rope_and_store)(const RopeArgs*, int64_t begin, int64_t end);
+    void (*attention)(const AttentionArgs*, int64_t begin, int64_t end, float* scratch);
+};
+

@@ -1,0 +1,185 @@
+"""Non-interference: a sequence's logits are the same bits alone and in any company, under any schedule."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from engine.batch import Batch
+from engine.core import EngineCore
+from engine.events import NullObserver
+from engine.model import LlamaModel, ModelConfig
+from engine.model_runner import DTYPES, ModelRunner
+from engine.protocol import SamplingParams, Submit
+from engine.tokenizer import read_json
+from engine.weights import load_weights
+from kernels.cpu.backend import NativeBackend
+from tests.kernels.native import every_isa, isas
+
+needs_native = pytest.mark.skipif(
+    not isas(),
+    reason="no native kernels: install a C++ compiler and run make native; without them isolation is relaxed",
+)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a run differs from another that must give the same bits."""
+
+    block_size: int = 16
+    num_blocks: int = 64
+    max_batched_tokens: int = 4096
+    max_num_seqs: int = 8
+    num_threads: int = 1
+    seed: int = 0
+
+
+ALONE = Schedule()
+
+
+class Recording(ModelRunner):
+    """Remembers every logit by sequence and position."""
+
+    def __init__(self, model: LlamaModel, schedule: Schedule) -> None:
+        super().__init__(
+            model,
+            block_size=schedule.block_size,
+            max_num_seqs=schedule.max_num_seqs,
+            num_blocks=schedule.num_blocks,
+        )
+        self.num_cached_tokens = 0
+        self.seen: dict[tuple[str, int], NDArray[np.float32]] = {}
+
+    def logits(self, batch: Batch) -> NDArray[np.float32]:
+        logits = super().logits(batch)
+        for row, index, position in zip(logits, batch.sampled_index, batch.sampled_positions.tolist(), strict=True):
+            self.seen[batch.evidence.sequence_ids[index], position] = row.copy()
+        return logits
+
+
+def play(
+    model: LlamaModel, submits: list[Submit], schedule: Schedule, aborted: frozenset[str] = frozenset()
+) -> tuple[dict[str, list[int]], Recording, int]:
+    """Tokens by sequence, the recording and the number of preemptions. Arrivals and aborts fall where the seed says."""
+    chance = random.Random(schedule.seed)
+    torch.set_num_threads(schedule.num_threads)
+    model.backend = NativeBackend(model.backend.name.removeprefix("native-"), schedule.num_threads)
+    runner = Recording(model, schedule)
+    core = EngineCore(
+        runner,
+        decode=lambda ids: "",
+        eos_token_ids=frozenset(),
+        context_max=model.config.context_max,
+        vocab_size=model.config.vocab_size,
+        max_batched_tokens=schedule.max_batched_tokens,
+        max_num_seqs=schedule.max_num_seqs,
+        max_waiting=100,
+        observer=NullObserver(),
+    )
+    coming = list(submits)
+    chance.shuffle(coming)
+    tokens: dict[str, list[int]] = {submit.sequence_id: [] for submit in submits}
+    while coming or core.has_work:
+        for _ in range(chance.choice([0, 1, 1, 3]) if core.has_work else 1):
+            if coming:
+                assert core.add(coming.pop()) is None
+        result = core.step()
+        assert result.failure == ""
+        for output in result.outputs:
+            tokens[output.sequence_id] += output.token_ids
+            runner.num_cached_tokens = max(runner.num_cached_tokens, output.num_cached_tokens)
+            if output.sequence_id in aborted and len(tokens[output.sequence_id]) > 3:
+                core.abort(output.sequence_id)
+    torch.set_num_threads(1)
+    return tokens, runner, core.stats().num_preemptions
+
+
+def load(folder: Path, dtype: str, isa: str) -> LlamaModel:
+    config = ModelConfig.from_json(read_json(folder / "config.json"))
+    return LlamaModel(config, load_weights(folder, DTYPES[dtype]), NativeBackend(isa))
+
+
+def submits(vocab_size: int, lengths: list[int], num_tokens: int) -> list[Submit]:
+    """Those of one domain begin alike, so that they find each other's blocks in the prefix cache."""
+    chance = random.Random(7)
+    heads = [[chance.randrange(3, vocab_size) for _ in range(36)] for _ in range(3)]
+    return [
+        Submit(
+            f"s{index}",
+            f"domain {index % 3}",
+            b"",
+            (heads[index % 3] + [chance.randrange(3, vocab_size) for _ in range(length)])[:length],
+            SamplingParams(
+                max_tokens=num_tokens + index % 5, temperature=0.8 * (index % 2), seed=index, ignore_eos=True
+            ),
+        )
+        for index, length in enumerate(lengths)
+    ]
+
+
+def same_as_alone(
+    model: LlamaModel,
+    work: list[Submit],
+    schedules: list[Schedule],
+    note: Callable[[int, int], None] = lambda preempted, cached: None,
+) -> None:
+    alone: dict[tuple[str, int], NDArray[np.float32]] = {}
+    alone_tokens: dict[str, list[int]] = {}
+    for submit in work:
+        tokens, recorded, _ = play(model, [submit], ALONE)
+        alone |= recorded.seen
+        alone_tokens |= tokens
+    for schedule in schedules:
+        aborted = frozenset(submit.sequence_id for submit in work[:: 2 + schedule.seed % 3])
+        tokens, recorded, num_preemptions = play(model, work, schedule, aborted)
+        note(num_preemptions, recorded.num_cached_tokens)
+        for (name, position), logits in recorded.seen.items():
+            same = logits.view(np.int32) == alone[name, position].view(np.int32)
+            assert same.all(), f"{name} at {position} under {schedule}: {int((~same).sum())} logits differ"
+        for name, ids in tokens.items():
+            assert ids == alone_tokens[name][: len(ids)]
+            assert name in aborted or len(ids) == len(alone_tokens[name])
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_random_schedules_change_no_bit(tiny_model_dir: Path, dtype: str, isa: str) -> None:
+    model = load(tiny_model_dir, dtype, isa)
+    assert model.is_exact()
+    work = submits(320, [1, 3, 31, 32, 33, 64, 90], 9)
+    chance = random.Random(7)
+    schedules = [
+        Schedule(
+            block_size=size,
+            num_blocks=chance.choice([-(-130 // size), -(-260 // size)]),
+            max_batched_tokens=chance.choice([8, 17, 33, 256]),
+            max_num_seqs=chance.choice([2, 5, 8]),
+            num_threads=1 + index % 2,
+            seed=index,
+        )
+        for index, size in enumerate([1, 16, 7, 33])
+    ]
+    seen: list[tuple[int, int]] = []
+    same_as_alone(model, work, schedules, lambda preempted, cached: seen.append((preempted, cached)))
+    assert sum(preempted for preempted, _ in seen) > 0, "the schedules must preempt"
+    assert max(cached for _, cached in seen) > 0, "and find prefixes"
+
+
+@needs_native
+def test_the_demo_model_in_company(model_dir: Path) -> None:
+    model = load(model_dir, "bfloat16", isas()[0])
+    assert model.is_exact()
+    schedule = Schedule(block_size=32, num_blocks=14, max_batched_tokens=60, max_num_seqs=6, seed=3)
+    same_as_alone(model, submits(49152, [5, 33, 64, 100, 150], 6), [schedule])
+
+
+def test_plain_torch_does_not_claim_it(tiny_model_dir: Path) -> None:
+    from kernels.torch_cpu import TorchBackend
+
+    config = ModelConfig.from_json(read_json(tiny_model_dir / "config.json"))
+    assert not LlamaModel(config, load_weights(tiny_model_dir, torch.float32), TorchBackend()).is_exact()
