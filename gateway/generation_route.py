@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from engine.protocol import Ready
 from gateway.api.auth import authenticated
 from gateway.api.exchange import serve
+from gateway.api.problems import ModelNotFoundError
 from gateway.api.settlement import Settler
 from gateway.api.shapes import Frame, Shape, fingerprint
 from gateway.api.translation import Work
@@ -43,6 +44,8 @@ class GenerationRoute(Generic[RequestT]):
         services = self._services
         caller = await authenticated(services, scope)  # before a byte of the body is read
         request = self._parse(await Request(scope, receive).body())
+        if not caller.principal.rules.allows_model(request.model):
+            raise ModelNotFoundError(request.model)
         client = services.engine.client()  # before anything is reserved
         work = await self._translate(request, client.ready)
         request_id: str = scope["state"]["request_id"]

@@ -1,12 +1,14 @@
 """What request handlers are given: every collaborator of the HTTP process, built once by bootstrap.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
 
 from engine.tokenizer import Tokenizer
 from gateway.database import Database
 from gateway.engine_link import EngineLink
+from gateway.key_uses import KeyUses
+from gateway.running import Running
 from gateway.secrets import Secrets
 from gateway.settings import Settings
 from gateway.world import World
@@ -23,3 +25,5 @@ class Services:
     engine: EngineLink
     tokenizer: Tokenizer
     secrets: Secrets
+    key_uses: KeyUses = field(default_factory=KeyUses)
+    running: Running = field(default_factory=Running)

@@ -20,6 +20,7 @@ from gateway.api.problems import CreditExhaustedError, Headers, NeverFitsError, 
 from gateway.api.translation import Work
 from gateway.services import Services
 from gateway.world import new_id
+from tenancy.closing import TenantInactiveError, require_active
 from tenancy.keys import Principal
 from tenancy.ledger import InsufficientCredit, balance, place_hold
 from tenancy.prices import Price, PriceMissingError, price_at, worst_case_nano_usd
@@ -60,8 +61,9 @@ async def admit(
 ) -> Admission:
     """Lease, then T1. Leaves the x-ratelimit headers in `state` for whatever answer follows.
 
-    Raises RateLimitedError, NeverFitsError, CreditExhaustedError, PriceMissingError; QuotaUnavailableError or
-    DatabaseUnavailableError: without Valkey and database nothing is served. The caller then undoes `claim`.
+    Raises RateLimitedError, NeverFitsError, CreditExhaustedError, PriceMissingError, TenantInactiveError;
+    QuotaUnavailableError or DatabaseUnavailableError: without Valkey and database nothing is served. The caller then
+    undoes `claim`.
     """
     claim.lease = await _acquire(services, caller, work, claim.request_id)
     state["answer_headers"] = rate_limit_headers(claim.lease.snapshot)
@@ -69,7 +71,7 @@ async def admit(
     try:
         async with services.database.transaction() as conn:
             return await _hold(conn, services, caller, work, claim.request_id, claim.lease, claim.hold_id)
-    except (CreditExhaustedError, PriceMissingError):
+    except (CreditExhaustedError, PriceMissingError, TenantInactiveError):
         claim.hold_id = None  # refused before anything was held
         raise
 
@@ -122,6 +124,7 @@ async def _hold(
     if isinstance(held, InsufficientCredit):
         in_flight_nano_usd = (await balance(conn, tenant_id)).held_nano_usd
         raise CreditExhaustedError(held.available_nano_usd, held.needed_nano_usd, in_flight_nano_usd)
+    await require_active(conn, tenant_id)  # after the hold: see tenancy/closing.py
     body: dict[str, str | int | bool | list[str]] = {
         "request_id": admission.request_id,
         "key_id": admission.principal.key_id,

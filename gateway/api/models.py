@@ -16,13 +16,14 @@ class Models:
         self._created = services.world.now_ns() // 1_000_000_000
 
     async def list(self, request: Request) -> Response:
-        await authenticated(self._services, request.scope)
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        caller = await authenticated(self._services, request.scope)
+        allowed = caller.principal.rules.allows_model(self._services.tokenizer.model_id)
+        return JSONResponse({"object": "list", "data": [self._model()] if allowed else []})
 
     async def one(self, request: Request) -> Response:
-        await authenticated(self._services, request.scope)
+        caller = await authenticated(self._services, request.scope)
         model_id = request.path_params["model_id"]
-        if model_id != self._services.tokenizer.model_id:
+        if model_id != self._services.tokenizer.model_id or not caller.principal.rules.allows_model(model_id):
             raise ModelNotFoundError(model_id[:256])
         return JSONResponse(self._model())
 

@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from engine.errors import EngineGoneError
 from gateway.database import DatabaseUnavailableError
 from gateway.engine_link import EngineUnavailableError
+from tenancy.closing import TenantInactiveError
 from tenancy.keys import InvalidApiKeyError
 from tenancy.prices import PriceMissingError
 from tenancy.quota import QuotaUnavailableError
@@ -252,6 +253,7 @@ TABLE: tuple[tuple[type[BaseException], Callable[[Any], Problem]], ...] = (
     (RateLimitedError, _rate_limited),
     (NeverFitsError, _never_fits),
     (CreditExhaustedError, _credit_exhausted),
+    (TenantInactiveError, lambda _: _invalid(403, "This account is not active.", "account_inactive", None, FINAL)),
     (EngineRefusedError, _engine_refused),
     (EngineUnavailableError, _unavailable("engine", "engine_unavailable", 2_000)),
     (EngineGoneError, _unavailable("engine", "engine_gone", 1_000)),
