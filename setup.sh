@@ -26,27 +26,38 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
+# pip install that shows what it is downloading, one line a package, and fails as pip does.
+install() {
+    { pip install "$@" 2>&1 || echo "$?" >"$venv/.failed"; } |
+        sed -n -e 's/^ *Downloading /setup:   /p' -e '/^ERROR/p' -e '/^WARNING: Retrying/p'
+    if [ -e "$venv/.failed" ]; then
+        rm -f "$venv/.failed"
+        fail "pip could not install $*: see the lines above; check the network and the free disk space, then try again"
+    fi
+}
+
 if [ ! -e "$venv/.torch-$torch" ]; then
+    say "installing PyTorch $torch (about 200 MB)"
     if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
         say "a GPU was found: installing PyTorch $torch with CUDA (several GB)"
-        pip install "torch==$torch" -c constraints.txt
+        install "torch==$torch" -c constraints.txt
     elif pip install --quiet "torch==$torch+cpu" -c constraints.txt 2>/dev/null; then
         say "PyTorch $torch for the CPU is installed"
     else
-        say "installing PyTorch $torch; if your index has only CUDA builds this downloads several GB"
+        say "no CPU build of it here: if your index has only CUDA builds, this downloads several GB"
         say "(a CPU build is found when PIP_EXTRA_INDEX_URL names an index that carries one)"
-        pip install "torch==$torch" -c constraints.txt
+        install "torch==$torch" -c constraints.txt
     fi
     : >"$venv/.torch-$torch"
 fi
 
 if [ ! -e "$venv/.installed" ] || [ pyproject.toml -nt "$venv/.installed" ] || [ constraints.txt -nt "$venv/.installed" ]; then
     say "installing Bulkhead and what it needs"
-    pip install --quiet --progress-bar on -e . -c constraints.txt
+    install -e . -c constraints.txt
     touch "$venv/.installed"
 fi
 if [ "$stage" = dev ]; then
     say "installing what the tests need"
-    pip install --quiet --progress-bar on -e '.[dev]' -c constraints.txt
+    install -e '.[dev]' -c constraints.txt
     touch "$venv/.installed-dev"
 fi

@@ -4,9 +4,11 @@ It shares nothing with the engine. From events it keeps its own ledger of the bl
 each launch it gets the very arrays that the kernels will get, and compares. What it decides, for all rows of a step:
 
     reads    every block that a row can reach, block_tables[row][: ceil(kv_len / block_size)], is allocated, is owned by
-             the row's domain and belongs to the row's sequence
+             the row's domain and is the one that the row's sequence was given or shared for that place
     history  each of those blocks holds exactly the tokens that were written before this step: no gap, no stale slot,
              nothing written twice. This is where a length that is off by one shows, even when all arrays agree on it
+    tokens   what a row computes are the tokens of its own sequence: the prompt that it began with, and what was
+             computed before; tokens beyond those become known here
     writes   the slots are exactly positions kv_len - q_len .. kv_len - 1 through the row's table; their blocks are
              owned and in `writing` state; no slot has two writers
     shapes   cu_seqlens starts at 0, never falls and ends at len(slot_mapping); one row per sequence
@@ -16,8 +18,10 @@ Violations from events are returned by the next check_step, before anything can 
 When a step has violations, the rows without one may still be launched as they stand, or the same step number may be
 checked again with fewer rows: the newest check of a step is the one that counts.
 
+A block is read by several sequences only after `publish` and `share` events, which audit/block_ledger.py judges: one
+domain, the same tokens up to the block's end by the auditor's own digests, sealed and full by what was written here.
+
 Not seen here: the bytes in the cache, what a kernel does with correct arrays, and steps launched without asking.
-Blocks are owned by one sequence; sharing between sequences of one domain needs a `share` event first.
 """
 
 import threading
@@ -28,7 +32,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from audit.block_ledger import FREE, NOBODY, QUARANTINED, SEALED, STRANGER, WRITING, BlockLedger, IntArray
+from audit.block_ledger import (
+    FREE,
+    NOBODY,
+    QUARANTINED,
+    SEALED,
+    STRANGER,
+    UNREAD,
+    WRITING,
+    BlockLedger,
+    Happening,
+    IntArray,
+)
+from audit.step_arrays import StepArrays, shape_problem
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -44,22 +60,11 @@ class Violation(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """The arrays of one step, as given."""
-
-    sequence_ids: Sequence[str]
-    domains: Sequence[str]
-    cu_seqlens: Any
-    kv_lens: Any
-    block_tables: Any
-    slot_mapping: Any
-
-
-@dataclass(frozen=True, slots=True)
 class _Verdict:
     violations: list[Violation]
     num_blocks: int
     written: tuple[IntArray, IntArray, IntArray]  # block ids, their generations, their `filled` after the step
+    computed: list[tuple[str, int, list[int]]]  # sequence, first position and tokens of each row that may run
 
 
 _NONE = np.zeros(0, np.int64)
@@ -92,21 +97,34 @@ class IsolationAuditor:
         with self._lock:
             return dict(self._counters)
 
-    def on_event(self, kind: str, step: int, block_id: int, generation: int, domain: str, sequence_id: str) -> None:
+    def on_event(
+        self,
+        kind: str,
+        step: int,
+        block_id: int,
+        generation: int,
+        domain: str,
+        sequence_id: str,
+        token_ids: Sequence[int] = (),
+        cache_salt: bytes = b"",
+    ) -> None:
         """Take note of an event; an illegal one becomes a violation of the next check_step."""
+        event = Happening(kind, block_id, generation, domain, sequence_id, tuple(token_ids), cache_salt)
         with self._lock:
-            self._take_note(kind, step, block_id, generation, domain, sequence_id)
+            self._take_note(step, event)
 
-    def _take_note(self, kind: str, step: int, block_id: int, generation: int, domain: str, sequence_id: str) -> None:
+    def _take_note(self, step: int, event: Happening) -> None:
         self._counters["num_events"] += 1
-        in_range = 0 <= block_id < len(self._ledger.state)
-        owners, owner_domains = self._ledger.owner(block_id) if in_range and kind != "scrub" else ((), ())
-        problem = self._ledger.apply(kind, block_id, generation, domain, sequence_id)
+        if event.kind == "seal":  # the step has run: nothing is sealed before it is written
+            self._settle()
+        in_range = 0 <= event.block_id < len(self._ledger.state)
+        owners, owner_domains = self._ledger.owner(event.block_id) if in_range and event.kind != "scrub" else ((), ())
+        problem = self._ledger.apply(event)
         if problem is not None:
             rule, detail = problem
-            sequences = tuple(dict.fromkeys((*filter(None, [sequence_id]), *owners)))
-            domains = tuple(dict.fromkeys((*filter(None, [domain]), *owner_domains)))
-            self._from_events.append(Violation(rule, sequences, domains, block_id, f"step {step}: {detail}"))
+            sequences = tuple(dict.fromkeys((*filter(None, [event.sequence_id]), *owners)))
+            domains = tuple(dict.fromkeys((*filter(None, [event.domain]), *owner_domains)))
+            self._from_events.append(Violation(rule, sequences, domains, event.block_id, f"step {step}: {detail}"))
 
     def check_step(
         self,
@@ -114,6 +132,7 @@ class IsolationAuditor:
         step: int,
         sequence_ids: Sequence[str],
         domains: Sequence[str],
+        token_ids: Any,
         cu_seqlens: Any,
         kv_lens: Any,
         block_tables: Any,
@@ -121,15 +140,15 @@ class IsolationAuditor:
     ) -> list[Violation]:
         """Check one step before its launch; call it once for every launch.
 
-        Shapes: cu_seqlens [R+1], kv_lens [R] (tokens after this step's writes), block_tables [R, B] (-1 padded),
-        slot_mapping [T] (block * block_size + offset of each token written), all of integer type.
+        Shapes: token_ids [T], cu_seqlens [R+1], kv_lens [R] (tokens after this step's writes), block_tables [R, B]
+        (-1 padded), slot_mapping [T] (block * block_size + offset of each token written), all of integer type.
         The violations name the sequences that must not run. An empty list means that the step may be launched.
         """
-        arrays = _Step(sequence_ids, domains, cu_seqlens, kv_lens, block_tables, slot_mapping)
+        arrays = StepArrays(sequence_ids, domains, token_ids, cu_seqlens, kv_lens, block_tables, slot_mapping)
         with self._lock:
             return self._check_step(step, arrays)
 
-    def _check_step(self, step: int, arrays: _Step) -> list[Violation]:
+    def _check_step(self, step: int, arrays: StepArrays) -> list[Violation]:
         found = self._from_events
         self._from_events = []
         if step < self._counters["last_step"]:
@@ -141,6 +160,8 @@ class IsolationAuditor:
         distrusted = frozenset(name for violation in found for name in violation.sequence_ids)
         verdict = _check(self._ledger, arrays, distrusted)
         self._written = verdict.written
+        for name, start, tokens in verdict.computed:
+            self._ledger.sequences[name].takes(start, tokens)
         found += verdict.violations
         self._counters["num_steps"] += 1
         self._counters["num_rows"] += len(arrays.sequence_ids)
@@ -168,22 +189,22 @@ class IsolationAuditor:
     def _settle(self) -> None:
         """The step before has run: its writes are history now, in blocks that have not changed hands since."""
         ids, generations, filled = self._written
-        same = (self._ledger.generation[ids] == generations) & (self._ledger.state[ids] != FREE)
+        same = (self._ledger.generation[ids] == generations) & ~np.isin(self._ledger.state[ids], (FREE, UNREAD))
         self._ledger.filled[ids[same]] = filled[same]
         self._written = (_NONE, _NONE, _NONE)
 
 
-def _check(ledger: BlockLedger, step: _Step, distrusted: frozenset[str] = frozenset()) -> _Verdict:
+def _check(ledger: BlockLedger, step: StepArrays, distrusted: frozenset[str] = frozenset()) -> _Verdict:
     """Compare the step with the ledger. Writes of `distrusted` sequences are not taken for granted afterwards."""
     num_rows = len(step.sequence_ids)
-    problem = _shape_problem(step, num_rows)
+    problem = shape_problem(step)
     if problem is not None:
         everyone = Violation(
             "malformed_step", tuple(step.sequence_ids), tuple(dict.fromkeys(step.domains)), -1, problem
         )
-        return _Verdict([everyone], 0, (_NONE, _NONE, _NONE))
+        return _Verdict([everyone], 0, (_NONE, _NONE, _NONE), [])
     if num_rows == 0:
-        return _Verdict([], 0, (_NONE, _NONE, _NONE))
+        return _Verdict([], 0, (_NONE, _NONE, _NONE), [])
     size, num_blocks = ledger.block_size, len(ledger.state)
     cu = np.asarray(step.cu_seqlens).astype(np.int64)
     kv = np.asarray(step.kv_lens).astype(np.int64)
@@ -191,7 +212,11 @@ def _check(ledger: BlockLedger, step: _Step, distrusted: frozenset[str] = frozen
     slots = np.asarray(step.slot_mapping).astype(np.int64)
     q = np.diff(cu)
     row_domain = np.array([ledger.domain_ids.get(name, STRANGER) for name in step.domains], np.int64)
-    row_sequence = np.array([ledger.sequence_ids.get(name, STRANGER) for name in step.sequence_ids], np.int64)
+    given = np.full(tables.shape, NOBODY, np.int64)  # what each row's sequence was given, by the ledger
+    for index, name in enumerate(step.sequence_ids):
+        if name in ledger.sequences:
+            own = ledger.sequences[name].blocks[: tables.shape[1]]
+            given[index, : len(own)] = own
     flags = _Flags(ledger, step)
 
     # Lengths: a row that points outside its own table is flagged and takes no further part.
@@ -208,16 +233,16 @@ def _check(ledger: BlockLedger, step: _Step, distrusted: frozenset[str] = frozen
     at = np.where(real, ids, 0)
     state = ledger.state[at]
     held = real & ((state == WRITING) | (state == SEALED))
-    flags.blocks(real & (state == FREE), row, ids, "unallocated_block", "reads a block that is free")
+    flags.blocks(real & ((state == FREE) | (state == UNREAD)), row, ids, "unallocated_block", "reads a free block")
     flags.blocks(real & (state == QUARANTINED), row, ids, "quarantined_block", "reads a block in quarantine")
     own_domain = ledger.domain[at] == row_domain[row]
-    own_sequence = ledger.sequence[at] == row_sequence[row]
+    placed = given[row, column] == ids
     flags.blocks(held & ~own_domain, row, ids, "foreign_block", "reads a block of another domain")
-    flags.blocks(held & own_domain & ~own_sequence, row, ids, "foreign_lineage", "reads a block of another sequence")
+    flags.blocks(held & own_domain & ~placed, row, ids, "foreign_lineage", "reads a block that is not its own there")
 
     # History: what lies in the blocks is exactly what came before.
     before = np.clip(start[row] - column * size, 0, size)
-    mine = held & own_domain & own_sequence
+    mine = held & own_domain & placed
     flags.blocks(mine & (ledger.filled[at] != before), row, ids, "history_mismatch", "tokens before this step differ")
 
     # Writes: exactly the new positions, through the table, into blocks being written, one writer each.
@@ -237,19 +262,34 @@ def _check(ledger: BlockLedger, step: _Step, distrusted: frozenset[str] = frozen
     flags.blocks(closed, writer, slot_block, "write_to_closed_block", "writes into a block not in writing state")
     _, first, count = np.unique(slots, return_inverse=True, return_counts=True)
     flags.blocks(count[first] > 1, writer, slot_block, "double_writer", "a slot has two writers in this step")
+    # Tokens: every row computes its own.
+    tokens = [part.tolist() for part in np.split(np.asarray(step.token_ids), cu[1:-1])]
+    rows = list(zip(step.sequence_ids, start.tolist(), tokens, strict=True))
+    alien = np.array([not _own_tokens(ledger, *computed) for computed in rows], np.bool_)
+    flags.rows(inside & alien, "foreign_tokens", "computes tokens that are not its sequence's")
     twice = len(set(step.sequence_ids)) != num_rows
     flags.rows(np.full(num_rows, twice), "duplicate_row", "a sequence has two rows in this step")
 
     trusted = np.array([name not in distrusted for name in step.sequence_ids], np.bool_)
     good = (trusted & ~flags.bad)[row]
     after = np.clip(kv[row] - column * size, 0, size)
-    return _Verdict(flags.found, len(ids), (ids[good], ledger.generation[at][good], after[good]))
+    return _Verdict(
+        flags.found,
+        len(ids),
+        (ids[good], ledger.generation[at][good], after[good]),
+        [computed for computed, fine in zip(rows, trusted & ~flags.bad, strict=True) if fine],
+    )
+
+
+def _own_tokens(ledger: BlockLedger, name: str, start: int, tokens: list[int]) -> bool:
+    known = ledger.sequences[name].tokens if name in ledger.sequences else []
+    return start <= len(known) and known[start : start + len(tokens)] == tokens[: max(0, len(known) - start)]
 
 
 class _Flags:
     """Collects violations: one for each row and rule, with the first block that shows it."""
 
-    def __init__(self, ledger: BlockLedger, step: _Step) -> None:
+    def __init__(self, ledger: BlockLedger, step: StepArrays) -> None:
         self.found: list[Violation] = []
         self.bad: BoolArray = np.zeros(len(step.sequence_ids), np.bool_)
         self._ledger = ledger
@@ -278,40 +318,35 @@ class _Flags:
         self.found.append(Violation(rule, sequences, domains, block_id, f"row {row}: {detail}"))
 
 
-def _shape_problem(step: _Step, num_rows: int) -> str | None:
-    arrays = {
-        name: np.asarray(getattr(step, name)) for name in ("cu_seqlens", "kv_lens", "block_tables", "slot_mapping")
-    }
-    for name, array in arrays.items():
-        if array.dtype.kind not in "iu":
-            return f"{name} has type {array.dtype}, not an integer type"
-    cu, tables = arrays["cu_seqlens"], arrays["block_tables"]
-    if len(step.domains) != num_rows:
-        return f"{len(step.domains)} domains for {num_rows} rows"
-    if cu.shape != (num_rows + 1,) or arrays["kv_lens"].shape != (num_rows,):
-        return f"cu_seqlens {cu.shape} and kv_lens {arrays['kv_lens'].shape} do not fit {num_rows} rows"
-    if tables.ndim != 2 or tables.shape[0] != num_rows or arrays["slot_mapping"].ndim != 1:
-        return f"block_tables {tables.shape} or slot_mapping {arrays['slot_mapping'].shape} has the wrong shape"
-    cu = cu.astype(np.int64)
-    if cu[0] != 0 or (np.diff(cu) < 0).any() or cu[-1] != len(arrays["slot_mapping"]):
-        return f"cu_seqlens must rise from 0 to {len(arrays['slot_mapping'])}, the number of slots"
-    return None
-
-
 def _self_test(real: BlockLedger) -> bool:
-    """Two synthetic sequences in two domains; one reads its own block, then the other's, then a real tenant's."""
+    """Two synthetic sequences in two domains; one reads its own block, then the other's, then a real tenant's; then the
+    other is given the first one's published block as if it were its own."""
     ledger, size = real.copy(), real.block_size
     live = np.nonzero((real.state == WRITING) | (real.state == SEALED))[0]
     mine, other = [i for i in range(3) if not (len(live) and i == live[0])][:2] if len(real.state) > 2 else (0, 1)
+    tokens = tuple(range(size + 1))
+
+    def event(kind: str, block_id: int, name: str) -> str:
+        generation = int(ledger.generation[block_id]) + (kind == "allocate")
+        owner = f"self-test/{name}"
+        problem = ledger.apply(Happening(kind, block_id, generation, owner, owner, tokens))
+        return problem[0] if problem else ""
+
     for block_id, name in ((mine, "a"), (other, "b")):
         ledger.state[block_id], ledger.residue[block_id] = FREE, NOBODY
-        generation = int(ledger.generation[block_id]) + 1
-        if ledger.apply("allocate", block_id, generation, f"self-test/{name}", f"self-test/{name}") is not None:
+        ledger.holders[block_id], ledger.published[block_id] = frozenset(), None
+        if event("begin", block_id, name) or event("allocate", block_id, name):
             return False
 
     def rules(table: list[int], kv_len: int, slot: int) -> set[str]:
-        step = _Step(
-            ["self-test/a"], ["self-test/a"], np.array([0, 1]), np.array([kv_len]), np.array([table]), np.array([slot])
+        step = StepArrays(
+            ["self-test/a"],
+            ["self-test/a"],
+            np.array([kv_len - 1]),
+            np.array([0, 1]),
+            np.array([kv_len]),
+            np.array([table]),
+            np.array([slot]),
         )
         return {violation.kind for violation in _check(ledger, step).violations}
 
@@ -321,9 +356,14 @@ def _self_test(real: BlockLedger) -> bool:
     real_read = (
         rules([int(live[0]), mine], size + 1, mine * size) if len(live) and len(real.state) > 2 else {"foreign_block"}
     )
+    ledger.filled[mine] = size
+    published = event("seal", mine, "a") == event("publish", mine, "a") == ""
+    foreign_share = event("share", mine, "b")
     return (
         not clean
         and "foreign_block" in foreign_read
         and {"foreign_block", "foreign_write"} <= foreign_write
         and "foreign_block" in real_read
+        and published
+        and foreign_share == "foreign_share"
     )

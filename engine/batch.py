@@ -15,7 +15,7 @@ from engine.scheduler import ScheduledRow
 class Batch:
     """T tokens in R rows; S of the rows get a new token."""
 
-    token_ids: NDArray[np.int64]  # [T]
+    token_ids: NDArray[np.int64]  # [T] the same array as the evidence's
     positions: NDArray[np.int64]  # [T] place of each token in its sequence
     sampled_tokens: NDArray[np.int64]  # [S] places in the batch whose logits are wanted
     sampled_positions: NDArray[np.int64]  # [S] place in its sequence of each token to be sampled
@@ -57,6 +57,7 @@ def build_batch(step: int, rows: Rows[ScheduledRow], block_size: int) -> Batch:
             step=step,
             sequence_ids=tuple(row.sequence.sequence_id for row in rows),
             domains=tuple(row.sequence.domain for row in rows),
+            token_ids=token_ids,
             cu_seqlens=cu_seqlens,
             kv_lens=kv_lens,
             block_tables=block_tables,

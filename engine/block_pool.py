@@ -1,26 +1,31 @@
 """Who owns which KV block. Rules, checked at every call:
 
 1. A block in use has one owner domain. It reaches another domain only through free, and is zeroed before it does.
-2. Its generation grows with every allocation: (block_id, generation) names one use of it for ever.
+2. Its generation grows with every allocation: (block_id, generation) names one content of it for ever.
 3. Allocation is all or nothing.
 4. A released block waits behind a fence until no launched step can still touch it.
+5. Only a sealed block is ever published, and only a published block is ever shared: by sequences of its own domain,
+   which read it and never write it.
 
-      free --allocate--> writing --seal--> sealed
+      free --allocate--> writing --seal--> sealed <--share (published)-- free
         ^                   \\                /
         |                    +---release----+      (reference count 0)
         +--- fence passed --- fenced
                               any --quarantine--> quarantined (for good)
 
-The free list is in order of release, so a freed block rests as long as possible before it is used again.
+A published block that nobody reads any more is free like any other: it keeps its content and its owner's name and can
+be shared again until it is taken for something else, which ends its publication first. The free list is in the order
+of taking: blocks without a publication first, then published ones, the longest unread first.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from engine.errors import OutOfBlocksError
 from engine.events import EngineEvent, EventKind
+from engine.free_list import FreeList
+from engine.prefix_index import Prefix, PrefixIndex
 
 
 class BlockState(Enum):
@@ -54,8 +59,9 @@ class BlockPool:
         assert num_blocks > 0
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         self.step = 0  # the step that is being put together or executed; names events
-        self.num_by_domain: dict[str, int] = {}
-        self._free: OrderedDict[int, None] = OrderedDict((block_id, None) for block_id in range(num_blocks))
+        self.num_by_domain: dict[str, int] = {}  # blocks in use; one that several sequences read counts once
+        self._free = FreeList(num_blocks)
+        self._published = PrefixIndex()
         self._fenced: list[int] = []
         self._launched_step = 0
         self._completed_step = 0
@@ -68,18 +74,35 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
+        """Blocks that can be had, published ones included."""
         return len(self._free)
+
+    @property
+    def num_published(self) -> int:
+        return len(self._published)
 
     @property
     def num_usable(self) -> int:
         """Blocks that a sequence could ever get: all but the quarantined."""
         return sum(block.state is not BlockState.QUARANTINED for block in self.blocks)
 
-    def allocate(self, num_blocks: int, *, domain: str, sequence_id: str) -> list[int]:
-        """Take ``num_blocks`` free blocks for ``domain``. Raises OutOfBlocksError, having changed nothing."""
-        if num_blocks > len(self._free):
-            raise OutOfBlocksError(f"{num_blocks} blocks wanted, {len(self._free)} free")
-        taken = [self.blocks[self._free.popitem(last=False)[0]] for _ in range(num_blocks)]
+    def find(self, prefix: Prefix) -> int | None:
+        """A block that holds this prefix and can be shared now."""
+        block_id = self._published.find(prefix)
+        if block_id is None or self.blocks[block_id].state is BlockState.FENCED:
+            return None
+        return block_id
+
+    def allocate(self, num_blocks: int, *, domain: str, sequence_id: str, shared: Sequence[int] = ()) -> list[int]:
+        """A sequence's next blocks: the published blocks ``shared``, then ``num_blocks`` free ones for ``domain``.
+        Raises OutOfBlocksError, having changed nothing."""
+        num_free = len(self._free) - sum(block_id in self._free for block_id in shared)
+        if num_blocks > num_free:
+            raise OutOfBlocksError(f"{num_blocks} blocks wanted, {num_free} free")
+        for block_id in shared:
+            self._share(self.blocks[block_id], domain, sequence_id)
+        taken = [self.blocks[self._free.pop_first()] for _ in range(num_blocks)]
+        self.forget([block.block_id for block in taken])
         dirty = [block for block in taken if block.content_domain not in ("", domain)]
         if dirty:
             self._scrub([block.block_id for block in dirty])
@@ -89,13 +112,11 @@ class BlockPool:
         for block in taken:
             assert block.state is BlockState.FREE, f"block {block.block_id} is {block.state.value}"
             block.state = BlockState.WRITING
-            block.domain = block.content_domain = domain
+            block.content_domain = domain
             block.generation += 1
-            block.num_references = 1
+            self._refer(block, domain)
             self._emit("allocate", block, domain=domain, sequence_id=sequence_id)
-        if num_blocks:
-            self.num_by_domain[domain] = self.num_by_domain.get(domain, 0) + num_blocks
-        return [block.block_id for block in taken]
+        return [*shared, *(block.block_id for block in taken)]
 
     def seal(self, block_id: int, *, sequence_id: str) -> None:
         """The block is full: from now on it is only read."""
@@ -104,35 +125,52 @@ class BlockPool:
         block.state = BlockState.SEALED
         self._emit("seal", block, domain=block.domain, sequence_id=sequence_id)
 
+    def publish(self, block_id: int, prefix: Prefix, *, sequence_id: str) -> None:
+        """Let later sequences of the block's domain find it. Nothing happens where the prefix is published already."""
+        block = self.blocks[block_id]
+        assert block.state is BlockState.SEALED, f"block {block_id} is {block.state.value}"
+        assert block.domain == prefix.domain, f"block {block_id} belongs to another domain"
+        if self._published.add(block_id, prefix):
+            self._emit("publish", block, domain=block.domain, sequence_id=sequence_id)
+
+    def forget(self, block_ids: Sequence[int]) -> None:
+        """End the publication of blocks; who reads them goes on reading. Blocks that were not published are ignored."""
+        for block_id in block_ids:
+            if self._published.drop(block_id):
+                block = self.blocks[block_id]
+                self._emit("evict", block, domain=block.content_domain, sequence_id="")
+
+    def forget_domains(self, domains: Sequence[str]) -> None:
+        """End every publication of these domains: nothing that they have computed is trusted by later sequences."""
+        self.forget(self._published.blocks_of(domains))
+
     def release(self, block_ids: Sequence[int], *, sequence_id: str) -> None:
         """Let go of a sequence's blocks; at the last reference a block goes behind the fence. The tail goes first, so
-        that the beginning of a sequence rests longest in the free list."""
+        that the beginning of a sequence, which others are likelier to share, stays longest in the free list."""
         for block_id in reversed(block_ids):
             block = self.blocks[block_id]
-            if block.state is BlockState.QUARANTINED:
+            if not block.num_references:
+                assert block.state is BlockState.QUARANTINED, f"block {block_id} is {block.state.value}"
                 continue
-            assert block.state in IN_USE, f"block {block_id} is {block.state.value}"
-            block.num_references -= 1
-            if block.num_references:
+            self._drop_reference(block, sequence_id)
+            if block.num_references or block.state is BlockState.QUARANTINED:
                 continue
-            self._drop_owner(block, sequence_id)
             block.state = BlockState.FENCED
             block.fence_step = self._launched_step
             self._fenced.append(block_id)
         self._pass_fence()
 
     def quarantine(self, block_ids: Sequence[int], *, sequence_id: str) -> None:
-        """Take blocks out of use for good: evidence, and never handed out again. Repeats are harmless."""
+        """Take a sequence's blocks out of use for good: evidence, and never handed out again."""
+        self.forget(block_ids)
         for block_id in block_ids:
             block = self.blocks[block_id]
-            if block.state is BlockState.QUARANTINED:
-                continue
-            if block.state in IN_USE:
-                self._drop_owner(block, sequence_id)
-            self._free.pop(block_id, None)
+            if block.num_references:
+                self._drop_reference(block, sequence_id)
+            if block_id in self._free:
+                self._free.remove(block_id)
             if block.state is BlockState.FENCED:
                 self._fenced.remove(block_id)
-            block.num_references = 0
             block.state = BlockState.QUARANTINED
 
     def launched(self, step: int) -> None:
@@ -148,15 +186,37 @@ class BlockPool:
         waiting = []
         for block_id in self._fenced:
             block = self.blocks[block_id]
-            if block.fence_step <= self._completed_step:
-                block.state = BlockState.FREE
-                self._free[block_id] = None
-            else:
+            if block.fence_step > self._completed_step:
                 waiting.append(block_id)
+                continue
+            block.state = BlockState.FREE
+            if block_id in self._published:
+                self._free.push_last(block_id)
+            else:
+                self._free.push_first(block_id)
         self._fenced = waiting
 
-    def _drop_owner(self, block: Block, sequence_id: str) -> None:
+    def _share(self, block: Block, domain: str, sequence_id: str) -> None:
+        assert block.block_id in self._published, f"block {block.block_id} is not published"
+        assert block.content_domain == domain, f"block {block.block_id} belongs to another domain"
+        if block.state is BlockState.FREE:
+            self._free.remove(block.block_id)
+            block.state = BlockState.SEALED
+        assert block.state is BlockState.SEALED, f"block {block.block_id} is {block.state.value}"
+        self._refer(block, domain)
+        self._emit("share", block, domain=domain, sequence_id=sequence_id)
+
+    def _refer(self, block: Block, domain: str) -> None:
+        if not block.num_references:
+            block.domain = domain
+            self.num_by_domain[domain] = self.num_by_domain.get(domain, 0) + 1
+        block.num_references += 1
+
+    def _drop_reference(self, block: Block, sequence_id: str) -> None:
         self._emit("free", block, domain=block.domain, sequence_id=sequence_id)
+        block.num_references -= 1
+        if block.num_references:
+            return
         left = self.num_by_domain[block.domain] - 1
         if left:
             self.num_by_domain[block.domain] = left

@@ -5,10 +5,9 @@ One step, numbered here and marked below:
 1. schedule    who computes how many tokens; blocks are allocated
 2. arrays      the batch, built once
 3. evidence    the observer sees the block events and the very arrays; sequences that break isolation end here,
-unexecuted,
-               and what is left is built and shown again
+               unexecuted, and what is left is built and shown again
 4. launch      the model computes; blocks released from now on wait behind the fence
-5. update      counters move, full blocks are sealed, new tokens are appended and turned into text
+5. update      counters move, full blocks are sealed and published, new tokens are appended and turned into text
 6. finish      stop, length or error; blocks and rows go back
 
 A launch that raises costs its sequences their lives (`engine_failure`), not the engine: its blocks are released, the
@@ -26,6 +25,7 @@ from engine.block_pool import BlockPool
 from engine.detokenizer import IncrementalDetokenizer
 from engine.events import EngineEvent, Observer, Violation
 from engine.model_runner import Runner
+from engine.prefix_key import root_key
 from engine.protocol import Incident, Stats, Submit, TokenOutput
 from engine.scheduler import ScheduledRow, Scheduler
 from engine.sequence import Event, Sequence
@@ -39,7 +39,8 @@ class StepResult:
 
 
 class EngineCore:
-    """``decode`` turns token ids into text; ``vocab_size`` bounds the ids that a prompt may hold."""
+    """``decode`` turns token ids into text; ``vocab_size`` bounds the ids that a prompt may hold; ``model_digest`` is
+    part of every name in the prefix cache."""
 
     def __init__(
         self,
@@ -54,6 +55,8 @@ class EngineCore:
         max_waiting: int,
         observer: Observer,
         domain_order: str = "round_robin",
+        prefix_cache: bool = True,
+        model_digest: str = "",
     ) -> None:
         self.step_number = 0
         self.num_failures_in_a_row = 0
@@ -63,6 +66,8 @@ class EngineCore:
         self._vocab_size = vocab_size
         self._max_waiting = max_waiting
         self._observer = observer
+        self._prefix_cache = prefix_cache
+        self._model_digest = model_digest
         self._events: list[EngineEvent] = []
         self.pool = BlockPool(runner.num_blocks, scrub=runner.scrub, on_event=self._events.append)
         self.scheduler = Scheduler(
@@ -72,6 +77,7 @@ class EngineCore:
             max_num_seqs=max_num_seqs,
             context_max=context_max,
             domain_order=order.DOMAIN_ORDERS[domain_order],
+            prefix_cache=prefix_cache,
         )
         self._sequences: dict[str, Sequence] = {}
         self._detokenizers: dict[str, IncrementalDetokenizer] = {}
@@ -102,6 +108,7 @@ class EngineCore:
             arrival=self._num_arrived,
             priority=submit.priority,
             weight=submit.weight,
+            root_key=root_key(domain=submit.domain, cache_salt=submit.cache_salt, model_digest=self._model_digest),
         )
         if not self.scheduler.can_ever_fit(sequence):
             return refusal(submit.sequence_id, "too_long")
@@ -109,6 +116,18 @@ class EngineCore:
         self._sequences[sequence.sequence_id] = sequence
         self._detokenizers[sequence.sequence_id] = IncrementalDetokenizer(self._decode, submit.sampling.stop)
         self.scheduler.add(sequence)
+        self._events.append(
+            EngineEvent(
+                "begin",
+                self.step_number,
+                -1,
+                0,
+                submit.domain,
+                submit.sequence_id,
+                tuple(submit.prompt_token_ids),
+                submit.cache_salt,
+            )
+        )
         return None
 
     def abort(self, sequence_id: str) -> TokenOutput | None:
@@ -198,14 +217,24 @@ class EngineCore:
         in_batch = {row.sequence.sequence_id for row in rows}
         if not named & in_batch:
             named |= in_batch
-        bad_blocks = {
-            block_id for name in named if name in self._sequences for block_id in self._sequences[name].block_ids
-        }
-        for sequence in list(self._sequences.values()):
-            if sequence.sequence_id in named or bad_blocks.intersection(sequence.block_ids):
-                self.pool.quarantine(sequence.block_ids, sequence_id=sequence.sequence_id)
-                sequence.fail("isolation_violation")
-                result.outputs.append(self._finish(sequence))
+        affected = self._readers_of_the_same_blocks(named)
+        self.pool.forget_domains(sorted({sequence.domain for sequence in affected}))
+        for sequence in affected:
+            self.pool.quarantine(sequence.block_ids, sequence_id=sequence.sequence_id)
+            sequence.block_ids = []
+            sequence.fail("isolation_violation")
+            result.outputs.append(self._finish(sequence))
+
+    def _readers_of_the_same_blocks(self, named: set[str]) -> list[Sequence]:
+        """The named sequences, whoever shares a block with one of them, whoever shares one with those, and so on."""
+        affected = [sequence for name, sequence in self._sequences.items() if name in named]
+        others = [sequence for name, sequence in self._sequences.items() if name not in named]
+        bad_blocks = {block_id for sequence in affected for block_id in sequence.block_ids}
+        while touched := [sequence for sequence in others if bad_blocks.intersection(sequence.block_ids)]:
+            affected += touched
+            others = [sequence for sequence in others if sequence not in touched]
+            bad_blocks.update(block_id for sequence in touched for block_id in sequence.block_ids)
+        return affected
 
     def _fail_rows(self, rows: Line[ScheduledRow]) -> list[TokenOutput]:
         outputs = []
@@ -226,9 +255,14 @@ class EngineCore:
     def _advance(self, sequence: Sequence, num_new_tokens: int) -> None:
         block_size = self._runner.block_size
         num_full_before = sequence.num_computed_tokens // block_size
+        if not sequence.num_computed_max:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
         sequence.num_computed_tokens += num_new_tokens
         for index in range(num_full_before, sequence.num_computed_tokens // block_size):
-            self.pool.seal(sequence.block_ids[index], sequence_id=sequence.sequence_id)
+            block_id, sequence_id = sequence.block_ids[index], sequence.sequence_id
+            self.pool.seal(block_id, sequence_id=sequence_id)
+            if self._prefix_cache:
+                self.pool.publish(block_id, sequence.prefix(index, block_size), sequence_id=sequence_id)
         served_before = sequence.num_prompt_tokens_served
         sequence.num_computed_max = max(sequence.num_computed_max, sequence.num_computed_tokens)
         self._num_prompt_tokens += sequence.num_prompt_tokens_served - served_before
@@ -256,7 +290,10 @@ class EngineCore:
 
     def _finish(self, sequence: Sequence, text: str = "", token_ids: tuple[int, ...] = ()) -> TokenOutput:
         """The last output of a sequence in a terminal state. Withheld text goes out, unless isolation is in doubt."""
+        if sequence.error:
+            self.pool.forget(sequence.block_ids)  # numbers of a failed sequence serve nobody else
         self.scheduler.remove(sequence)
+        self._events.append(EngineEvent("end", self.step_number, -1, 0, sequence.domain, sequence.sequence_id))
         del self._sequences[sequence.sequence_id]
         rest = self._detokenizers.pop(sequence.sequence_id).finish()
         if sequence.error != "isolation_violation":

@@ -5,23 +5,30 @@ change them and must not keep them beyond the step (a copy is cheap).
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-EventKind = Literal["allocate", "seal", "free", "scrub"]
-EVENT_KINDS: frozenset[str] = frozenset({"allocate", "seal", "free", "scrub"})
+EventKind = Literal["begin", "end", "allocate", "seal", "publish", "share", "evict", "free", "scrub"]
+EVENT_KINDS: frozenset[str] = frozenset(get_args(EventKind))
 
 
 @dataclass(frozen=True, slots=True)
 class EngineEvent:
-    """One change of a block's ownership or content.
+    """One change of a block's ownership or content, or a sequence's arrival or end.
 
+    begin:    a sequence was taken in with these ``token_ids`` and this ``cache_salt``; ``block_id`` is -1.
+    end:      it is over and holds no block; ``block_id`` is -1.
     allocate: ``domain``/``sequence_id`` own the block from now on, its generation has just grown.
     seal:     the block is full and is never written again in this generation.
+    publish:  the block may be shared from now on by sequences of its domain that begin with the same tokens.
+    share:    the sequence reads the published block as the next of its own blocks; it never writes it.
+    evict:    the block may not be shared any more; who reads it goes on. ``sequence_id`` is empty.
     free:     the sequence let go of it; the step in flight may still read it.
     scrub:    its content was overwritten with zeros; ``domain`` and ``sequence_id`` are empty.
+
+    A sequence's allocate and share events come in the order of its block table.
     """
 
     kind: EventKind
@@ -30,15 +37,19 @@ class EngineEvent:
     generation: int
     domain: str
     sequence_id: str
+    token_ids: tuple[int, ...] = ()
+    cache_salt: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class StepEvidence:
-    """Everything that decides which KV slots a step reads and writes. Rows are in batch order; T tokens, R rows."""
+    """Everything that decides what a step computes and which KV slots it reads and writes. Rows are in batch order; T
+    tokens, R rows."""
 
     step: int
     sequence_ids: tuple[str, ...]
     domains: tuple[str, ...]
+    token_ids: NDArray[np.int64]  # [T] what is computed
     cu_seqlens: NDArray[np.int32]  # [R+1] row r computes tokens cu_seqlens[r]..cu_seqlens[r+1]
     kv_lens: NDArray[np.int32]  # [R] tokens in the cache after this step's writes
     block_tables: NDArray[np.int32]  # [R, B], padded with -1

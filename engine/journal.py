@@ -2,7 +2,8 @@
 
 One append-only file per worker epoch, one line per sequence and step that emitted something:
 
-    <crc32 in 8 hex digits> <json array [sequence_id, num_prompt_tokens, num_completion_tokens, finish_reason]>\n
+    <crc32 in 8 hex digits> <json array [sequence_id, num_prompt_tokens, num_completion_tokens, finish_reason,
+                             num_cached_tokens]>\n
 
 A step's lines are handed to the operating system in one write *before* the step's frames are sent, so what a client
 saw is in the journal. The page cache outlives the process; a power cut may lose the last moments (no fsync per step),
@@ -17,6 +18,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.protocol import TokenOutput
+
 SUFFIX = ".journal"
 
 
@@ -26,6 +29,17 @@ class JournalRecord:
     num_prompt_tokens: int
     num_completion_tokens: int
     finish_reason: str | None
+    num_cached_tokens: int = 0  # part of num_prompt_tokens; a journal of an earlier version does not say
+
+
+def record_of(output: TokenOutput) -> JournalRecord:
+    return JournalRecord(
+        output.sequence_id,
+        output.num_prompt_tokens,
+        output.num_completion_tokens,
+        output.finish_reason,
+        output.num_cached_tokens,
+    )
 
 
 class Journal:
@@ -50,7 +64,13 @@ class Journal:
 
 def encode_record(record: JournalRecord) -> bytes:
     body = json.dumps(
-        [record.sequence_id, record.num_prompt_tokens, record.num_completion_tokens, record.finish_reason],
+        [
+            record.sequence_id,
+            record.num_prompt_tokens,
+            record.num_completion_tokens,
+            record.finish_reason,
+            record.num_cached_tokens,
+        ],
         separators=(",", ":"),
     ).encode("ascii")
     return b"%08x %b\n" % (zlib.crc32(body), body)

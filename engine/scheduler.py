@@ -1,18 +1,20 @@
 """Each step hands out one budget of tokens so that every sequence's num_computed_tokens catches up with its num_tokens.
 
 1. Running sequences first, in order of arrival; a decode step is a chunk of one token.
-2. Where the pool is empty, the youngest running sequence is preempted: its blocks go, its tokens stay, and it is
-computed again
-   later. It keeps its place: preempted sequences are admitted before any waiting one.
+2. Where the pool is empty, the youngest running sequence is preempted: its blocks go, its tokens stay, and what is not
+   found in the prefix cache later is computed again. It keeps its place: preempted sequences are admitted before any
+   waiting one.
 3. Then, only if nothing was preempted, preempted and waiting sequences are admitted while budget, rows and blocks
-last. A
-   sequence is admitted with blocks for all its known tokens, so a half-read prompt never starves on blocks.
+   last. A sequence is admitted with blocks for all its known tokens, so a half-read prompt never starves on blocks.
+   Full blocks of its beginning that its own domain has published are shared instead of computed; at least its last
+   token is always computed.
 
 Progress: the oldest running sequence is never a victim while a younger one runs, and an accepted sequence fits into
 the pool alone. So the oldest always finishes, and so does everybody in turn.
 """
 
 from bisect import insort
+from collections.abc import Sequence as Line
 from dataclasses import dataclass, field
 
 from engine.block_pool import BlockPool
@@ -49,6 +51,7 @@ class Scheduler:
         max_num_seqs: int,
         context_max: int,
         domain_order: DomainOrder,
+        prefix_cache: bool = True,
     ) -> None:
         self.running: list[Sequence] = []  # all three in order of arrival
         self.preempted: list[Sequence] = []
@@ -60,6 +63,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._context_max = context_max
         self._domain_order = domain_order
+        self._prefix_cache = prefix_cache
         self._last_domain = ""
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
@@ -99,7 +103,7 @@ class Scheduler:
             candidate = self._next_candidate()
             if candidate is None or not self._admit(candidate, plan):
                 break
-            num_new_tokens = min(candidate.num_tokens, budget)
+            num_new_tokens = min(candidate.num_tokens - candidate.num_computed_tokens, budget)
             plan.rows.append(ScheduledRow(candidate, num_new_tokens))
             budget -= num_new_tokens
         return plan
@@ -110,8 +114,9 @@ class Scheduler:
         return self._domain_order(self.waiting, self._last_domain) if self.waiting else None
 
     def _admit(self, sequence: Sequence, plan: Schedule) -> bool:
+        shared = self._published_prefix(sequence)
         try:
-            self._grow(sequence, sequence.num_tokens)
+            self._grow(sequence, sequence.num_tokens, shared)
         except OutOfBlocksError:
             if self.running:
                 return False
@@ -119,6 +124,7 @@ class Scheduler:
             return False
         (self.preempted if sequence in self.preempted else self.waiting).remove(sequence)
         self._last_domain = sequence.domain
+        sequence.num_computed_tokens = len(shared) * self._block_size
         sequence.apply(Event.ADMIT)
         sequence.row = self._free_rows.pop()
         insort(self.running, sequence, key=_arrival)
@@ -142,10 +148,23 @@ class Scheduler:
             else:
                 return True
 
-    def _grow(self, sequence: Sequence, num_tokens: int) -> None:
-        missing = self._num_blocks_for(num_tokens) - len(sequence.block_ids)
+    def _grow(self, sequence: Sequence, num_tokens: int, shared: Line[int] = ()) -> None:
+        missing = self._num_blocks_for(num_tokens) - len(sequence.block_ids) - len(shared)
         if missing > 0:
-            sequence.block_ids += self._pool.allocate(missing, domain=sequence.domain, sequence_id=sequence.sequence_id)
+            sequence.block_ids += self._pool.allocate(
+                missing, domain=sequence.domain, sequence_id=sequence.sequence_id, shared=shared
+            )
+
+    def _published_prefix(self, sequence: Sequence) -> list[int]:
+        """The blocks that hold the sequence's beginning, as far as they can be shared; never its last token."""
+        shared: list[int] = []
+        if self._prefix_cache:
+            for index in range((sequence.num_tokens - 1) // self._block_size):
+                block_id = self._pool.find(sequence.prefix(index, self._block_size))
+                if block_id is None:
+                    break
+                shared.append(block_id)
+        return shared
 
     def _num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)

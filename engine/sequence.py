@@ -7,6 +7,8 @@ step and a recomputation after preemption are the same thing: some tokens are kn
 from dataclasses import dataclass, field
 from enum import Enum
 
+from engine.prefix_index import Prefix
+from engine.prefix_key import block_key
 from engine.protocol import SamplingParams
 
 
@@ -58,10 +60,12 @@ class Sequence:
     arrival: int
     priority: int = 0
     weight: int = 1
+    block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as anybody asked
+    root_key: bytes = b""
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0  # leading tokens whose keys and values are in the cache
     num_computed_max: int = 0  # the most that has ever been computed: what was served, whatever preemption takes back
-    num_cached_tokens: int = 0  # prompt tokens that came from a prefix cache
+    num_cached_tokens: int = 0  # prompt tokens that it found in the prefix cache when it first ran
     block_ids: list[int] = field(default_factory=list)
     row: int = -1  # its stable row while running
     status: Status = Status.WAITING
@@ -90,6 +94,17 @@ class Sequence:
     @property
     def finish_reason(self) -> str | None:
         return self.status.value if self.finished else None
+
+    def prefix(self, index: int, block_size: int) -> Prefix:
+        """What its block ``index`` holds once it is full. Its tokens must be known up to there."""
+        while len(self.block_keys) <= index:
+            first = len(self.block_keys) * block_size
+            parent = self.block_keys[-1] if self.block_keys else self.root_key
+            self.block_keys.append(block_key(parent, self.token_ids[first : first + block_size]))
+        parent = self.block_keys[index - 1] if index else self.root_key
+        tokens = tuple(self.token_ids[index * block_size : (index + 1) * block_size])
+        assert len(tokens) == block_size, f"{self.sequence_id}: block {index} is not full"
+        return Prefix(self.domain, parent, self.block_keys[index], tokens)
 
     def apply(self, event: Event) -> None:
         """Move along the table. A missing entry is our bug."""

@@ -33,7 +33,7 @@ from engine.config import WorkerConfig
 from engine.core import EngineCore, refusal
 from engine.errors import ConfigError, ProtocolError
 from engine.events import NullObserver, Observer
-from engine.journal import Journal, JournalRecord
+from engine.journal import Journal, record_of
 from engine.model_runner import ModelRunner
 from engine.order import DOMAIN_ORDERS
 from engine.protocol import (
@@ -189,14 +189,7 @@ class EngineThread:
     def _emit(self, outputs: list[TokenOutput], incidents: list[Incident]) -> None:
         """Journal first, then the frames: what a client has seen is on record, and in the stats that it reads next."""
         self.stats = self.core.stats()
-        self.journal.append(
-            [
-                JournalRecord(
-                    output.sequence_id, output.num_prompt_tokens, output.num_completion_tokens, output.finish_reason
-                )
-                for output in outputs
-            ]
-        )
+        self.journal.append([record_of(output) for output in outputs])
         frames: defaultdict[Connection, bytearray] = defaultdict(bytearray)
         for output in outputs:
             frames[self._owners[output.sequence_id]] += encode_frame(output)
@@ -347,6 +340,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver) -> tuple[EngineCore
         kv_cache_bytes=config.kv_cache_bytes,
     )
     model = runner.model.config
+    digest = model_digest(config.model_dir)
     core = EngineCore(
         runner,
         decode=tokenizer.decode,
@@ -358,6 +352,8 @@ def build(config: WorkerConfig, make_observer: MakeObserver) -> tuple[EngineCore
         max_waiting=config.max_waiting,
         observer=make_observer(runner.num_blocks, config.block_size),
         domain_order=config.domain_order,
+        prefix_cache=config.prefix_cache,
+        model_digest=digest,
     )
     epoch = f"{time.time_ns():020d}-{secrets.token_hex(8)}"
     ready = Ready(
@@ -365,7 +361,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver) -> tuple[EngineCore
         epoch=epoch,
         pid=os.getpid(),
         model_id=tokenizer.model_id,
-        model_digest=model_digest(config.model_dir),
+        model_digest=digest,
         context_max=model.context_max,
         vocab_size=model.vocab_size,
         block_size=config.block_size,

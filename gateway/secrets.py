@@ -17,7 +17,7 @@ SECRET_BYTES = 32
 class Secrets:
     key_pepper: bytes  # keys the HMAC under which API key secrets are stored
     cache_salt_key: bytes  # derives each tenant's cache salt
-    session_key: bytes  # derives admin session tokens' storage names
+    session_key: bytes  # derives admin session tokens' storage names, and the token for /metrics
 
 
 def load_secrets(folder: Path, entropy: Callable[[int], bytes]) -> Secrets:
@@ -33,6 +33,11 @@ def load_secrets(folder: Path, entropy: Callable[[int], bytes]) -> Secrets:
 def cache_salt(secrets: Secrets, tenant_id: str) -> bytes:
     """The tenant's cache salt, 32 bytes: HMAC-SHA256 over the tenant id. There is no default salt."""
     return hmac.new(secrets.cache_salt_key, b"bulkhead/cache-salt/v1\0" + tenant_id.encode(), hashlib.sha256).digest()
+
+
+def metrics_token(secrets: Secrets) -> str:
+    """What a scraper of /metrics presents as its bearer token; derived, so that it needs no file of its own."""
+    return hmac.new(secrets.session_key, b"bulkhead/metrics-token/v1", hashlib.sha256).hexdigest()
 
 
 def _load_or_create(path: Path, entropy: Callable[[int], bytes]) -> bytes:

@@ -70,6 +70,7 @@ class Settings:
     max_batched_tokens: int = _setting(256, _positive)
     kv_cache_bytes: int = _setting(512 * 1024 * 1024, _positive)
     block_size: int = _setting(32, _positive)
+    prefix_cache: bool = _setting(True, _boolean)  # share computed blocks within a tenant
     body_bytes_max: int = _setting(4 * 1024 * 1024, _positive)
     header_bytes_max: int = _setting(32 * 1024, _positive)
     max_tokens_default: int = _setting(256, _positive)  # where the client names none

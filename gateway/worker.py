@@ -36,6 +36,8 @@ class AuditObserver:
                 generation=event.generation,
                 domain=event.domain,
                 sequence_id=event.sequence_id,
+                token_ids=event.token_ids,
+                cache_salt=event.cache_salt,
             )
 
     def before_launch(self, evidence: StepEvidence) -> list[Violation]:
@@ -43,6 +45,7 @@ class AuditObserver:
             step=evidence.step,
             sequence_ids=evidence.sequence_ids,
             domains=evidence.domains,
+            token_ids=evidence.token_ids,
             cu_seqlens=evidence.cu_seqlens,
             kv_lens=evidence.kv_lens,
             block_tables=evidence.block_tables,

@@ -15,6 +15,7 @@ from gateway.api.edge import Edge
 from gateway.api.health import Readiness, healthz
 from gateway.api.models import Models
 from gateway.api.problems import problem_of
+from gateway.api.scrape import Scrape
 from gateway.api.settlement import Settler
 from gateway.api.translation import Translator
 from gateway.services import Services
@@ -34,10 +35,11 @@ def create_app(services: Services, *, extra_routes: Sequence[BaseRoute] = ()) ->
             Route("/v1/models/{model_id:path}", models.one, methods=["GET"]),
             Route("/healthz", healthz, methods=["GET"]),
             Route("/readyz", Readiness(services).answer, methods=["GET"]),
+            Route("/metrics", Scrape(services).answer, methods=["GET"]),
             *extra_routes,
         ],
         exception_handlers={HTTPException: _http_problem},
-        middleware=[Middleware(Edge, services.settings, services.world)],
+        middleware=[Middleware(Edge, services.settings, services.world, services.metrics)],
     )
     app.router.redirect_slashes = False
     app.state.settler = settler

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
+from gateway.api.generation_route import GenerationRoute
 from gateway.api.settlement import Settler
 from gateway.api.shapes import Frame, Json, usage_json
 from gateway.api.translation import Translator
 from gateway.api.wire import CompletionRequest, parse_completion
-from gateway.generation_route import GenerationRoute
 from gateway.services import Services
 from tenancy.meter import Usage
 

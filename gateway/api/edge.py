@@ -26,6 +26,7 @@ from gateway.api.problems import (
     internal_problem,
     problem_of,
 )
+from gateway.metrics import Metrics
 from gateway.settings import Settings
 from gateway.world import World, new_id
 
@@ -37,8 +38,11 @@ log = structlog.get_logger("gateway.api.edge")
 
 
 class Edge:
-    def __init__(self, app: ASGIApp, settings: Settings, world: World, body_timeout_s: float = BODY_TIMEOUT_S) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings, world: World, metrics: Metrics, body_timeout_s: float = BODY_TIMEOUT_S
+    ) -> None:
         self._app = app
+        self._metrics = metrics
         self._settings = settings
         self._world = world
         self._body_timeout_s = body_timeout_s
@@ -61,6 +65,7 @@ class Edge:
         except Exception as error:
             await self._fail(error, answer, body, request_id)
         finally:
+            self._metrics.answered(answer.status)
             log.info(
                 "request",
                 request_id=request_id,

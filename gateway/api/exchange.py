@@ -112,6 +112,8 @@ class Exchange:
         self._settlement: asyncio.Task[None] | None = None
         self._dismissed = asyncio.Event()
         self._dismissal: asyncio.Task[Any] | None = None
+        self._started_ns = services.world.monotonic_ns()
+        self._first_text = False
 
     async def run(self) -> None:
         life_s = self._services.settings.hold_ttl_s * (1 - DEADLINE_MARGIN)
@@ -155,7 +157,7 @@ class Exchange:
     async def _answer(self) -> None:
         admission = self._admission
         submit = submit_of(
-            self._work,
+            self._work.at_most(admission.max_tokens),
             sequence_id=admission.request_id,
             tenant_id=admission.principal.tenant_id,
             secrets=self._services.secrets,
@@ -234,7 +236,13 @@ class Exchange:
             num_cached_tokens=output.num_cached_tokens,
             num_completion_tokens=output.num_completion_tokens,
         )
+        if output.text and not self._first_text:
+            self._first_text = True
+            self._services.metrics.first_text(self._elapsed_s())
         return output
+
+    def _elapsed_s(self) -> float:
+        return (self._services.world.monotonic_ns() - self._started_ns) / 1e9
 
     # --- endings ------------------------------------------------------------------------------------------------------
 
@@ -291,6 +299,14 @@ class Exchange:
             num_quota_tokens = max(num_quota_tokens, self._admission.num_prompt_tokens)
         outcome = Outcome(usage, reason, self._services.world.now_ns(), num_quota_tokens)
         self._settlement = self._settler.settle(self._admission, outcome)
+        self._services.metrics.ended(
+            self._admission.principal.tenant_name,
+            reason,
+            self._elapsed_s(),
+            num_prompt_tokens=usage.num_prompt_tokens,
+            num_cached_tokens=usage.num_cached_tokens,
+            num_completion_tokens=usage.num_completion_tokens,
+        )
         log.info(
             "exchange.ended",
             request_id=self._admission.request_id,

@@ -106,7 +106,7 @@ class NeverFitsError(Exception):
 
 
 class CreditExhaustedError(Exception):
-    """The tenant's credit does not cover the worst case of this request (integer nano-USD)."""
+    """The tenant's credit does not cover the prompt and one token (integer nano-USD)."""
 
     def __init__(self, available_nano_usd: int, needed_nano_usd: int, in_flight_nano_usd: int = 0) -> None:
         super().__init__(needed_nano_usd)
@@ -191,7 +191,7 @@ def _never_fits(error: NeverFitsError) -> Problem:
 
 def _credit_exhausted(error: CreditExhaustedError) -> Problem:
     message = (
-        f"You exceeded your current credit: this request needs up to {error.needed_nano_usd} nano-USD, "
+        f"You exceeded your current credit: this request needs at least {error.needed_nano_usd} nano-USD, "
         f"{error.available_nano_usd} nano-USD are available."
     )
     if error.available_nano_usd + error.in_flight_nano_usd >= error.needed_nano_usd:

@@ -28,7 +28,7 @@ HEARTBEATS_MISSED_MAX = 3  # a gap longer than this many intervals is reported a
 # What a reader of a report must know about this version's engine; the rest of the limits is the report's own text.
 ENGINE_EXCLUSIONS = (
     "Bitwise non-interference is not promised: in relaxed mode a batch's other sequences can change a row's last bits.",
-    "Prefix caching is off, so no KV block is ever shared between sequences.",
+    "Sequences of one tenant that begin with the same tokens share KV blocks; heavy use by one tenant evicts others'.",
     "Scrubbing of blocks before another tenant gets them is reported by the engine and not verified by reading bytes.",
     "Queueing delay and load are not hidden from tenants.",
 )

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.clerk import Clerk
 from gateway.commands.session import CommandError, Session, in_transaction, open_session
+from gateway.secrets import metrics_token
 from tenancy.closing import Closed
 from tenancy.directory import Tenant, get_tenant_by_name, list_tenants
 from tenancy.ledger import balance
@@ -215,6 +216,12 @@ def admin_create(name: Annotated[str, typer.Option(help="log-in name")]) -> None
 
     typer.echo(in_transaction(session, work))
     typer.echo("This is shown once; only its hash is kept.", err=True)
+
+
+@admin_app.command("metrics-token")
+def admin_metrics_token() -> None:
+    """Print the bearer token that a scraper of /metrics presents."""
+    typer.echo(metrics_token(open_session().secrets))
 
 
 def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], numbers_from: int | None = None) -> None:

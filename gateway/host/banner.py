@@ -60,8 +60,8 @@ def python_snippet(url: str, ca: str, key: str, model_id: str) -> str:
     return "\n".join(
         (
             "# pip install openai",
-            "import os, ssl, httpx, openai",
-            f'trust = httpx.Client(verify=ssl.create_default_context(cafile="{ca}"))',
+            "import os, ssl, openai",
+            f'trust = openai.DefaultHttpxClient(verify=ssl.create_default_context(cafile="{ca}"))',
             f'client = openai.OpenAI(base_url="{url}/v1", api_key={secret}, http_client=trust)',
             f'stream = client.chat.completions.create(model="{model_id}", temperature=0, stream=True,',
             f'    messages=[{{"role": "user", "content": "{QUESTION}"}}])',

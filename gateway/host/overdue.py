@@ -33,7 +33,8 @@ async def settle_abandoned(conn: AsyncConnection, services: Services, hold: Hold
     admitted = await _admitted(conn, hold)
     usage, amount, outcome = Usage(0, 0, 0), 0, "voided"
     if record is not None and record.num_completion_tokens > 0 and admitted is not None:
-        usage, outcome = Usage(record.num_prompt_tokens, 0, record.num_completion_tokens), "recovered"
+        usage = Usage(record.num_prompt_tokens, record.num_cached_tokens, record.num_completion_tokens)
+        outcome = "recovered"
         amount = charge_nano_usd(await get_price(conn, hold.price_id), usage)
         await capture(conn, hold.hold_id, amount, now_ns)
         await record_usage(conn, await _usage_record(conn, hold, admitted, usage, amount, now_ns))

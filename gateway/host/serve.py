@@ -48,12 +48,13 @@ log = structlog.get_logger(__name__)
 
 def run_serve(settings: Settings, world: World, console: Console) -> int:
     """Serve until SIGINT or SIGTERM. Raises FolderError, PortError, ModelError and others with one clear line."""
+    started_ns = world.monotonic_ns()
     folders = open_folders(settings.data_dir)
     with only_server(folders):
         listener = bind(settings.host, settings.port)
-        with console.status("model") as status:
-            prepare_model(settings, lambda text: status.update(f"model: {text}"))
-        return uvloop.run(_serve(settings, world, folders, listener, console))
+        with console.status("model"):
+            prepare_model(settings, lambda text: console.print(f"model: {text}"))
+        return uvloop.run(_serve(settings, world, folders, listener, console, started_ns))
 
 
 def prepare_model(settings: Settings, say: Callable[[str], None]) -> None:
@@ -72,7 +73,14 @@ def tls_files(settings: Settings, world: World, folders: Folders) -> TlsFiles:
     return ensure_certificates(folders.tls, settings.host, world.now_ns())
 
 
-async def _serve(settings: Settings, world: World, folders: Folders, listener: socket.socket, console: Console) -> int:
+async def _serve(
+    settings: Settings,
+    world: World,
+    folders: Folders,
+    listener: socket.socket,
+    console: Console,
+    started_ns: int,
+) -> int:
     task = asyncio.current_task()
     assert task is not None
     server: HttpsServer | None = None
@@ -98,6 +106,7 @@ async def _serve(settings: Settings, world: World, folders: Folders, listener: s
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             await server.listening.wait()
             port = listener.getsockname()[1]
+            console.print(f"started in {(world.monotonic_ns() - started_ns) / 1e9:.1f} s")
             ready_banner(console, settings, folders, tls, services.tokenizer.model_id, port, fresh)
             await serving
     return 0
@@ -128,6 +137,7 @@ async def _start(
         await asyncio.gather(*starts)
         tokenizer = Tokenizer.load(settings.effective_model_dir)
         services = Services(settings, world, database, redis, Quota(redis), link, tokenizer, secrets)
+        services.metrics.watch_engine(link)
         status.update("first run and recovery")
         async with database.transaction() as conn:
             fresh = None
@@ -137,6 +147,7 @@ async def _start(
         await recover(services, folders, ready.epoch if ready is not None else "")
         keyring = load_keyring(folders.log_keys, origin=settings.log_origin, entropy=world.entropy)
         housekeeping = Housekeeping(services, folders, keyring, engine)
+        services.metrics.watch_loops(housekeeping.loops)
         await housekeeping.start()
         stack.push_async_callback(housekeeping.stop)
     return services, fresh

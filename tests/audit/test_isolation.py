@@ -15,6 +15,7 @@ from audit.isolation import IsolationAuditor
 from tests.audit.traces import Event, Happening, ModelEngine, Step, audit, check
 
 SIZES = {"num_blocks": 24, "block_size": 4}
+SEVEN = np.array([7])
 
 
 def model_trace(seed: int, num_steps: int = 40, num_domains: int = 3) -> list[Happening]:
@@ -190,6 +191,21 @@ def twice_in_the_batch(step: Step, random: Random) -> set[str] | None:
     return {step.sequence_ids[1]}
 
 
+def foreign_tokens(step: Step, random: Random) -> set[str] | None:
+    """A row computes a first token that is not its prompt's."""
+    starts = {int(step.kv_lens[r] - (step.cu_seqlens[r + 1] - step.cu_seqlens[r])): r for r in range(len(step.kv_lens))}
+    row = starts.get(0)
+    if row is None:
+        return None
+    step.token_ids[step.cu_seqlens[row]] += 100
+    return {step.sequence_ids[row]}
+
+
+def tokens_missing(step: Step, random: Random) -> set[str] | None:
+    object.__setattr__(step, "token_ids", step.token_ids[:-1])
+    return set(step.sequence_ids)
+
+
 def slots_missing(step: Step, random: Random) -> set[str] | None:
     object.__setattr__(step, "slot_mapping", step.slot_mapping[:-1])
     return set(step.sequence_ids)
@@ -217,6 +233,8 @@ ARRAY_FAULTS = [
     block_out_of_range,
     wrong_domain,
     twice_in_the_batch,
+    foreign_tokens,
+    tokens_missing,
     slots_missing,
     float_arrays,
 ]
@@ -297,8 +315,12 @@ def without(trace: list[Happening], at: int) -> list[Happening]:
 EVENT_FAULTS: dict[str, tuple[str, Callable[[list[Happening], int], list[Happening]], set[str]]] = {
     "double allocate": ("allocate", lambda t, i: [*t[: i + 1], bumped(t[i]), *t[i + 1 :]], {"double_allocate"}),
     "stale generation": ("allocate", lambda t, i: [*t[:i], aged(t[i]), *t[i + 1 :]], {"stale_generation"}),
-    "freed twice": ("free", lambda t, i: [*t[: i + 1], t[i], *t[i + 1 :]], {"free_of_free_block"}),
-    "never freed": ("free", without, {"double_allocate", "scrub_of_live_block"}),
+    "freed twice": ("free", lambda t, i: [*t[: i + 1], t[i], *t[i + 1 :]], {"free_of_free_block", "foreign_free"}),
+    "never freed": (
+        "free",
+        without,
+        {"end_with_blocks", "double_allocate", "foreign_prefix", "double_share", "foreign_lineage"},
+    ),
     "never scrubbed": ("scrub", without, {"unscrubbed_reuse"}),
     "freed by another": ("free", lambda t, i: [*t[:i], renamed(t[i]), *t[i + 1 :]], {"foreign_free"}),
     "sealed twice": ("seal", lambda t, i: [*t[: i + 1], t[i], *t[i + 1 :]], {"seal_of_sealed_block"}),
@@ -349,7 +371,7 @@ def scrubbed(x: Happening) -> Event:
 
 
 def nonsense(x: Happening) -> Event:
-    return replace(event(x), kind="share")
+    return replace(event(x), kind="lend")
 
 
 def outside(x: Happening) -> Event:
@@ -408,12 +430,13 @@ def test_an_illegal_event_is_caught_before_the_next_step_runs(name: str, seed: i
 def two_tenants() -> tuple[IsolationAuditor, Step]:
     """Row a owns block 0 and writes slot 0, row b owns block 1 and writes slot 4."""
     auditor = IsolationAuditor(**SIZES)
+    for name in ("a", "b", "c"):
+        auditor.on_event("begin", 1, -1, 0, f"d{name}", name, (7, 7))
     auditor.on_event("allocate", 1, 0, 1, "da", "a")
     auditor.on_event("allocate", 1, 1, 1, "db", "b")
-    step = Step(
-        1, ["a", "b"], ["da", "db"], np.array([0, 1, 2]), np.array([1, 1]), np.array([[0], [1]]), np.array([0, 4])
-    )
-    return auditor, step
+    tokens = np.array([7, 7])
+    lengths = np.array([0, 1, 2]), np.array([1, 1])
+    return auditor, Step(1, ["a", "b"], ["da", "db"], tokens, *lengths, np.array([[0], [1]]), np.array([0, 4]))
 
 
 def test_rows_without_a_violation_may_run_and_the_step_may_be_asked_again() -> None:
@@ -421,9 +444,9 @@ def test_rows_without_a_violation_may_run_and_the_step_may_be_asked_again() -> N
     faulty = step.copy()
     faulty.block_tables[0, 0] = 1
     assert {v.sequence_ids[0] for v in check(auditor, faulty)} == {"a"}
-    alone = Step(1, ["b"], ["db"], np.array([0, 1]), np.array([1]), np.array([[1]]), np.array([4]))
+    alone = Step(1, ["b"], ["db"], SEVEN, np.array([0, 1]), np.array([1]), np.array([[1]]), np.array([4]))
     assert check(auditor, alone) == []
-    onward = Step(2, ["b"], ["db"], np.array([0, 1]), np.array([2]), np.array([[1]]), np.array([5]))
+    onward = Step(2, ["b"], ["db"], SEVEN, np.array([0, 1]), np.array([2]), np.array([[1]]), np.array([5]))
     assert check(auditor, onward) == []
 
 
@@ -432,7 +455,7 @@ def test_rows_beside_a_violation_are_remembered_when_they_ran_without_being_aske
     faulty = step.copy()
     faulty.slot_mapping[0] = -1
     assert check(auditor, faulty)
-    onward = Step(2, ["b"], ["db"], np.array([0, 1]), np.array([2]), np.array([[1]]), np.array([5]))
+    onward = Step(2, ["b"], ["db"], SEVEN, np.array([0, 1]), np.array([2]), np.array([[1]]), np.array([5]))
     assert check(auditor, onward) == []
 
 
@@ -459,17 +482,17 @@ def test_a_block_in_quarantine_is_put_away_quietly_but_never_used_again() -> Non
     assert "double_allocate" in {v.kind for v in check(auditor, step)}
     auditor.on_event("free", 1, 0, 2, "db", "b")
     auditor.on_event("free", 1, 0, 1, "da", "a")
-    alone = Step(2, ["b"], ["db"], np.array([0, 1]), np.array([1]), np.array([[1]]), np.array([4]))
+    alone = Step(2, ["b"], ["db"], SEVEN, np.array([0, 1]), np.array([1]), np.array([[1]]), np.array([4]))
     assert check(auditor, alone) == []
     auditor.on_event("allocate", 3, 0, 3, "dc", "c")
-    taken = Step(3, ["c"], ["dc"], np.array([0, 1]), np.array([1]), np.array([[0]]), np.array([0]))
+    taken = Step(3, ["c"], ["dc"], SEVEN, np.array([0, 1]), np.array([1]), np.array([[0]]), np.array([0]))
     assert {"quarantined_block"} <= {v.kind for v in check(auditor, taken)}
 
 
 def test_an_empty_step_is_fine_and_the_auditor_changes_no_array() -> None:
     auditor, step = two_tenants()
     none = np.zeros(0, np.int64)
-    empty = Step(1, [], [], np.zeros(1, np.int32), none, np.zeros((0, 3), np.int32), none)
+    empty = Step(1, [], [], none, np.zeros(1, np.int32), none, np.zeros((0, 3), np.int32), none)
     assert check(auditor, empty) == []
     for array in (step.cu_seqlens, step.kv_lens, step.block_tables, step.slot_mapping):
         array.setflags(write=False)
@@ -511,7 +534,7 @@ def test_self_tests_may_run_beside_the_steps() -> None:
     auditor, done, failed = IsolationAuditor(**SIZES), threading.Event(), []
 
     def keep_testing() -> None:
-        while not done.is_set():
+        while not done.wait(0.0005):  # locks are not fair: without a pause the steps would hardly get a turn
             failed.append(not auditor.self_test())
 
     beside = threading.Thread(target=keep_testing)

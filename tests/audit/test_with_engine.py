@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from engine import core as engine_core
 from engine.batch import Batch
-from engine.block_pool import BlockState
+from engine.block_pool import Block, BlockPool, BlockState
 from engine.core import EngineCore
+from engine.prefix_index import Prefix
 from gateway.worker import AuditObserver
 from tests.engine.test_core_properties import Load, loads
 from tests.strategies.integer_model import continuation, integer_core, submit
@@ -118,6 +119,103 @@ def test_a_wrong_batch_is_stopped_before_a_token_leaves(fault: Any, load: Load, 
         assert errors[done[0]] == "isolation_violation"
 
 
+# ---------------------------------------------------------------- a prefix cache that is wrong
+
+ALIKE = list(range(1, 10))  # four full blocks of two, and one token
+
+
+def another_domain(pool: BlockPool, prefix: Prefix, find: Any) -> int | None:
+    """A hit on whatever has these tokens, whoever wrote it."""
+    alike = [block for block, other in pool._published._prefix_of.items() if other.token_ids == prefix.token_ids]
+    return alike[0] if alike else None
+
+
+def stale_hash(pool: BlockPool, prefix: Prefix, find: Any) -> int | None:
+    """The key of a block now leads to another block of the same domain, which holds something else."""
+    found = find(pool, prefix)
+    others = [block for block, other in pool._published._prefix_of.items() if other.domain == prefix.domain]
+    return None if found is None else next((block for block in others if block != found), None)
+
+
+def unsealed(pool: BlockPool, prefix: Prefix, find: Any) -> int | None:
+    """A hit on a block that another sequence is still writing."""
+    writing = [b.block_id for b in pool.blocks if b.state is BlockState.WRITING and b.domain == prefix.domain]
+    return writing[0] if writing else None
+
+
+@pytest.mark.parametrize(
+    ("fault", "domain", "rule"),
+    [
+        (another_domain, "b", "foreign_share"),
+        (stale_hash, "a", "foreign_prefix"),
+        (unsealed, "a", "share_of_unpublished_block"),
+    ],
+)
+def test_a_wrong_hit_is_stopped_though_the_engine_says_it_is_fine(fault: Any, domain: str, rule: str) -> None:
+    core, observer = audited_core(32, 2)
+    find, share = BlockPool.find, BlockPool._share
+
+    def credulous(pool: BlockPool, block: Block, domain: str, sequence_id: str) -> None:
+        """`_share` without its own checks: the auditor is alone."""
+        if block.block_id in pool._free:
+            pool._free.remove(block.block_id)
+        block.state = BlockState.SEALED
+        pool._refer(block, domain)
+        pool._emit("share", block, domain=domain, sequence_id=sequence_id)
+
+    core.add(submit("first", ALIKE, 4, domain="a"))
+    for _ in range(3):
+        core.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockPool, "find", lambda pool, prefix: fault(pool, prefix, find))
+        patch.setattr(BlockPool, "_share", credulous)
+        core.add(submit("second", ALIKE, 4, domain=domain))
+        result = core.step()
+    assert share is BlockPool._share
+    assert rule in {incident.kind for incident in result.incidents}
+    (ending,) = [output for output in result.outputs if output.sequence_id == "second"]
+    assert (ending.error, ending.text, ending.token_ids) == ("isolation_violation", "", ())
+    assert observer.counters()["num_violations"] == len(result.incidents)
+
+
+def test_a_block_that_keeps_its_name_when_it_is_taken_is_stopped() -> None:
+    core, _ = audited_core(5, 2)
+    core.add(submit("first", ALIKE, 1))
+    while core.has_work:
+        core.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockPool, "forget", lambda pool, block_ids: None)
+        core.add(submit("second", [40, 41, 42, 43, 44], 1))
+        result = core.step()
+    assert {incident.kind for incident in result.incidents} >= {"allocate_of_published_block"}
+    assert {output.error for output in result.outputs} == {"isolation_violation"}
+
+
+def test_a_write_into_a_shared_block_is_stopped() -> None:
+    core, _ = audited_core(32, 2)
+    core.add(submit("first", ALIKE, 9))
+    for _ in range(3):
+        core.step()
+    build = engine_core.build_batch
+
+    def astray(step: int, *arguments: Any) -> Batch:
+        batch = build(step, *arguments)
+        if "second" not in batch.evidence.sequence_ids:
+            return batch
+        row = batch.evidence.sequence_ids.index("second")
+        slots = batch.evidence.slot_mapping.copy()
+        slots[batch.evidence.cu_seqlens[row]] = batch.evidence.block_tables[row, 0] * 2
+        return replace(batch, evidence=replace(batch.evidence, slot_mapping=slots))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_core, "build_batch", astray)
+        core.add(submit("second", ALIKE, 2))
+        result = core.step()
+    assert "write_to_closed_block" in {incident.kind for incident in result.incidents}
+    errors = {output.sequence_id: output.error for output in result.outputs}
+    assert errors == {"first": "isolation_violation", "second": "isolation_violation"}, "both read that block"
+
+
 def test_a_pool_that_hands_out_a_block_twice_is_stopped() -> None:
     core, observer = audited_core(2, 2)
     core.add(submit("b", [1, 2], 3, domain="b"))
@@ -125,7 +223,7 @@ def test_a_pool_that_hands_out_a_block_twice_is_stopped() -> None:
     for block in core.pool.blocks:  # a lost reference: the pool takes the blocks of `b` for free
         if block.domain == "b":
             block.state, block.num_references = BlockState.FREE, 0
-            core.pool._free[block.block_id] = None
+            core.pool._free.push_last(block.block_id)
     core.add(submit("c", [5, 6], 1, domain="c"))
     incidents, outputs = [], []
     for _ in range(2):

@@ -1,5 +1,7 @@
 """The pool against a model of a few dictionaries, under any order of calls."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -8,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.block_pool import BlockPool, BlockState
 from engine.errors import OutOfBlocksError
 from engine.events import EngineEvent
+from engine.prefix_index import Prefix
 
 DOMAINS = st.sampled_from(["a", "b", "c"])
 
@@ -21,24 +24,33 @@ class PoolMachine(RuleBasedStateMachine):
         self.content: dict[int, str] = {}
         self.generation: dict[int, int] = {}
         self.events: list[EngineEvent] = []
+        self.published: dict[int, Prefix] = {}
+        self.num_published = 0
         self.in_flight = False
         self.step = 0
         self.num_made = 0
 
     @initialize(num_blocks=st.integers(1, 12))
     def make(self, num_blocks: int) -> None:
-        self.pool = BlockPool(num_blocks, scrub=self.scrub, on_event=self.events.append)
+        self.pool = BlockPool(num_blocks, scrub=self.scrub, on_event=self.hear)
 
     def scrub(self, block_ids: list[int]) -> None:
-        held = {block for _, blocks in self.holdings.values() for block in blocks}
-        assert not held & set(block_ids), "scrubbed a block in use"
+        assert not self.held() & set(block_ids), "scrubbed a block in use"
+        assert not set(self.published) & set(block_ids), "scrubbed a block that may still be shared"
         assert not self.fenced & set(block_ids), "scrubbed a block that a launched step may read"
         for block in block_ids:
             del self.content[block]
 
+    def held(self) -> set[int]:
+        return {block for _, blocks in self.holdings.values() for block in blocks}
+
+    def hear(self, event: EngineEvent) -> None:
+        self.events.append(event)
+        if event.kind == "evict":
+            del self.published[event.block_id]
+
     def num_free(self) -> int:
-        num_held = sum(len(blocks) for _, blocks in self.holdings.values())
-        return self.pool.num_blocks - num_held - len(self.fenced) - len(self.quarantined)
+        return self.pool.num_blocks - len(self.held()) - len(self.fenced) - len(self.quarantined)
 
     @rule(num_blocks=st.integers(0, 6), domain=DOMAINS)
     def allocate(self, num_blocks: int, domain: str) -> None:
@@ -52,8 +64,9 @@ class PoolMachine(RuleBasedStateMachine):
         blocks = self.pool.allocate(num_blocks, domain=domain, sequence_id=name)
         assert len(set(blocks)) == num_blocks
         for block in blocks:
-            assert all(block not in others for _, others in self.holdings.values()), "two owners"
+            assert block not in self.held(), "two owners"
             assert block not in self.fenced | self.quarantined
+            assert block not in self.published, "it may still be shared"
             assert self.content.get(block, domain) == domain, "another domain's content was not scrubbed"
             assert self.pool.blocks[block].generation > self.generation.get(block, 0)
             self.content[block] = domain
@@ -70,27 +83,79 @@ class PoolMachine(RuleBasedStateMachine):
                 return
 
     @precondition(lambda self: self.holdings)
+    @rule(data=st.data(), known=st.booleans())
+    def publish(self, data: st.DataObject, known: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.holdings)))
+        domain, blocks = self.holdings[name]
+        for block in blocks:
+            if self.pool.blocks[block].state is BlockState.SEALED and block not in self.published:
+                taken = [prefix for prefix in self.published.values() if prefix.domain == domain]
+                self.num_published += 1
+                prefix = Prefix(domain, b"", str(self.num_published).encode(), (self.num_published,))
+                if known and taken:
+                    prefix = taken[0]  # the first to publish it stays
+                else:
+                    self.published[block] = prefix
+                self.pool.publish(block, prefix, sequence_id=name)
+                return
+
+    @precondition(lambda self: self.published)
+    @rule(data=st.data(), num_blocks=st.integers(0, 4))
+    def share(self, data: st.DataObject, num_blocks: int) -> None:
+        block = data.draw(st.sampled_from(sorted(self.published)))
+        prefix = self.published[block]
+        name, self.num_made = f"s{self.num_made}", self.num_made + 1
+        if block in self.fenced:
+            assert self.pool.find(prefix) is None
+            return
+        assert self.pool.find(prefix) == block
+        assert self.pool.find(replace(prefix, domain="stranger")) is None
+        assert self.pool.find(replace(prefix, token_ids=(-1,))) is None
+        generation, content = self.pool.blocks[block].generation, self.content[block]
+        num_free_after = self.num_free() - (block not in self.held())
+        if num_blocks > num_free_after:
+            with pytest.raises(OutOfBlocksError):
+                self.pool.allocate(num_blocks, domain=prefix.domain, sequence_id=name, shared=[block])
+            assert self.pool.blocks[block].generation == generation
+            return
+        blocks = self.pool.allocate(num_blocks, domain=prefix.domain, sequence_id=name, shared=[block])
+        assert blocks[0] == block
+        assert (self.pool.blocks[block].generation, self.content[block]) == (generation, content)
+        for other in blocks[1:]:
+            assert other not in self.held() | self.fenced | self.quarantined
+            assert other not in self.published
+            assert self.content.get(other, prefix.domain) == prefix.domain
+            self.content[other] = prefix.domain
+            self.generation[other] = self.pool.blocks[other].generation
+        self.holdings[name] = (prefix.domain, blocks)
+
+    @precondition(lambda self: self.holdings)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.holdings)))
         _, blocks = self.holdings.pop(name)
         self.pool.release(blocks, sequence_id=name)
         if self.in_flight:
-            self.fenced.update(set(blocks) - self.quarantined)
+            self.fenced.update(set(blocks) - self.quarantined - self.held())
 
     @precondition(lambda self: self.holdings)
     @rule(data=st.data())
     def quarantine(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.holdings)))
-        _, blocks = self.holdings.pop(name)
+        domain, blocks = self.holdings.pop(name)
         self.pool.quarantine(blocks, sequence_id=name)
-        self.pool.release(blocks, sequence_id=name)  # as the scheduler does afterwards: harmless
         self.quarantined.update(blocks)
+        for other, (_, theirs) in list(self.holdings.items()):  # as the engine does: who shares one goes with it
+            if set(theirs) & set(blocks):
+                self.pool.release(self.holdings.pop(other)[1], sequence_id=other)
+                if self.in_flight:
+                    self.fenced.update(set(theirs) - self.quarantined - self.held())
+        self.pool.forget_domains([domain])
+        assert all(prefix.domain != domain for prefix in self.published.values())
 
     @rule(data=st.data())
     def quarantine_a_block_that_nobody_holds(self, data: st.DataObject) -> None:
-        held = {block for _, blocks in self.holdings.values() for block in blocks}
-        idle = [block for block in range(self.pool.num_blocks) if block not in held]
+        idle = [block for block in range(self.pool.num_blocks) if block not in self.held()]
         if idle:
             block = data.draw(st.sampled_from(idle))
             self.pool.quarantine([block], sequence_id="")
@@ -116,24 +181,30 @@ class PoolMachine(RuleBasedStateMachine):
         if not hasattr(self, "pool"):
             return
         assert self.pool.num_free == self.num_free(), "a leak"
-        by_domain: dict[str, int] = {}
+        assert self.pool.num_published == len(self.published)
+        by_domain: dict[str, set[int]] = {}
         for domain, blocks in self.holdings.values():
             if blocks:
-                by_domain[domain] = by_domain.get(domain, 0) + len(blocks)
-        assert self.pool.num_by_domain == by_domain
+                by_domain.setdefault(domain, set()).update(blocks)
+        assert self.pool.num_by_domain == {domain: len(blocks) for domain, blocks in by_domain.items()}
 
     @invariant()
     def events_tell_the_owners(self) -> None:
         if not hasattr(self, "pool"):
             return
-        owners: dict[int, str] = {}
+        holders: dict[int, set[tuple[str, str]]] = {}
         for event in self.events:
             if event.kind == "allocate":
-                assert event.block_id not in owners
-                owners[event.block_id] = event.domain
+                assert not holders.get(event.block_id)
+            if event.kind in ("allocate", "share"):
+                holders.setdefault(event.block_id, set()).add((event.domain, event.sequence_id))
             elif event.kind == "free":
-                assert owners.pop(event.block_id) == event.domain
-        assert owners == {block: domain for domain, blocks in self.holdings.values() for block in blocks}
+                holders[event.block_id].remove((event.domain, event.sequence_id))
+        expected: dict[int, set[tuple[str, str]]] = {}
+        for name, (domain, blocks) in self.holdings.items():
+            for block in blocks:
+                expected.setdefault(block, set()).add((domain, name))
+        assert {block: names for block, names in holders.items() if names} == expected
 
 
 TestPool = PoolMachine.TestCase

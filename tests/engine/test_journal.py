@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import zlib
 from pathlib import Path
 
 from hypothesis import example, given
@@ -15,6 +16,7 @@ RECORDS = st.builds(
     num_prompt_tokens=st.integers(0, 10**6),
     num_completion_tokens=st.integers(0, 10**6),
     finish_reason=st.sampled_from([None, "stop", "length", "abort", "error"]),
+    num_cached_tokens=st.integers(0, 10**6),
 )
 
 
@@ -53,6 +55,11 @@ def test_the_last_record_of_a_sequence_wins_over_all_epochs(epochs: list[list[Jo
             os.utime(journal.path, ns=(index, index))
             expected.update({record.sequence_id: record for record in records})
         assert read_journals(folder) == expected
+
+
+def test_a_line_of_an_earlier_version_says_nothing_of_a_cache() -> None:
+    body = b'["s",5,2,null]'
+    assert decode_records(b"%08x %b\n" % (zlib.crc32(body), body)) == [JournalRecord("s", 5, 2, None, 0)]
 
 
 def test_prune_keeps_what_it_is_told(tmp_path: Path) -> None:

@@ -355,7 +355,8 @@ def test_without_valkey_nothing_is_served(tmp_path: Path, short_folder: Path, ru
 
 def test_a_slow_body_is_refused(stage: Stage, runner: asyncio.Runner) -> None:
     hall, _ = stage.make()
-    edge = Edge(hall.app.router, hall.services.settings, hall.services.world, body_timeout_s=0.1)
+    services = hall.services
+    edge = Edge(hall.app.router, services.settings, services.world, services.metrics, body_timeout_s=0.1)
     call = hall.prepare("POST", "/v1/chat/completions", chunks=[b"{"], stall_body=True)
     answer = runner.run(call.run(edge))
     assert (answer.status, answer.headers["connection"]) == (408, "close")

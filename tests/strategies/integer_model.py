@@ -81,6 +81,9 @@ class Watcher:
     max_num_seqs: int
     block_size: int
     owner: dict[int, str] = field(default_factory=dict)
+    num_readers: dict[int, int] = field(default_factory=dict)
+    published: dict[int, str] = field(default_factory=dict)  # block -> domain
+    alive: dict[str, str] = field(default_factory=dict)  # sequence -> domain
     last_owner: dict[int, str] = field(default_factory=dict)
     generation: dict[int, int] = field(default_factory=dict)
     evidence: list[StepEvidence] = field(default_factory=list)
@@ -89,19 +92,40 @@ class Watcher:
     def on_events(self, events: list[EngineEvent]) -> None:
         for event in events:
             block = event.block_id
-            if event.kind == "allocate":
+            if event.kind == "begin":
+                assert self.alive.setdefault(event.sequence_id, event.domain) == event.domain
+            elif event.kind == "end":
+                del self.alive[event.sequence_id]
+            elif event.kind == "allocate":
                 assert block not in self.owner, f"block {block} has two owners"
+                assert block not in self.published, f"block {block} can still be shared"
                 assert self.last_owner.get(block, event.domain) == event.domain, f"block {block} was not scrubbed"
                 assert event.generation > self.generation.get(block, 0), f"block {block}: generation did not grow"
                 self.owner[block] = self.last_owner[block] = event.domain
                 self.generation[block] = event.generation
+                self.num_readers[block] = 1
+            elif event.kind == "publish":
+                assert self.owner[block] == event.domain
+                self.published[block] = event.domain
+            elif event.kind == "share":
+                assert self.published[block] == self.alive[event.sequence_id] == event.domain
+                assert self.generation[block] == event.generation
+                self.owner[block] = event.domain
+                self.num_readers[block] = self.num_readers.get(block, 0) + 1
+            elif event.kind == "evict":
+                assert self.published.pop(block) == event.domain
             elif event.kind == "free":
-                assert self.owner.pop(block) == event.domain
+                assert self.owner[block] == event.domain
+                self.num_readers[block] -= 1
+                if not self.num_readers[block]:
+                    del self.owner[block]
             elif event.kind == "scrub":
                 assert block not in self.owner
+                assert block not in self.published
                 del self.last_owner[block]
             elif event.kind == "seal":
                 assert self.owner[block] == event.domain
+                assert self.num_readers[block] == 1
 
     def before_launch(self, evidence: StepEvidence) -> list[Violation]:
         assert len(evidence.slot_mapping) <= self.max_batched_tokens, "the budget was exceeded"
@@ -111,7 +135,9 @@ class Watcher:
             blocks = [block for block in evidence.block_tables[index].tolist() if block >= 0]
             assert all(self.owner[block] == domain for block in blocks), "a foreign block"
             written = evidence.slot_mapping[evidence.cu_seqlens[index] : evidence.cu_seqlens[index + 1]]
-            assert {slot // self.block_size for slot in written.tolist()} <= set(blocks)
+            targets = {slot // self.block_size for slot in written.tolist()}
+            assert targets <= set(blocks)
+            assert all(self.num_readers[block] == 1 and block not in self.published for block in targets), "shared"
         self.evidence.append(evidence)
         violations, self.violations = self.violations, []
         return violations
@@ -128,6 +154,8 @@ def integer_core(
     max_num_seqs: int = 4,
     max_waiting: int = 100,
     domain_order: str = "round_robin",
+    prefix_cache: bool = True,
+    model_digest: str = "integers",
     observer: Observer | None = None,
 ) -> tuple[EngineCore, IntegerRunner]:
     """An engine on the integer model."""
@@ -143,13 +171,19 @@ def integer_core(
         max_waiting=max_waiting,
         observer=observer or Watcher(max_batched_tokens, max_num_seqs, block_size),
         domain_order=domain_order,
+        prefix_cache=prefix_cache,
+        model_digest=model_digest,
     )
     return core, runner
 
 
 def submit(
-    sequence_id: str, prompt: list[int], max_tokens: int, *, domain: str = "a", stop: tuple[str, ...] = ()
+    sequence_id: str,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    domain: str = "a",
+    stop: tuple[str, ...] = (),
+    salt: bytes = b"salt",
 ) -> Submit:
-    return Submit(
-        sequence_id, domain, b"salt", prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=stop)
-    )
+    return Submit(sequence_id, domain, salt, prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=stop))

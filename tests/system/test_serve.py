@@ -1,7 +1,9 @@
 """What a user sees from `bulkhead serve`: pasted snippets work, both tenants stream, every record agrees."""
 
+import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -137,16 +139,33 @@ def test_the_server_stays_the_only_one_on_its_folder(server: Server) -> None:
     assert said.count("\n") == 1
 
 
-def test_reports_are_signed_and_verified(server: Server, tmp_path: Path) -> None:
+def test_a_report_is_verified_where_there_is_nothing_but_cryptography(server: Server, tmp_path: Path) -> None:
     server.run("audit", "report", "--out", str(tmp_path))
     [statement] = tmp_path.glob("*.dsse.json")
     [pdf] = tmp_path.glob("*.pdf")
     assert pdf.read_bytes().startswith(b"%PDF")
     server.run("audit", "verify", "--report", str(statement))
+
+    # What an outsider has: the report, a copy of the log, the keys, one file, and a Python with one package.
+    outside = tmp_path / "outside"
+    shutil.copytree(server.data_dir / "log", outside / "log")
+    shutil.copy(ROOT / "audit" / "verify.py", outside)
+    subprocess.run([sys.executable, "-m", "venv", outside / "venv"], check=True)
+    python = outside / "venv" / "bin" / "python"
+    pinned = ["-c", str(ROOT / "constraints.txt"), "cryptography"]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *pinned], check=True, cwd=outside)
+
+    def verify(report: Path) -> int:
+        command = [python, "verify.py", "report", report, "--log", "log", "--key", "log/keys.json"]
+        return subprocess.run(command, cwd=outside, capture_output=True, timeout=60).returncode
+
+    assert verify(statement) == 0
     damaged = tmp_path / "damaged.dsse.json"
-    damaged.write_text(statement.read_text().replace('"payload": "', '"payload": "A', 1))
-    server.run("audit", "verify", "--report", str(damaged), expect=1)
-    assert (ROOT / "audit" / "verify.py").exists()
+    envelope = json.loads(statement.read_text())
+    payload = bytearray(base64.b64decode(envelope["payload"]))
+    payload[payload.index(b"num_settled") + 13] ^= 1
+    damaged.write_text(json.dumps(envelope | {"payload": base64.b64encode(payload).decode()}))
+    assert verify(damaged) == 1
 
 
 def test_the_benchmark_measures_every_request(server: Server, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from engine.protocol import Ready
+from gateway.api.admission import show_limits
 from gateway.api.auth import authenticated
 from gateway.api.exchange import serve
 from gateway.api.problems import ModelNotFoundError
@@ -43,11 +44,15 @@ class GenerationRoute(Generic[RequestT]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         services = self._services
         caller = await authenticated(services, scope)  # before a byte of the body is read
-        request = self._parse(await Request(scope, receive).body())
-        if not caller.principal.rules.allows_model(request.model):
-            raise ModelNotFoundError(request.model)
-        client = services.engine.client()  # before anything is reserved
-        work = await self._translate(request, client.ready)
+        try:
+            request = self._parse(await Request(scope, receive).body())
+            if not caller.principal.rules.allows_model(request.model):
+                raise ModelNotFoundError(request.model)
+            client = services.engine.client()  # before anything is reserved
+            work = await self._translate(request, client.ready)
+        except Exception:
+            await show_limits(services, caller, scope["state"])
+            raise
         request_id: str = scope["state"]["request_id"]
         frame = Frame(
             id=self._id_prefix + request_id.removeprefix("req_"),

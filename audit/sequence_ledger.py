@@ -1,0 +1,44 @@
+"""The auditor's own ledger of sequences: who each is, which tokens it consists of, and which blocks it reads, in order.
+
+What a KV block holds depends on every token before it, so two sequences may read one block only if all tokens up to its
+end are the same in both. The auditor decides that with digests of its own, made of the tokens that it has seen: the
+prompt when the sequence began, and what the steps' arrays computed since. Engine keys play no part in it.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class AuditedSequence:
+    sequence_id: str
+    domain: str
+    salt: bytes
+    tokens: list[int]  # known so far: the prompt, then what was computed
+    blocks: list[int] = field(default_factory=list)  # its block table
+    _digests: list[bytes] = field(default_factory=list)
+
+    def digest(self, index: int, block_size: int) -> bytes | None:
+        """Of all tokens up to the end of block `index`, with domain and salt; None while they are not all known."""
+        if (index + 1) * block_size > len(self.tokens):
+            return None
+        while len(self._digests) <= index:
+            begin = len(self._digests) * block_size
+            if self._digests:
+                before = self._digests[-1]
+            else:
+                name = self.domain.encode()
+                before = len(name).to_bytes(8, "little") + name + self.salt
+            content = np.array(self.tokens[begin : begin + block_size], np.int64).tobytes()
+            self._digests.append(hashlib.blake2b(content + before, digest_size=32).digest())
+        return self._digests[index]
+
+    def takes(self, start: int, tokens: list[int]) -> bool:
+        """Whether `tokens` from position `start` on are its own; tokens beyond the known ones become known."""
+        known = self.tokens[start : start + len(tokens)]
+        if start > len(self.tokens) or known != tokens[: len(known)]:
+            return False
+        self.tokens += tokens[len(known) :]
+        return True

@@ -1,0 +1,143 @@
+"""Metrics for Prometheus: what happened to requests, and how the engine and the audit are doing.
+
+Names that begin with ``vllm:`` mean exactly what vLLM's dashboards expect of them; ours begin with ``bulkhead_``. A
+tenant label comes from the ledger's own tenants only and from at most TENANTS_MAX of them; the rest are "other", so
+that nobody can grow a scraper's memory. Each name is described in docs/metrics.md.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.protocol import Ready, Stats
+from gateway.engine_link import EngineLink
+
+TENANTS_MAX = 1_000
+TTFT_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+LATENCY_BUCKETS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+class LoopHealth(Protocol):
+    """What background work tells about itself (gateway/host/background.py)."""
+
+    name: str
+    num_failures: int
+
+
+class Metrics:
+    """One registry of its own, never the process-wide one: two gateways in one test do not meet."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._tenants: set[str] = set()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, text, registry=self.registry, buckets=buckets)
+
+        self._responses = counter("bulkhead_http_responses", "HTTP answers", "status")
+        self._requests = counter("bulkhead_requests", "Admitted requests by how they ended", "tenant", "finish_reason")
+        self._tokens = counter("bulkhead_tokens", "Tokens charged", "tenant", "kind")
+        self._success = counter("vllm:request_success", "Requests that ended with an answer", "finished_reason")
+        self._ttft = histogram("vllm:time_to_first_token_seconds", "Admission to first text", TTFT_BUCKETS_S)
+        self._latency = histogram("vllm:e2e_request_latency_seconds", "Admission to the end", LATENCY_BUCKETS_S)
+
+    def watch_engine(self, link: EngineLink) -> None:
+        self.registry.register(_EngineCollector(link))
+
+    def watch_loops(self, loops: Sequence[LoopHealth]) -> None:
+        self.registry.register(_LoopCollector(loops))
+
+    def answered(self, status: int) -> None:
+        self._responses.labels(str(status)).inc()
+
+    def first_text(self, seconds: float) -> None:
+        self._ttft.observe(seconds)
+
+    def ended(
+        self,
+        tenant: str,
+        finish_reason: str,
+        seconds: float,
+        *,
+        num_prompt_tokens: int,
+        num_cached_tokens: int,
+        num_completion_tokens: int,
+    ) -> None:
+        """One admitted request is over; the counts are what it is charged for."""
+        label = self._tenant(tenant)
+        self._requests.labels(label, finish_reason).inc()
+        self._tokens.labels(label, "prompt").inc(num_prompt_tokens - num_cached_tokens)
+        self._tokens.labels(label, "cached").inc(num_cached_tokens)
+        self._tokens.labels(label, "completion").inc(num_completion_tokens)
+        self._latency.observe(seconds)
+        if finish_reason in ("stop", "length"):
+            self._success.labels(finish_reason).inc()
+
+    def render(self) -> bytes:
+        """The text format of Prometheus."""
+        return generate_latest(self.registry)
+
+    def _tenant(self, tenant: str) -> str:
+        if tenant not in self._tenants:
+            if len(self._tenants) >= TENANTS_MAX:
+                return "other"
+            self._tenants.add(tenant)
+        return tenant
+
+
+class _EngineCollector(Collector):
+    """Reads the link when scraped. While no worker is connected, its figures are absent rather than old."""
+
+    def __init__(self, link: EngineLink) -> None:
+        self._link = link
+
+    def collect(self) -> Iterable[Metric]:
+        status = self._link.status
+        yield GaugeMetricFamily("bulkhead_engine_ready", "1 while a worker is connected", int(status.state == "ready"))
+        yield CounterMetricFamily("bulkhead_engine_restarts", "Worker restarts", status.num_restarts)
+        if status.ready is not None and status.stats is not None:
+            yield from _engine_metrics(status.ready, status.stats)
+
+
+def _engine_metrics(ready: Ready, stats: Stats) -> Iterable[Metric]:
+    def gauge(name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([ready.model_id], value)
+        return family
+
+    def counter(name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([ready.model_id], value)
+        return family
+
+    used = stats.num_blocks - stats.num_blocks_free
+    yield gauge("vllm:num_requests_running", "Sequences in the batch", stats.num_running)
+    yield gauge("vllm:num_requests_waiting", "Sequences waiting", stats.num_waiting)
+    yield gauge("vllm:kv_cache_usage_perc", "KV blocks in use, 0 to 1", used / max(1, stats.num_blocks))
+    yield counter("vllm:num_preemptions", "Preemptions", stats.num_preemptions)
+    yield counter("vllm:prompt_tokens", "Prompt tokens computed", stats.num_prompt_tokens)
+    yield counter("vllm:generation_tokens", "Tokens generated", stats.num_completion_tokens)
+    yield counter("bulkhead_engine_steps", "Engine steps", stats.step)
+    info = GaugeMetricFamily("bulkhead_isolation_info", "Isolation mode and kernels", labels=["isolation", "kernels"])
+    info.add_metric([ready.isolation, ready.kernels], 1)
+    yield info
+    for name, value in sorted(stats.audit.items()):
+        if name.startswith("num_"):
+            yield counter(f"bulkhead_audit_{name.removeprefix('num_')}", "Isolation auditor", value)
+
+
+class _LoopCollector(Collector):
+    def __init__(self, loops: Sequence[LoopHealth]) -> None:
+        self._loops = loops
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily("bulkhead_loop_failures", "Failed rounds of background work", labels=["loop"])
+        for loop in self._loops:
+            family.add_metric([loop.name], loop.num_failures)
+        yield family
