@@ -40,7 +40,7 @@ def test_the_printed_python_answers(server: Server, tmp_path: Path) -> None:
 def test_two_tenants_stream_at_once_and_all_records_agree(server: Server) -> None:
     model = server.openai("acme").models.list().data[0].id
 
-    def stream(tenant: str, i: int) -> tuple[str, str, int, int]:
+    def stream(tenant: str, i: int) -> tuple[str, str, int, int, int]:
         chunks = server.openai(tenant).chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": f"Count to {i + 5} in words."}],
@@ -55,7 +55,9 @@ def test_two_tenants_stream_at_once_and_all_records_agree(server: Server) -> Non
             text += "".join(choice.delta.content or "" for choice in chunk.choices)
         assert text
         assert usage is not None
-        return tenant, request_id.replace("chatcmpl-", "req_"), usage.prompt_tokens, usage.completion_tokens
+        assert usage.prompt_tokens_details is not None
+        cached = usage.prompt_tokens_details.cached_tokens or 0
+        return tenant, request_id.replace("chatcmpl-", "req_"), usage.prompt_tokens, cached, usage.completion_tokens
 
     with ThreadPoolExecutor(8) as pool:
         told = list(pool.map(lambda i: stream(("acme", "globex")[i % 2], i), range(8)))
@@ -63,7 +65,7 @@ def test_two_tenants_stream_at_once_and_all_records_agree(server: Server) -> Non
     wait_until(lambda: count_waiting(server) == 0, what="the outbox being sequenced")
     engine = read_journals(server.data_dir / "journal")
     with closing(open_database(server)) as db:
-        for tenant, request_id, num_prompt_tokens, num_completion_tokens in told:
+        for tenant, request_id, num_prompt_tokens, num_cached_tokens, num_completion_tokens in told:
             recorded = db.execute(
                 "SELECT t.name, u.num_prompt_tokens, u.num_completion_tokens, u.amount_nano_usd, h.captured_nano_usd"
                 " FROM usage_record u JOIN tenant t ON t.id = u.tenant_id JOIN hold h ON h.request_id = u.request_id"
@@ -75,7 +77,10 @@ def test_two_tenants_stream_at_once_and_all_records_agree(server: Server) -> Non
                 num_prompt_tokens,
                 num_completion_tokens,
             )
-            amount = num_prompt_tokens * 150 + num_completion_tokens * 600  # nano-USD, at the demo prices
+            assert counted.num_cached_tokens == num_cached_tokens
+            num_fresh_tokens = num_prompt_tokens - num_cached_tokens
+            # nano-USD, at the demo prices
+            amount = num_fresh_tokens * 150 + num_cached_tokens * 75 + num_completion_tokens * 600
             assert recorded == (tenant, num_prompt_tokens, num_completion_tokens, amount, amount)
             (in_ledger,) = db.execute(
                 "SELECT sum(e.amount_nano_usd) FROM ledger_entry e JOIN ledger_transaction x ON x.id = e.transaction_id"
