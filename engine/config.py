@@ -29,7 +29,7 @@ class WorkerConfig:
     num_threads: int = 0
     dtype: str = "bfloat16"
     max_waiting: int = 256  # further submits are refused with "busy"
-    domain_order: str = "round_robin"  # engine/order.py
+    scheduling: str = "fair"  # engine/order.py
     prefix_cache: bool = True  # share computed blocks between sequences of one domain that begin alike
     drain_timeout_ms: int = 10_000  # after SIGTERM
     num_failures_max: int = 3  # failed steps in a row before the worker gives up

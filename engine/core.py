@@ -54,7 +54,7 @@ class EngineCore:
         max_num_seqs: int,
         max_waiting: int,
         observer: Observer,
-        domain_order: str = "round_robin",
+        scheduling: str = "fair",
         prefix_cache: bool = True,
         model_digest: str = "",
     ) -> None:
@@ -76,7 +76,7 @@ class EngineCore:
             max_batched_tokens=max_batched_tokens,
             max_num_seqs=max_num_seqs,
             context_max=context_max,
-            domain_order=order.DOMAIN_ORDERS[domain_order],
+            policy=order.POLICIES[scheduling],
             prefix_cache=prefix_cache,
         )
         self._sequences: dict[str, Sequence] = {}

@@ -1,13 +1,13 @@
 """Each step hands out one budget of tokens so that every sequence's num_computed_tokens catches up with its num_tokens.
 
-1. Running sequences first, in order of arrival; a decode step is a chunk of one token.
+1. Running sequences first: those that decode, a chunk of one token each; then prompts, cut into what is left.
 2. Where the pool is empty, the youngest running sequence is preempted: its blocks go, its tokens stay, and what is not
    found in the prefix cache later is computed again. It keeps its place: preempted sequences are admitted before any
    waiting one.
 3. Then, only if nothing was preempted, preempted and waiting sequences are admitted while budget, rows and blocks
-   last. A sequence is admitted with blocks for all its known tokens, so a half-read prompt never starves on blocks.
-   Full blocks of its beginning that its own domain has published are shared instead of computed; at least its last
-   token is always computed.
+   last; engine/order.py says who is next. A sequence is admitted with blocks for all its known tokens, so a half-read
+   prompt never starves on blocks. Full blocks of its beginning that its own domain has published are shared instead of
+   computed; at least its last token is always computed.
 
 Progress: the oldest running sequence is never a victim while a younger one runs, and an accepted sequence fits into
 the pool alone. So the oldest always finishes, and so does everybody in turn.
@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 
 from engine.block_pool import BlockPool
 from engine.errors import OutOfBlocksError
-from engine.order import DomainOrder, youngest
+from engine.order import Policy, decodes_first, youngest
 from engine.sequence import Event, Sequence
+from engine.served_tokens import ServedTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Scheduler:
         max_batched_tokens: int,
         max_num_seqs: int,
         context_max: int,
-        domain_order: DomainOrder,
+        policy: Policy,
         prefix_cache: bool = True,
     ) -> None:
         self.running: list[Sequence] = []  # all three in order of arrival
@@ -62,9 +63,9 @@ class Scheduler:
         self._max_batched_tokens = max_batched_tokens
         self._max_num_seqs = max_num_seqs
         self._context_max = context_max
-        self._domain_order = domain_order
+        self._policy = policy
         self._prefix_cache = prefix_cache
-        self._last_domain = ""
+        self.served = ServedTokens()
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
     @property
@@ -77,6 +78,10 @@ class Scheduler:
         return num_tokens <= self._context_max and self._num_blocks_for(num_tokens - 1) <= self._pool.num_usable
 
     def add(self, sequence: Sequence) -> None:
+        domains = {other.domain for other in self.waiting}
+        if sequence.domain not in domains:
+            self.served.lift(sequence.domain, domains)
+        sequence.served_at_arrival = self.served.total
         insort(self.waiting, sequence, key=_arrival)
 
     def remove(self, sequence: Sequence) -> None:
@@ -85,12 +90,14 @@ class Scheduler:
             if sequence in line:
                 line.remove(sequence)
         self._release(sequence)
+        if not self.num_unfinished:
+            self.served.forget()
 
     def schedule(self) -> Schedule:
         """Decide one step. Blocks for every row's tokens are allocated when this returns."""
         plan = Schedule()
         budget = self._max_batched_tokens
-        for sequence in list(self.running):
+        for sequence in decodes_first(self.running):
             if budget == 0:
                 break
             if sequence not in self.running:
@@ -98,6 +105,7 @@ class Scheduler:
             num_new_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
             if self._make_room(sequence, num_new_tokens, plan):
                 plan.rows.append(ScheduledRow(sequence, num_new_tokens))
+                self._charge(sequence)
                 budget -= num_new_tokens
         while budget > 0 and not plan.preempted and len(self.running) < self._max_num_seqs:
             candidate = self._next_candidate()
@@ -111,7 +119,7 @@ class Scheduler:
     def _next_candidate(self) -> Sequence | None:
         if self.preempted:
             return self.preempted[0]
-        return self._domain_order(self.waiting, self._last_domain) if self.waiting else None
+        return self._policy(self.waiting, self.served) if self.waiting else None
 
     def _admit(self, sequence: Sequence, plan: Schedule) -> bool:
         shared = self._published_prefix(sequence)
@@ -123,13 +131,18 @@ class Scheduler:
             self._give_up(sequence, plan)  # alone and still no room: blocks were quarantined
             return False
         (self.preempted if sequence in self.preempted else self.waiting).remove(sequence)
-        self._last_domain = sequence.domain
+        self._charge(sequence)
+        self.served.admitted(sequence.domain, last=all(other.domain != sequence.domain for other in self.waiting))
         sequence.num_computed_tokens = len(shared) * self._block_size
         sequence.apply(Event.ADMIT)
         sequence.row = self._free_rows.pop()
         insort(self.running, sequence, key=_arrival)
         plan.admitted.append(sequence)
         return True
+
+    def _charge(self, sequence: Sequence) -> None:
+        self.served.charge(sequence.domain, sequence.num_tokens - sequence.num_charged_tokens, sequence.weight)
+        sequence.num_charged_tokens = sequence.num_tokens
 
     def _make_room(self, sequence: Sequence, num_new_tokens: int, plan: Schedule) -> bool:
         """Get blocks for a running sequence, preempting from the young end. False: it was itself preempted or given

@@ -67,6 +67,8 @@ class Sequence:
     num_computed_max: int = 0  # the most that has ever been computed: what was served, whatever preemption takes back
     num_cached_tokens: int = 0  # prompt tokens that it found in the prefix cache when it first ran
     block_ids: list[int] = field(default_factory=list)
+    served_at_arrival: int = 0  # tokens that everybody had been served when it came
+    num_charged_tokens: int = 0  # of its tokens, those that its domain's counter holds
     row: int = -1  # its stable row while running
     status: Status = Status.WAITING
     error: str = ""

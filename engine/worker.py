@@ -35,7 +35,7 @@ from engine.errors import ConfigError, ProtocolError
 from engine.events import NullObserver, Observer
 from engine.journal import Journal, record_of
 from engine.model_runner import ModelRunner
-from engine.order import DOMAIN_ORDERS
+from engine.order import POLICIES
 from engine.protocol import (
     PROTOCOL_VERSION,
     Abort,
@@ -325,8 +325,8 @@ def clear_socket(path: Path) -> None:
 
 def build(config: WorkerConfig, make_observer: MakeObserver) -> tuple[EngineCore, Journal, Ready]:
     """Load everything. Raises ConfigError with one clear line."""
-    if config.domain_order not in DOMAIN_ORDERS:
-        raise ConfigError(f"domain_order must be one of {', '.join(DOMAIN_ORDERS)}, not {config.domain_order!r}")
+    if config.scheduling not in POLICIES:
+        raise ConfigError(f"scheduling must be one of {', '.join(POLICIES)}, not {config.scheduling!r}")
     if not config.model_dir.is_dir():
         raise ConfigError(f"there is no model folder at {config.model_dir}")
     torch.set_num_threads(config.effective_num_threads)
@@ -351,7 +351,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver) -> tuple[EngineCore
         max_num_seqs=config.max_num_seqs,
         max_waiting=config.max_waiting,
         observer=make_observer(runner.num_blocks, config.block_size),
-        domain_order=config.domain_order,
+        scheduling=config.scheduling,
         prefix_cache=config.prefix_cache,
         model_digest=digest,
     )

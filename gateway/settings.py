@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "BULKHEAD_"
+SCHEDULING = ("fair", "fcfs", "round_robin")  # the engine's policies by name
 LOG_LEVELS = ("debug", "info", "warning", "error")
 FOREIGN = {"BULKHEAD_TEST_PROFILE", "BULKHEAD_TEST_MODEL_DIR", "BULKHEAD_KEY"}  # read by tests, snippets, bench
 
@@ -45,6 +46,12 @@ def _boolean(text: str) -> bool:
     return values[text.lower()]
 
 
+def _scheduling(text: str) -> str:
+    if text not in SCHEDULING:
+        raise ValueError(f"use one of {', '.join(SCHEDULING)}")
+    return text
+
+
 def _log_level(text: str) -> str:
     if text not in LOG_LEVELS:
         raise ValueError(f"use one of {', '.join(LOG_LEVELS)}")
@@ -70,6 +77,7 @@ class Settings:
     max_batched_tokens: int = _setting(256, _positive)
     kv_cache_bytes: int = _setting(512 * 1024 * 1024, _positive)
     block_size: int = _setting(32, _positive)
+    scheduling: str = _setting("fair", _scheduling)  # engine/order.py
     prefix_cache: bool = _setting(True, _boolean)  # share computed blocks within a tenant
     body_bytes_max: int = _setting(4 * 1024 * 1024, _positive)
     header_bytes_max: int = _setting(32 * 1024, _positive)

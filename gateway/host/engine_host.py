@@ -133,6 +133,7 @@ def worker_config(settings: Settings, folders: Folders) -> dict[str, str | int]:
         "max_num_seqs": settings.max_num_seqs,
         "block_size": settings.block_size,
         "kv_cache_bytes": settings.kv_cache_bytes,
+        "scheduling": settings.scheduling,
         "prefix_cache": settings.prefix_cache,
     }
     return config | {"num_threads": settings.num_threads or max(1, (os.cpu_count() or 2) - 1)}

@@ -75,7 +75,10 @@ def foreign_lineage(step: Step, random: Random) -> set[str] | None:
     if not pairs:
         return None
     a, b = random.choice(pairs)
-    step.block_tables[a, random.randrange(-(-int(step.kv_lens[a]) // 4))] = step.block_tables[b, 0]
+    column = random.randrange(-(-int(step.kv_lens[a]) // 4))
+    if step.block_tables[a, column] == step.block_tables[b, 0]:  # they share it
+        return None
+    step.block_tables[a, column] = step.block_tables[b, 0]
     return {step.sequence_ids[a]}
 
 

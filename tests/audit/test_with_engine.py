@@ -56,7 +56,7 @@ def test_the_clean_engine_raises_no_alarm(load: Load) -> None:
         load.block_size,
         max_batched_tokens=load.max_batched_tokens,
         max_num_seqs=load.max_num_seqs,
-        domain_order=load.domain_order,
+        scheduling=load.scheduling,
     )
     _, errors, incidents = run(core, load)
     counters = observer.counters()

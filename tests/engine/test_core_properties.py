@@ -25,7 +25,7 @@ class Load:
     block_size: int
     max_batched_tokens: int
     max_num_seqs: int
-    domain_order: str
+    scheduling: str
 
 
 def prompts() -> st.SearchStrategy[list[int]]:
@@ -51,7 +51,7 @@ def loads(draw: st.DrawFn) -> Load:
         block_size=draw(st.integers(1, 5)),
         max_batched_tokens=draw(st.integers(1, 24)),
         max_num_seqs=draw(st.integers(1, 6)),
-        domain_order=draw(st.sampled_from(["fcfs", "round_robin"])),
+        scheduling=draw(st.sampled_from(["fair", "fcfs", "round_robin"])),
     )
 
 
@@ -67,7 +67,7 @@ def test_every_sequence_gets_exactly_its_own_tokens(load: Load) -> None:
         block_size=load.block_size,
         max_batched_tokens=load.max_batched_tokens,
         max_num_seqs=load.max_num_seqs,
-        domain_order=load.domain_order,
+        scheduling=load.scheduling,
         observer=watcher,
     )
     arrivals = {f"s{index}": arrival for index, arrival in enumerate(load.arrivals)}
@@ -131,7 +131,7 @@ def test_every_sequence_gets_exactly_its_own_tokens(load: Load) -> None:
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12))
 def test_round_robin_serves_domains_in_turn(domains: list[str]) -> None:
-    core, _ = integer_core(max_num_seqs=1, num_blocks=64)
+    core, _ = integer_core(max_num_seqs=1, num_blocks=64, scheduling="round_robin")
     for index, domain in enumerate(domains):
         core.add(submit(f"{domain}{index}", [1], 1, domain=domain))
     order = [output.sequence_id for _ in domains for output in core.step().outputs]

@@ -182,7 +182,7 @@ def alike(load: Load) -> Load:
         arrivals.append(
             type(arrival)(prompt[: len(arrival.prompt)], arrival.max_tokens, arrival.domain, arrival.step, None)
         )
-    return Load(arrivals, 2000, load.block_size, 1000, 50, load.domain_order)
+    return Load(arrivals, 2000, load.block_size, 1000, 50, load.scheduling)
 
 
 @given(loads())

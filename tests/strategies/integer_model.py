@@ -153,7 +153,7 @@ def integer_core(
     max_batched_tokens: int = 8,
     max_num_seqs: int = 4,
     max_waiting: int = 100,
-    domain_order: str = "round_robin",
+    scheduling: str = "fair",
     prefix_cache: bool = True,
     model_digest: str = "integers",
     observer: Observer | None = None,
@@ -170,7 +170,7 @@ def integer_core(
         max_num_seqs=max_num_seqs,
         max_waiting=max_waiting,
         observer=observer or Watcher(max_batched_tokens, max_num_seqs, block_size),
-        domain_order=domain_order,
+        scheduling=scheduling,
         prefix_cache=prefix_cache,
         model_digest=model_digest,
     )
