@@ -91,10 +91,34 @@ _ALL = (
     ),
     Kind("tenant.created", 1, "A tenant was created.", _text("organisation_id", "name")),
     Kind(
-        "key.created",
+        "tenant.status_changed",
         1,
-        "An API key was created; its secret is nowhere in the log.",
-        (*_text("key_id", "project_id", "name"), Field("scopes", "list[str]")),
+        "A tenant was suspended or resumed.",
+        (Field("status", "str", choices=("active", "suspended")), *_text("reason")),
+    ),
+    Kind(
+        "tenant.deleted",
+        1,
+        "A tenant was deleted and its keys revoked; the credit that it had left stays on the books.",
+        (*_text("name", "reason"), *_count("num_keys_revoked", "credit_nano_usd")),
+    ),
+    Kind(
+        "key.created",
+        2,
+        "An API key was created, its secret not logged. An expiry of 0 is none, an empty list no restriction.",
+        (
+            *_text("key_id", "project_id", "name"),
+            Field("scopes", "list[str]"),
+            *_count("expires_ns"),
+            Field("models", "list[str]"),
+            Field("networks", "list[str]"),
+        ),
+    ),
+    Kind(
+        "key.rotated",
+        1,
+        "A key got a successor with the same rules; the old key ends at its expiry. An expiry of 0 is none.",
+        (*_text("key_id", "old_key_id", "project_id"), *_count("old_expires_ns", "expires_ns")),
     ),
     Kind("key.revoked", 1, "An API key was revoked.", _text("key_id", "reason")),
     Kind(

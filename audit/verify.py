@@ -61,7 +61,13 @@ KINDS: dict[str, dict[int, str]] = {
         "amount_nano_usd:d outcome:s"
     },
     "tenant.created": {1: "organisation_id:s name:s"},
-    "key.created": {1: "key_id:s project_id:s name:s scopes:l"},
+    "tenant.status_changed": {1: "status:s reason:s"},
+    "tenant.deleted": {1: "name:s reason:s num_keys_revoked:i credit_nano_usd:d"},
+    "key.created": {
+        1: "key_id:s project_id:s name:s scopes:l",
+        2: "key_id:s project_id:s name:s scopes:l expires_ns:d models:l networks:l",
+    },
+    "key.rotated": {1: "key_id:s old_key_id:s project_id:s old_expires_ns:d expires_ns:d"},
     "key.revoked": {1: "key_id:s reason:s"},
     "price.added": {
         1: "price_id:s model:s input_pico_usd:i cached_input_pico_usd:i output_pico_usd:i request_nano_usd:d "

@@ -6,13 +6,15 @@ The first run and the command line both go through here, so nothing of this kind
 import base64
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from audit.entry import Entry
 from audit.outbox import append
 from gateway.world import new_id
-from tenancy import directory, keys, ledger, limits, operators, prices
+from tenancy import closing, directory, keys, ledger, limits, operators, prices, rotation
+from tenancy.key_rules import UNRESTRICTED, KeyRules
 
 Body = dict[str, str | int | bool | list[str]]
 KEY_SCOPES = frozenset({"inference"})
@@ -43,45 +45,109 @@ class Clerk:
         await self._log("tenant.created", tenant.tenant_id, {"organisation_id": owner.organisation_id, "name": name})
         return tenant.tenant_id, project.project_id
 
-    async def set_tenant_limits(
+    async def set_tenant_status(self, tenant_id: str, status: Literal["active", "suspended"], reason: str) -> None:
+        """Suspend or resume; its keys answer, or not, from the next request on."""
+        await directory.set_tenant_status(self.conn, tenant_id, status)
+        await self._log("tenant.status_changed", tenant_id, {"status": status, "reason": reason})
+
+    async def delete_tenant(self, tenant_id: str, reason: str) -> closing.Closed:
+        """Raises MoneyHeldError while requests of the tenant are open."""
+        closed = await closing.delete_tenant(self.conn, tenant_id, now_ns=self.now_ns)
+        body: Body = {
+            "name": closed.tenant.name,
+            "reason": reason,
+            "num_keys_revoked": closed.num_keys_revoked,
+            "credit_nano_usd": closed.credit_nano_usd,
+        }
+        await self._log("tenant.deleted", tenant_id, body)
+        return closed
+
+    async def set_limits(
         self,
-        tenant_id: str,
+        kind: directory.ScopeKind,
+        scope_id: str,
         requests_per_minute: int | None,
         tokens_per_minute: int | None,
         concurrency_max: int | None,
     ) -> None:
-        """None is no limit."""
+        """Replace the limits of a scope; None is no limit. Raises UnknownIdError or LimitError."""
+        owner = await directory.owner_of(self.conn, kind, scope_id)
         await limits.set_limits(
             self.conn,
-            "tenant",
-            tenant_id,
+            kind,
+            scope_id,
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
             concurrency_max=concurrency_max,
             now_ns=self.now_ns,
         )
         body: Body = {
-            "scope_kind": "tenant",
-            "scope_id": tenant_id,
+            "scope_kind": kind,
+            "scope_id": scope_id,
             "requests_per_minute": -1 if requests_per_minute is None else requests_per_minute,
             "tokens_per_minute": -1 if tokens_per_minute is None else tokens_per_minute,
             "concurrency_max": -1 if concurrency_max is None else concurrency_max,
         }
-        await self._log("limits.changed", tenant_id, body)
+        await self._log("limits.changed", owner, body)
 
-    async def create_key(self, tenant_id: str, project_id: str, name: str, pepper: bytes) -> keys.MintedKey:
+    async def create_key(
+        self,
+        tenant_id: str,
+        project_id: str,
+        name: str,
+        pepper: bytes,
+        *,
+        scopes: frozenset[str] = KEY_SCOPES,
+        expires_ns: int | None = None,
+        rules: KeyRules = UNRESTRICTED,
+    ) -> keys.MintedKey:
         """The new key; its secret is in the return value and nowhere else."""
         minted = await keys.mint_key(
-            self.conn, project_id, name, KEY_SCOPES, pepper=pepper, entropy=self.entropy, now_ns=self.now_ns
+            self.conn,
+            project_id,
+            name,
+            scopes,
+            pepper=pepper,
+            entropy=self.entropy,
+            now_ns=self.now_ns,
+            expires_ns=expires_ns,
+            rules=rules,
         )
         body: Body = {
             "key_id": minted.key_id,
             "project_id": project_id,
             "name": name,
-            "scopes": sorted(KEY_SCOPES),
+            "scopes": sorted(scopes),
+            "expires_ns": expires_ns or 0,
+            "models": sorted(rules.models),
+            "networks": list(rules.networks),
         }
         await self._log("key.created", tenant_id, body)
         return minted
+
+    async def rotate_key(
+        self, key_id: str, pepper: bytes, *, overlap_ns: int, expires_ns: int | None = None
+    ) -> keys.MintedKey:
+        """A successor with the same rules; the old key lives on for `overlap_ns`."""
+        owner = await directory.owner_of(self.conn, "key", key_id)
+        rotated = await rotation.rotate_key(
+            self.conn,
+            key_id,
+            overlap_ns=overlap_ns,
+            pepper=pepper,
+            entropy=self.entropy,
+            now_ns=self.now_ns,
+            expires_ns=expires_ns,
+        )
+        body: Body = {
+            "key_id": rotated.minted.key_id,
+            "old_key_id": key_id,
+            "project_id": rotated.project_id,
+            "old_expires_ns": rotated.old_expires_ns,
+            "expires_ns": rotated.expires_ns or 0,
+        }
+        await self._log("key.rotated", owner, body)
+        return rotated.minted
 
     async def revoke_key(self, tenant_id: str, key_id: str, reason: str) -> bool:
         """False when it was revoked already."""

@@ -13,6 +13,8 @@ from gateway import __version__
 from gateway.commands import audit as audit_commands
 from gateway.commands import bench as bench_commands
 from gateway.commands import directory as directory_commands
+from gateway.commands import keys as keys_commands
+from gateway.commands import limits as limits_commands
 from gateway.commands.errors import KNOWN_ERRORS
 from gateway.logs import configure_logs
 from gateway.settings import load_settings
@@ -20,7 +22,8 @@ from gateway.world import real_world
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(directory_commands.tenant_app, name="tenant")
-app.add_typer(directory_commands.key_app, name="key")
+app.add_typer(keys_commands.key_app, name="key")
+app.add_typer(limits_commands.limits_app, name="limits")
 app.add_typer(directory_commands.price_app, name="price")
 app.add_typer(directory_commands.credit_app, name="credit")
 app.add_typer(directory_commands.admin_app, name="admin")

@@ -7,7 +7,9 @@ from redis.asyncio import Redis
 from engine.tokenizer import Tokenizer
 from gateway.database import Database
 from gateway.engine_link import EngineLink
+from gateway.key_uses import KeyUses
 from gateway.metrics import Metrics
+from gateway.running import Running
 from gateway.secrets import Secrets
 from gateway.settings import Settings
 from gateway.world import World
@@ -24,4 +26,6 @@ class Services:
     engine: EngineLink
     tokenizer: Tokenizer
     secrets: Secrets
+    key_uses: KeyUses = field(default_factory=KeyUses)
+    running: Running = field(default_factory=Running)
     metrics: Metrics = field(default_factory=Metrics)

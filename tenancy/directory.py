@@ -7,13 +7,14 @@ what everything else refers to, so a name may be changed later without touching 
 from dataclasses import dataclass
 from typing import Final, Literal, cast
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
 from tenancy.ids import Entropy, new_id, require_name
 from tenancy.ledger import open_accounts
 
+ScopeKind = Literal["organisation", "tenant", "project", "key"]
 TenantStatus = Literal["active", "suspended", "deleted"]
 
 # status -> the statuses it may move to. "deleted" is terminal.
@@ -130,13 +131,28 @@ async def list_projects(conn: AsyncConnection, tenant_id: str) -> list[Project]:
     return [Project(*row) for row in rows]
 
 
+async def owner_of(conn: AsyncConnection, kind: ScopeKind, scope_id: str) -> str:
+    """The tenant that a scope belongs to, "" for an organisation. Raises UnknownIdError."""
+    project, key = tables.project, tables.api_key
+    query = {
+        "organisation": select(literal("")).where(tables.organisation.c.id == scope_id),
+        "tenant": select(tables.tenant.c.id).where(tables.tenant.c.id == scope_id),
+        "project": select(project.c.tenant_id).where(project.c.id == scope_id),
+        "key": select(project.c.tenant_id).join(key, key.c.project_id == project.c.id).where(key.c.id == scope_id),
+    }[kind]
+    row = (await conn.execute(query)).first()
+    if row is None:
+        raise UnknownIdError(f"there is no {kind} {scope_id!r}")
+    return str(row[0])
+
+
 async def set_tenant_status(conn: AsyncConnection, tenant_id: str, status: TenantStatus) -> Tenant:
     """Suspend, resume or delete: its keys answer from the next authentication on. A repeat changes nothing.
 
     Raises UnknownIdError, and TenantStatusError where TENANT_MOVES has no such move.
     """
     table = tables.tenant
-    row = (await conn.execute(_TENANTS.where(table.c.id == tenant_id).with_for_update())).first()
+    row = (await conn.execute(_TENANTS.where(table.c.id == tenant_id).with_for_update(key_share=True))).first()
     if row is None:
         raise UnknownIdError(f"there is no tenant {tenant_id!r}")
     current = _tenant(row)

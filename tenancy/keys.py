@@ -5,22 +5,23 @@
 The database holds HMAC-SHA256(pepper, public id and secret text), so neither a stolen table nor a stolen pepper is
 enough. The HMAC covers the text, not the decoded bytes: base64 has several texts for the same bytes, and each key has
 one. `authenticate` does the same work for every kind of wrong key - one query, one HMAC, one constant-time compare -
-and answers all of them with one message. The last use of a key is read from usage rows, never written while serving.
+and answers all of them with one message, also a good key from a network that it may not come from.
 """
 
 import hashlib
 import hmac
 import re
 from base64 import urlsafe_b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from sqlalchemy import Select, bindparam, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
 from tenancy.ids import Entropy, new_id, require_name
+from tenancy.key_rules import UNRESTRICTED, KeyRules, loaded, stored
 from tenancy.money import require_int
 
 SCOPES: Final = frozenset({"inference", "usage", "audit", "admin"})
@@ -58,6 +59,7 @@ class Principal:
     project_id: str
     key_id: str
     scopes: frozenset[str]
+    rules: KeyRules = KeyRules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,13 @@ class ApiKey:
     created_ns: int
     expires_ns: int | None
     revoked_ns: int | None
+    last_used_ns: int | None  # behind by up to a minute
+    rules: KeyRules
+
+    def state(self, now_ns: int) -> Literal["active", "expired", "revoked"]:
+        if self.revoked_ns is not None:
+            return "revoked"
+        return "active" if _alive(self.expires_ns, None, now_ns) else "expired"
 
 
 async def mint_key(
@@ -92,6 +101,7 @@ async def mint_key(
     entropy: Entropy,
     now_ns: int,
     expires_ns: int | None = None,
+    rules: KeyRules = UNRESTRICTED,
 ) -> MintedKey:
     """Create a key; half-open, it works while created <= now < expires.
 
@@ -116,13 +126,21 @@ async def mint_key(
             created_ns=now_ns,
             expires_ns=expires_ns,
             revoked_ns=None,
+            models=stored(rules.models),
+            networks=stored(rules.networks),
+            last_used_ns=None,
         )
     )
     return MintedKey(key_id, f"bk-{public_id}-{secret}")
 
 
-async def authenticate(conn: AsyncConnection, presented: str, *, pepper: bytes, now_ns: int) -> Principal:
-    """The principal of a key text as a client sent it, or InvalidApiKeyError for every reason there is."""
+async def authenticate(
+    conn: AsyncConnection, presented: str, *, pepper: bytes, now_ns: int, peer: str | None = None
+) -> Principal:
+    """The principal of a key text as a client sent it, or InvalidApiKeyError for every reason there is.
+
+    `peer` is the address of the client's connection, None where there is none to know.
+    """
     match = KEY_PATTERN.fullmatch(presented)
     public_id, secret = match.groups() if match else (_NO_PUBLIC_ID, _NO_SECRET)
     computed = _secret_hmac(pepper, public_id, secret)
@@ -131,6 +149,9 @@ async def authenticate(conn: AsyncConnection, presented: str, *, pepper: bytes, 
     matches = hmac.compare_digest(stored, computed)
     if row is None or not matches or row.status != "active" or not _alive(row.expires_ns, row.revoked_ns, now_ns):
         raise InvalidApiKeyError
+    rules = loaded(row.models, row.networks)
+    if not rules.allows_peer(peer):
+        raise InvalidApiKeyError
     return Principal(
         organisation_id=row.organisation_id,
         tenant_id=row.tenant_id,
@@ -138,6 +159,7 @@ async def authenticate(conn: AsyncConnection, presented: str, *, pepper: bytes, 
         project_id=row.project_id,
         key_id=row.key_id,
         scopes=frozenset(row.scopes.split(" ")),
+        rules=rules,
     )
 
 
@@ -157,25 +179,49 @@ async def revoke_key(conn: AsyncConnection, key_id: str, *, now_ns: int) -> bool
 async def list_keys(conn: AsyncConnection, tenant_id: str) -> list[ApiKey]:
     """Every key of a tenant, oldest first, revoked and expired ones included; never a secret."""
     table, project = tables.api_key, tables.project
-    rows = await conn.execute(
-        select(
-            table.c.id,
-            table.c.project_id,
-            table.c.public_id,
-            table.c.name,
-            table.c.scopes,
-            table.c.created_ns,
-            table.c.expires_ns,
-            table.c.revoked_ns,
-        )
-        .join(project, project.c.id == table.c.project_id)
-        .where(project.c.tenant_id == tenant_id)
-        .order_by(table.c.created_ns, table.c.id)
+    query = select(table).join(project, project.c.id == table.c.project_id).where(project.c.tenant_id == tenant_id)
+    return [_api_key(row) for row in await conn.execute(query.order_by(table.c.created_ns, table.c.id))]
+
+
+async def get_key(conn: AsyncConnection, key_id: str) -> ApiKey:
+    """Raises UnknownKeyIdError."""
+    row = (await conn.execute(select(tables.api_key).where(tables.api_key.c.id == key_id))).first()
+    if row is None:
+        raise UnknownKeyIdError(f"there is no key {key_id!r}; see: bulkhead key list")
+    return _api_key(row)
+
+
+async def revoke_keys_of(conn: AsyncConnection, tenant_id: str, *, now_ns: int) -> int:
+    """Revoke every key of a tenant; how many were not revoked before."""
+    table, project = tables.api_key, tables.project
+    own = select(project.c.id).where(project.c.tenant_id == tenant_id)
+    revoked = await conn.execute(
+        update(table).where(table.c.project_id.in_(own), table.c.revoked_ns.is_(None)).values(revoked_ns=now_ns)
     )
-    return [
-        ApiKey(key_id, project_id, public_id, name, frozenset(scopes.split(" ")), *times)
-        for key_id, project_id, public_id, name, scopes, *times in rows
-    ]
+    return revoked.rowcount
+
+
+async def note_uses(conn: AsyncConnection, uses: Mapping[str, int]) -> None:
+    """Remember when keys were last used (key id -> ns); an older time changes nothing."""
+    table = tables.api_key
+    for key_id, used_ns in sorted(uses.items()):  # one order, so that two replicas never wait for each other in a ring
+        older = table.c.last_used_ns.is_(None) | (table.c.last_used_ns < used_ns)
+        await conn.execute(update(table).where(table.c.id == key_id, older).values(last_used_ns=used_ns))
+
+
+def _api_key(row: Any) -> ApiKey:
+    return ApiKey(
+        row.id,
+        row.project_id,
+        row.public_id,
+        row.name,
+        frozenset(row.scopes.split(" ")),
+        row.created_ns,
+        row.expires_ns,
+        row.revoked_ns,
+        row.last_used_ns,
+        loaded(row.models, row.networks),
+    )
 
 
 def _alive(expires_ns: int | None, revoked_ns: int | None, now_ns: int) -> bool:
@@ -196,6 +242,8 @@ def _by_public_id() -> Select[Any]:
             key.c.scopes,
             key.c.expires_ns,
             key.c.revoked_ns,
+            key.c.models,
+            key.c.networks,
             project.c.id.label("project_id"),
             tenant.c.id.label("tenant_id"),
             tenant.c.name.label("tenant_name"),

@@ -18,7 +18,7 @@ raises. The settling transaction's id is derived from the hold's, so the primary
 
 Locks (PostgreSQL, READ COMMITTED; on SQLite there is one writer): first the hold row, by the conditional UPDATE that
 changes its state, then the tenant's account rows in id order. place_hold takes the accounts first, but never waits for
-a hold row. A transaction that touches several tenants must take them in ascending order, as expire_due does.
+a hold row. A transaction touches one tenant.
 """
 
 from collections.abc import Mapping
@@ -194,22 +194,25 @@ async def void(conn: AsyncConnection, hold_id: str, now_ns: int) -> Settled:
     return await _settle(conn, hold_id, "voided", 0, now_ns)
 
 
-async def expire_due(conn: AsyncConnection, now_ns: int, limit: int) -> list[Hold]:
-    """Expire up to `limit` pending holds whose expires_ns <= now_ns, oldest first; returns them as they ended.
+async def expire(conn: AsyncConnection, hold_id: str, now_ns: int) -> Settled:
+    """Give back the whole of a hold that nobody settled in time. Raises HoldSettledError or UnknownHoldError."""
+    return await _settle(conn, hold_id, "expired", 0, now_ns)
 
-    Holds that another transaction is settling right now are left to it.
-    """
-    due = await conn.execute(
+
+async def due_holds(conn: AsyncConnection, now_ns: int, limit: int) -> list[Hold]:
+    """Up to `limit` pending holds whose expires_ns <= now_ns, oldest first; settling them is the caller's part."""
+    rows = await conn.execute(
         _HOLDS.where(_HOLD.c.state == "pending", _HOLD.c.expires_ns <= require_int(now_ns, "now_ns"))
         .order_by(_HOLD.c.expires_ns, _HOLD.c.id)
         .limit(limit)
-        .with_for_update(skip_locked=True)
     )
-    expired = []
-    for hold in sorted((Hold(*row) for row in due), key=lambda hold: (hold.tenant_id, hold.expires_ns)):
-        await _settle(conn, hold.hold_id, "expired", 0, now_ns)
-        expired.append(await _require_hold(conn, hold.hold_id))
-    return expired
+    return [Hold(*row) for row in rows]
+
+
+async def claim_pending(conn: AsyncConnection, hold_id: str) -> bool:
+    """Whether the hold is still pending and from now on ours to settle; False also where another one is at it."""
+    mine = select(_HOLD.c.id).where(_HOLD.c.id == hold_id, _HOLD.c.state == "pending")
+    return await conn.scalar(mine.with_for_update(skip_locked=True)) is not None
 
 
 async def get_hold(conn: AsyncConnection, hold_id: str) -> Hold | None:
@@ -226,6 +229,11 @@ async def pending_holds(conn: AsyncConnection) -> list[Hold]:
 async def balance(conn: AsyncConnection, tenant_id: str) -> Balance:
     """Raises UnknownAccountError."""
     return _balance(await _read_accounts(conn, tenant_id, lock=False))
+
+
+async def lock_balance(conn: AsyncConnection, tenant_id: str) -> Balance:
+    """The balance, which nobody else moves before this transaction ends. Raises UnknownAccountError."""
+    return _balance(await _lock_accounts(conn, tenant_id))
 
 
 async def _settle(

@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
+from tenancy.directory import ScopeKind
 from tenancy.keys import Principal
 from tenancy.money import require_int
-
-ScopeKind = Literal["organisation", "tenant", "project", "key"]
 
 # Lua counts in doubles: a minute's allowance in quota.py's units (1/60,000,000 of a token) stays below 2^53.
 PER_MINUTE_MAX: Final = 100_000_000

@@ -153,6 +153,21 @@ def worst_case_nano_usd(price: Price, num_prompt_tokens: int, max_tokens: int) -
     )
 
 
+def affordable_tokens(price: Price, num_prompt_tokens: int, max_tokens: int, available_nano_usd: int) -> int:
+    """The largest number of completion tokens, at most `max_tokens`, whose worst case the money covers; 0 for none.
+
+    Found by halving, with the hold's own function, so that what is afforded here is never refused by rounding there.
+    """
+    low, high = 0, max_tokens  # [low, high]: low tokens are affordable or low is 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if worst_case_nano_usd(price, num_prompt_tokens, middle) <= available_nano_usd:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def _figures(price: Price) -> tuple[int, int, int, int]:
     return price.input_pico_usd, price.cached_input_pico_usd, price.output_pico_usd, price.request_nano_usd
 

@@ -105,6 +105,9 @@ api_key = Table(
     _int("created_ns"),
     _int("expires_ns", nullable=True),
     _int("revoked_ns", nullable=True),
+    Column("models", Text, nullable=True),  # the only ones it may ask for, as scopes are written; null: any
+    Column("networks", Text, nullable=True),  # the only ones it may come from; null: any
+    _int("last_used_ns", nullable=True),  # behind by up to a minute
     Index(None, "project_id"),
 )
 

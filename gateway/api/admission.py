@@ -3,13 +3,16 @@
     acquire   all limits of the caller or none; costs prompt + max_tokens, the most it can use
     T1        price pinned, worst case held in nano-USD, `request.admitted` in the outbox
 
+When the credit does not cover the worst case, max_tokens is lowered to what it does cover, and the answer says so in
+`x-bulkhead-budget`; it is refused only when the credit does not pay for one token.
+
 Nothing runs before both have succeeded. When T1 fails, what had been taken is given back, also when it is not known
 whether T1 committed.
 """
 
 from collections.abc import MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -21,9 +24,10 @@ from gateway.api.problems import CreditExhaustedError, Headers, NeverFitsError, 
 from gateway.api.translation import Work
 from gateway.services import Services
 from gateway.world import new_id
+from tenancy.closing import TenantInactiveError, require_active
 from tenancy.keys import Principal
-from tenancy.ledger import InsufficientCredit, balance, place_hold
-from tenancy.prices import Price, PriceMissingError, price_at, worst_case_nano_usd
+from tenancy.ledger import Hold, InsufficientCredit, balance, place_hold
+from tenancy.prices import Price, PriceMissingError, affordable_tokens, price_at, worst_case_nano_usd
 from tenancy.quota import Lease, QuotaSnapshot, QuotaUnavailableError, Refused
 
 KIND_OF_LIMIT = {"requests_per_minute": "requests", "tokens_per_minute": "tokens", "concurrency_max": "concurrency"}
@@ -41,7 +45,7 @@ class Admission:
     hold_nano_usd: int
     model: str
     num_prompt_tokens: int
-    max_tokens: int
+    max_tokens: int  # what the hold pays for: at most what was asked
     stream: bool
     started_ns: int
     expires_ns: int  # of the hold
@@ -61,18 +65,22 @@ async def admit(
 ) -> Admission:
     """Lease, then T1. Leaves the x-ratelimit headers in `state` for whatever answer follows.
 
-    Raises RateLimitedError, NeverFitsError, CreditExhaustedError, PriceMissingError; QuotaUnavailableError or
-    DatabaseUnavailableError: without Valkey and database nothing is served. The caller then undoes `claim`.
+    Raises RateLimitedError, NeverFitsError, CreditExhaustedError, PriceMissingError, TenantInactiveError;
+    QuotaUnavailableError or DatabaseUnavailableError: without Valkey and database nothing is served. The caller then
+    undoes `claim`.
     """
     claim.lease = await _acquire(services, caller, work, claim.request_id)
     state["answer_headers"] = rate_limit_headers(claim.lease.snapshot)
     claim.hold_id = new_id("hold", services.world.entropy)
     try:
         async with services.database.transaction() as conn:
-            return await _hold(conn, services, caller, work, claim.request_id, claim.lease, claim.hold_id)
-    except (CreditExhaustedError, PriceMissingError):
+            admission = await _hold(conn, services, caller, work, claim.request_id, claim.lease, claim.hold_id)
+    except (CreditExhaustedError, PriceMissingError, TenantInactiveError):
         claim.hold_id = None  # refused before anything was held
         raise
+    if admission.max_tokens < work.sampling.max_tokens:
+        state["answer_headers"] += (("x-bulkhead-budget", f"credit; max_tokens={admission.max_tokens}"),)
+    return admission
 
 
 async def show_limits(services: Services, caller: Caller, state: MutableMapping[str, Any]) -> None:
@@ -117,19 +125,12 @@ async def _hold(
         started_ns=started_ns,
         expires_ns=started_ns + services.settings.hold_ttl_s * 1_000_000_000,
     )
-    held = await place_hold(
-        conn,
-        hold_id=admission.hold_id,
-        tenant_id=tenant_id,
-        request_id=admission.request_id,
-        price_id=admission.price.price_id,
-        amount_nano_usd=admission.hold_nano_usd,
-        expires_ns=admission.expires_ns,
-        now_ns=admission.started_ns,
-    )
+    held = await _place(conn, admission)
     if isinstance(held, InsufficientCredit):
-        in_flight_nano_usd = (await balance(conn, tenant_id)).held_nano_usd
-        raise CreditExhaustedError(held.available_nano_usd, held.needed_nano_usd, in_flight_nano_usd)
+        admission = await _lowered(conn, admission, held.available_nano_usd)
+        held = await _place(conn, admission)
+        assert not isinstance(held, InsufficientCredit), "the refused hold had locked the tenant's accounts"
+    await require_active(conn, tenant_id)  # after the hold: see tenancy/closing.py
     body: dict[str, str | int | bool | list[str]] = {
         "request_id": admission.request_id,
         "key_id": admission.principal.key_id,
@@ -142,6 +143,34 @@ async def _hold(
     entry = Entry("request.admitted", tenant_id, admission.started_ns, body)
     await append(conn, entry, entropy=services.world.entropy)
     return admission
+
+
+async def _place(conn: AsyncConnection, admission: Admission) -> Hold | InsufficientCredit:
+    return await place_hold(
+        conn,
+        hold_id=admission.hold_id,
+        tenant_id=admission.principal.tenant_id,
+        request_id=admission.request_id,
+        price_id=admission.price.price_id,
+        amount_nano_usd=admission.hold_nano_usd,
+        expires_ns=admission.expires_ns,
+        now_ns=admission.started_ns,
+    )
+
+
+async def _lowered(conn: AsyncConnection, admission: Admission, available_nano_usd: int) -> Admission:
+    """The same request with as many tokens as the rest of the credit pays for.
+
+    Raises CreditExhaustedError when that is not one.
+    """
+    price, num_prompt_tokens = admission.price, admission.num_prompt_tokens
+    max_tokens = affordable_tokens(price, num_prompt_tokens, admission.max_tokens, available_nano_usd)
+    if max_tokens == 0:
+        in_flight_nano_usd = (await balance(conn, admission.principal.tenant_id)).held_nano_usd
+        needed_nano_usd = worst_case_nano_usd(price, num_prompt_tokens, 1)
+        raise CreditExhaustedError(available_nano_usd, needed_nano_usd, in_flight_nano_usd)
+    hold_nano_usd = worst_case_nano_usd(price, num_prompt_tokens, max_tokens)
+    return replace(admission, max_tokens=max_tokens, hold_nano_usd=hold_nano_usd)
 
 
 def _refusal(refused: Refused, work: Work) -> Exception:

@@ -23,16 +23,27 @@ class Caller:
     limits: tuple[ScopeLimits, ...]
 
 
-async def authenticated(services: Services, scope: Scope) -> Caller:
-    """Raises InvalidApiKeyError (401), MissingScopeError (403), DatabaseUnavailableError (503)."""
+async def authenticated(services: Services, scope: Scope, required: str = INFERENCE_SCOPE) -> Caller:
+    """The caller, whose key has the scope `required` of the route.
+
+    Raises InvalidApiKeyError (401), MissingScopeError (403), DatabaseUnavailableError (503)."""
     presented = bearer_key(scope)
     now_ns = services.world.now_ns()
     async with services.database.read() as conn:
-        principal = await authenticate(conn, presented, pepper=services.secrets.key_pepper, now_ns=now_ns)
+        principal = await authenticate(
+            conn, presented, pepper=services.secrets.key_pepper, now_ns=now_ns, peer=peer_address(scope)
+        )
         limits = await load_scopes(conn, principal)
-    if INFERENCE_SCOPE not in principal.scopes:
-        raise MissingScopeError(INFERENCE_SCOPE)
+    services.key_uses.note(principal.key_id, now_ns)
+    if required not in principal.scopes:
+        raise MissingScopeError(required)
     return Caller(principal, tuple(limits))
+
+
+def peer_address(scope: Scope) -> str | None:
+    """The address at the other end of the connection; no header is believed (host/https.py)."""
+    client = scope.get("client")
+    return None if client is None else str(client[0])
 
 
 def bearer_key(scope: Scope) -> str:

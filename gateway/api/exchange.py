@@ -11,7 +11,7 @@ How a request ends -> what is charged:
 
     stop, length               all that the engine produced
     client_gone, client_slow   all that the engine produced, also what was not sent
-    engine_gone, engine errors, deadline, shutdown, error    what had been sent in a stream
+    engine_gone, engine errors, deadline, shutdown, error, tenant_inactive    what had been sent in a stream
 """
 
 import asyncio
@@ -39,6 +39,7 @@ from gateway.api.shapes import Shape
 from gateway.api.streaming import HEARTBEAT, HEARTBEAT_S, EventStream, SlowReaderError, bounded_send, event
 from gateway.api.translation import Work, submit_of
 from gateway.services import Services
+from tenancy.closing import TenantInactiveError
 from tenancy.meter import Usage
 from tenancy.quota import QuotaUnavailableError
 
@@ -109,13 +110,18 @@ class Exchange:
         self._produced = NOTHING  # as last reported by the engine
         self._delivered = NOTHING  # sent to the client in a stream
         self._settlement: asyncio.Task[None] | None = None
+        self._dismissed = asyncio.Event()
+        self._dismissal: asyncio.Task[Any] | None = None
         self._started_ns = services.world.monotonic_ns()
         self._first_text = False
 
     async def run(self) -> None:
         life_s = self._services.settings.hold_ttl_s * (1 - DEADLINE_MARGIN)
         self._gone = asyncio.create_task(self._until_gone())
+        self._dismissal = asyncio.create_task(self._dismissed.wait())
         renewing = asyncio.create_task(self._renew_lease())
+        tenant_id, running = self._admission.principal.tenant_id, self._services.running
+        running.add(tenant_id, self)
         try:
             async with asyncio.timeout(life_s):
                 await self._answer()
@@ -123,6 +129,8 @@ class Exchange:
             await self._client_left("client_gone")
         except SlowReaderError:
             await self._client_left("client_slow")
+        except TenantInactiveError as error:
+            await self._broken(error, "tenant_inactive")
         except TimeoutError:
             await self._broken(DeadlineExceededError(), "deadline")
         except EngineGoneError as error:
@@ -136,14 +144,20 @@ class Exchange:
         except Exception as error:
             await self._broken(error, "error")
         finally:
-            await _cancel(self._gone, renewing, self._pull)
+            running.remove(tenant_id, self)
+            await _cancel(self._gone, self._dismissal, renewing, self._pull)
+
+    def dismiss(self) -> None:
+        """The tenant is no longer active: free the engine at once; the answer ends when it next looks."""
+        self._dismissed.set()
+        self._stop_engine()
 
     # --- the answer ---------------------------------------------------------------------------------------------------
 
     async def _answer(self) -> None:
         admission = self._admission
         submit = submit_of(
-            self._work,
+            self._work.at_most(admission.max_tokens),
             sequence_id=admission.request_id,
             tenant_id=admission.principal.tenant_id,
             secrets=self._services.secrets,
@@ -199,15 +213,19 @@ class Exchange:
     async def _next(self, timeout_s: float | None) -> TokenOutput | None:
         """The next output; None when there was none for `timeout_s`.
 
-        Raises ClientGoneError or EngineGoneError.
+        Raises ClientGoneError, TenantInactiveError or EngineGoneError.
         """
         assert self._generation is not None
         assert self._gone is not None
         if self._pull is None:
             self._pull = asyncio.create_task(self._generation.__anext__())
-        await asyncio.wait({self._pull, self._gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        assert self._dismissal is not None
+        awaited = {self._pull, self._gone, self._dismissal}
+        await asyncio.wait(awaited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if self._gone.done():
             raise ClientGoneError
+        if self._dismissed.is_set():
+            raise TenantInactiveError
         return self._pulled() if self._pull.done() else None
 
     def _pulled(self) -> TokenOutput:

@@ -13,6 +13,7 @@ from engine.protocol import Ready
 from gateway.api.admission import show_limits
 from gateway.api.auth import authenticated
 from gateway.api.exchange import serve
+from gateway.api.problems import ModelNotFoundError
 from gateway.api.settlement import Settler
 from gateway.api.shapes import Frame, Shape, fingerprint
 from gateway.api.translation import Work
@@ -45,6 +46,8 @@ class GenerationRoute(Generic[RequestT]):
         caller = await authenticated(services, scope)  # before a byte of the body is read
         try:
             request = self._parse(await Request(scope, receive).body())
+            if not caller.principal.rules.allows_model(request.model):
+                raise ModelNotFoundError(request.model)
             client = services.engine.client()  # before anything is reserved
             work = await self._translate(request, client.ready)
         except Exception:

@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from engine.errors import EngineGoneError
 from gateway.database import DatabaseUnavailableError
 from gateway.engine_link import EngineUnavailableError
+from tenancy.closing import TenantInactiveError
 from tenancy.keys import InvalidApiKeyError
 from tenancy.prices import PriceMissingError
 from tenancy.quota import QuotaUnavailableError
@@ -105,7 +106,7 @@ class NeverFitsError(Exception):
 
 
 class CreditExhaustedError(Exception):
-    """The tenant's credit does not cover the worst case of this request (integer nano-USD)."""
+    """The tenant's credit does not cover the prompt and one token (integer nano-USD)."""
 
     def __init__(self, available_nano_usd: int, needed_nano_usd: int, in_flight_nano_usd: int = 0) -> None:
         super().__init__(needed_nano_usd)
@@ -190,7 +191,7 @@ def _never_fits(error: NeverFitsError) -> Problem:
 
 def _credit_exhausted(error: CreditExhaustedError) -> Problem:
     message = (
-        f"You exceeded your current credit: this request needs up to {error.needed_nano_usd} nano-USD, "
+        f"You exceeded your current credit: this request needs at least {error.needed_nano_usd} nano-USD, "
         f"{error.available_nano_usd} nano-USD are available."
     )
     if error.available_nano_usd + error.in_flight_nano_usd >= error.needed_nano_usd:
@@ -252,6 +253,7 @@ TABLE: tuple[tuple[type[BaseException], Callable[[Any], Problem]], ...] = (
     (RateLimitedError, _rate_limited),
     (NeverFitsError, _never_fits),
     (CreditExhaustedError, _credit_exhausted),
+    (TenantInactiveError, lambda _: _invalid(403, "This account is not active.", "account_inactive", None, FINAL)),
     (EngineRefusedError, _engine_refused),
     (EngineUnavailableError, _unavailable("engine", "engine_unavailable", 2_000)),
     (EngineGoneError, _unavailable("engine", "engine_gone", 1_000)),

@@ -4,11 +4,14 @@ The engine never sees a tenant, a model name or a message; it gets token ids, a 
 """
 
 import asyncio
+import dataclasses
 import hashlib
 import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
+
+import msgspec
 
 from engine.errors import TokenizerError
 from engine.protocol import Ready, SamplingParams, Submit
@@ -38,6 +41,12 @@ class Work:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
+
+    def at_most(self, max_tokens: int) -> "Work":
+        """The same work, cut with finish_reason `length` after `max_tokens` at the latest."""
+        if max_tokens >= self.sampling.max_tokens:
+            return self
+        return dataclasses.replace(self, sampling=msgspec.structs.replace(self.sampling, max_tokens=max_tokens))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""bulkhead tenant, key, price, credit, admin: who is served, at what price, and who looks after it."""
+"""bulkhead tenant, price, credit, admin: who is served, at what price, and who looks after it."""
 
 from decimal import Decimal, InvalidOperation
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -11,8 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gateway.clerk import Clerk
 from gateway.commands.session import CommandError, Session, in_transaction, open_session
 from gateway.secrets import metrics_token
-from tenancy.directory import Tenant, get_tenant_by_name, list_projects, list_tenants
-from tenancy.keys import list_keys
+from tenancy.closing import Closed
+from tenancy.directory import Tenant, get_tenant_by_name, list_tenants
 from tenancy.ledger import balance
 from tenancy.limits import get_limits
 from tenancy.money import format_nano_usd
@@ -23,12 +23,13 @@ NANO_PER_USD = 10**9
 WIDTH_MAX = 500  # tables are never cut: what does not fit a terminal is wrapped there
 
 tenant_app = typer.Typer(no_args_is_help=True, help="Tenants.")
-key_app = typer.Typer(no_args_is_help=True, help="API keys.")
 price_app = typer.Typer(no_args_is_help=True, help="Prices.")
 credit_app = typer.Typer(no_args_is_help=True, help="Prepaid credit.")
 admin_app = typer.Typer(no_args_is_help=True, help="Operators of the admin page.")
 
 TenantName = Annotated[str, typer.Option("--tenant", help="the tenant's name")]
+TenantArgument = Annotated[str, typer.Argument(help="the tenant's name")]
+Reason = Annotated[str, typer.Option("--reason", help="kept in the log")]
 
 
 def clerk(session: Session, conn: AsyncConnection) -> Clerk:
@@ -67,7 +68,7 @@ def tenant_create(
     async def work(conn: AsyncConnection) -> str:
         one = clerk(session, conn)
         tenant_id, _ = await one.create_tenant(name, organisation=organisation or name)
-        await one.set_tenant_limits(tenant_id, requests_per_minute, tokens_per_minute, concurrency)
+        await one.set_limits("tenant", tenant_id, requests_per_minute, tokens_per_minute, concurrency)
         return tenant_id
 
     typer.echo(f"tenant {name} is {in_transaction(session, work)}")
@@ -104,57 +105,40 @@ def tenant_list() -> None:
     print_table(columns, in_transaction(session, work), numbers_from=3)
 
 
-@key_app.command("create")
-def key_create(tenant: TenantName, name: Annotated[str, typer.Option(help="what it is for")] = "key") -> None:
-    """Create an API key and show its secret once."""
+@tenant_app.command("suspend")
+def tenant_suspend(name: TenantArgument, reason: Reason = "") -> None:
+    """Stop serving a tenant: its keys are refused at once, what runs for it ends within a second."""
+    set_status(name, "suspended", reason)
+    typer.echo(f"tenant {name} is suspended")
+
+
+@tenant_app.command("resume")
+def tenant_resume(name: TenantArgument, reason: Reason = "") -> None:
+    """Serve a suspended tenant again, with the same keys."""
+    set_status(name, "active", reason)
+    typer.echo(f"tenant {name} is active")
+
+
+def set_status(name: str, status: Literal["active", "suspended"], reason: str) -> None:
     session = open_session()
 
-    async def work(conn: AsyncConnection) -> str:
-        found = await find_tenant(conn, tenant)
-        project = (await list_projects(conn, found.tenant_id))[0]
-        minted = await clerk(session, conn).create_key(
-            found.tenant_id, project.project_id, name, session.secrets.key_pepper
-        )
-        return minted.secret_text
+    async def work(conn: AsyncConnection) -> None:
+        await clerk(session, conn).set_tenant_status((await find_tenant(conn, name)).tenant_id, status, reason)
 
-    typer.echo(in_transaction(session, work))
-    typer.echo("This is shown once; only its hash is kept.", err=True)
+    in_transaction(session, work)
 
 
-@key_app.command("list")
-def key_list(tenant: TenantName) -> None:
-    """List the keys of a tenant, never their secrets."""
+@tenant_app.command("delete")
+def tenant_delete(name: TenantArgument, reason: Reason = "") -> None:
+    """Delete a tenant for good: revoke its keys. Refused while requests of it hold money."""
     session = open_session()
 
-    async def work(conn: AsyncConnection) -> list[tuple[str, ...]]:
-        found = await list_keys(conn, (await find_tenant(conn, tenant)).tenant_id)
-        return [
-            (key.key_id, f"bk-{key.public_id}-...", key.name, " ".join(sorted(key.scopes)), key_state(key.revoked_ns))
-            for key in found
-        ]
+    async def work(conn: AsyncConnection) -> Closed:
+        return await clerk(session, conn).delete_tenant((await find_tenant(conn, name)).tenant_id, reason)
 
-    print_table(("id", "key", "name", "scopes", "state"), in_transaction(session, work))
-
-
-def key_state(revoked_ns: int | None) -> str:
-    return "active" if revoked_ns is None else "revoked"
-
-
-@key_app.command("revoke")
-def key_revoke(
-    key_id: Annotated[str, typer.Argument(help="the key's id, from: bulkhead key list")],
-    reason: Annotated[str, typer.Option(help="kept in the log")] = "",
-) -> None:
-    """Revoke a key; the next request with it is refused."""
-    session = open_session()
-
-    async def work(conn: AsyncConnection) -> bool:
-        for tenant in await list_tenants(conn):
-            if any(key.key_id == key_id for key in await list_keys(conn, tenant.tenant_id)):
-                return await clerk(session, conn).revoke_key(tenant.tenant_id, key_id, reason)
-        raise CommandError(f"there is no key {key_id!r}; see: bulkhead key list")
-
-    typer.echo("revoked" if in_transaction(session, work) else "it was revoked before")
+    closed = in_transaction(session, work)
+    left = format_nano_usd(closed.credit_nano_usd)
+    typer.echo(f"tenant {name} is deleted; {closed.num_keys_revoked} keys revoked, unspent credit {left}")
 
 
 @price_app.command("add")

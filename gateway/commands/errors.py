@@ -11,13 +11,17 @@ from gateway.host.port import PortError
 from gateway.host.supervisor import ChildFailedError
 from gateway.host.tls import TlsError
 from gateway.settings import SettingsError
-from tenancy.directory import DuplicateNameError, UnknownIdError
+from tenancy.closing import MoneyHeldError
+from tenancy.directory import DuplicateNameError, TenantStatusError, UnknownIdError
 from tenancy.ids import InvalidNameError
+from tenancy.key_rules import KeyRuleError
+from tenancy.keys import KeyScopeError
 from tenancy.ledger import LedgerConflictError
 from tenancy.limits import LimitError
 from tenancy.money import MoneyRangeError
 from tenancy.operators import DuplicateOperatorError
 from tenancy.prices import PriceConflictError
+from tenancy.rotation import RotationError
 
 KNOWN_ERRORS = (
     ChildFailedError,
@@ -25,10 +29,15 @@ KNOWN_ERRORS = (
     DuplicateNameError,
     DuplicateOperatorError,
     InvalidNameError,
+    KeyRuleError,
+    KeyScopeError,
     LedgerConflictError,
     LimitError,
+    MoneyHeldError,
     MoneyRangeError,
     PriceConflictError,
+    RotationError,
+    TenantStatusError,
     UnknownIdError,
     DatabaseUnavailableError,
     FolderError,

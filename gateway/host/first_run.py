@@ -52,7 +52,9 @@ async def first_run(
     keys = {}
     for name in DEMO_TENANTS:
         tenant_id, project_id = await clerk.create_tenant(name, organisation=name)
-        await clerk.set_tenant_limits(tenant_id, DEMO_REQUESTS_PER_MINUTE, DEMO_TOKENS_PER_MINUTE, DEMO_CONCURRENCY_MAX)
+        await clerk.set_limits(
+            "tenant", tenant_id, DEMO_REQUESTS_PER_MINUTE, DEMO_TOKENS_PER_MINUTE, DEMO_CONCURRENCY_MAX
+        )
         await clerk.grant_credit(tenant_id, DEMO_CREDIT_NANO_USD, memo="demo credit")
         keys[name] = (await clerk.create_key(tenant_id, project_id, "first key", pepper)).secret_text
     password = await clerk.create_operator(OPERATOR_NAME)

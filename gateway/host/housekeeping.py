@@ -1,18 +1,25 @@
-"""The loops behind a serving gateway: sequence and publish the log, expire overdue holds, write heartbeats."""
+"""The loops behind a serving gateway: the log, overdue holds, suspended tenants, uses of keys, heartbeats."""
+
+import asyncio
 
 from audit.entry import Entry
 from audit.keyring import Keyring
 from audit.log import publish, sequence
 from audit.outbox import append
+from engine.journal import read_journals
 from gateway import __version__
 from gateway.host.background import Loop
 from gateway.host.engine_host import EngineHost
 from gateway.host.folders import Folders
+from gateway.host.overdue import settle_abandoned
 from gateway.services import Services
-from tenancy.ledger import expire_due
+from tenancy.closing import inactive_among
+from tenancy.ledger import due_holds
 
 REAP_INTERVAL_S = 5.0
-REAP_BATCH_MAX = 256  # holds expired in one transaction, so that a backlog does not keep writers waiting
+REAP_BATCH_MAX = 256  # holds settled in one round
+WATCH_INTERVAL_S = 0.5  # a suspended tenant's sequences end within a second
+KEY_USE_INTERVAL_S = 60.0
 
 
 class Housekeeping:
@@ -24,6 +31,8 @@ class Housekeeping:
         self.loops = (
             Loop("sequencer", settings.checkpoint_interval_ms / 1_000, self.sequence),
             Loop("reaper", REAP_INTERVAL_S, self.reap),
+            Loop("watch", WATCH_INTERVAL_S, self.watch),
+            Loop("key uses", KEY_USE_INTERVAL_S, self.write_key_uses),
             Loop("heartbeat", float(settings.heartbeat_interval_s), engine.heartbeat),
         )
 
@@ -36,6 +45,7 @@ class Housekeeping:
         """End the loops, then give the log its last entries and checkpoint."""
         for loop in self.loops:
             await loop.stop()
+        await Loop("last key uses", 0, self.write_key_uses).run_once()
         await Loop("farewell", 0, lambda: self._note("gateway.stopped", {"reason": "asked to stop"})).run_once()
         await self.loops[0].run_once()
 
@@ -50,23 +60,28 @@ class Housekeeping:
             await publish(conn, self._folders.log, signer=self._keyring)
 
     async def reap(self) -> None:
-        """Void holds whose time is over. A hold outlives its request only when a gateway died."""
+        """Settle holds whose time is over. A hold outlives its request only when a gateway or its database died."""
         services = self._services
-        async with services.database.transaction() as conn:
-            now_ns = services.world.now_ns()
-            for hold in await expire_due(conn, now_ns, REAP_BATCH_MAX):
-                body: dict[str, str | int | bool | list[str]] = {
-                    "request_id": hold.request_id,
-                    "num_prompt_tokens": 0,
-                    "num_cached_tokens": 0,
-                    "num_completion_tokens": 0,
-                    "amount_nano_usd": 0,
-                    "finish_reason": "lost",
-                    "outcome": "expired",
-                }
-                await append(
-                    conn, Entry("request.settled", hold.tenant_id, now_ns, body), entropy=services.world.entropy
-                )
+        async with services.database.read() as conn:
+            holds = await due_holds(conn, services.world.now_ns(), REAP_BATCH_MAX)
+        if not holds:
+            return
+        journals = await asyncio.to_thread(read_journals, self._folders.journal)
+        for hold in holds:
+            async with services.database.transaction() as conn:
+                await settle_abandoned(conn, services, hold, journals.get(hold.request_id))
+
+    async def watch(self) -> None:
+        """End what runs for tenants that are no longer active: looked at, not signalled, so none is missed."""
+        running = self._services.running
+        if tenant_ids := running.tenant_ids():
+            async with self._services.database.read() as conn:
+                inactive = await inactive_among(conn, tenant_ids)
+            for tenant_id in inactive:
+                running.dismiss(tenant_id)
+
+    async def write_key_uses(self) -> None:
+        await self._services.key_uses.write(self._services.database)
 
     async def _note(self, kind: str, body: dict[str, str | int | bool | list[str]]) -> None:
         services = self._services

@@ -13,7 +13,7 @@ from gateway.api.streaming import event
 from tenancy.limits import set_limits
 from tests.fakes.asgi import Answer
 from tests.fakes.hall import USD, Hall, chat_body
-from tests.fakes.integer_worker import IntegerWorker, Script, text_of
+from tests.fakes.integer_worker import IntegerModel, IntegerWorker, Script, text_of
 from tests.gateway.conftest import Stage
 from tests.gateway.test_wire import JSON, NAMES
 
@@ -337,12 +337,17 @@ def test_spent_credit_is_final_and_held_credit_is_not(shared_stage: Stage, runne
         running = asyncio.Event()
         worker.on_token = lambda *_: running.set()
         worker.scripts.append(Script(delay_s=0.05))
-        first = asyncio.create_task(hall.chat(max_tokens=20, stream=True))
+        first = asyncio.create_task(hall.chat(max_tokens=30, stream=True))
         await running.wait()
-        assert (await hall.credit()).held_nano_usd >= 20 * USD
+        assert (await hall.credit()).held_nano_usd >= 29 * USD
         second = await hall.chat(max_tokens=20)
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
+        await hall.settler.drain(5)
+        worker.model = IntegerModel(eos_every=1_000_003)
+        last = await hall.chat(max_tokens=100)
+        assert last.headers["x-bulkhead-budget"] == f"credit; max_tokens={last.json()['usage']['completion_tokens']}"
+        assert last.json()["choices"][0]["finish_reason"] == "length"
         return [second, await hall.chat(max_tokens=100)]
 
     held, spent = runner.run(scenario())

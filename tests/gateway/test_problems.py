@@ -14,6 +14,7 @@ from gateway.api.admission import duration
 from gateway.api.problems import problem_of, retry_after
 from gateway.database import DatabaseUnavailableError
 from gateway.engine_link import EngineUnavailableError
+from tenancy.closing import TenantInactiveError
 from tenancy.keys import InvalidApiKeyError
 from tenancy.prices import PriceMissingError
 from tenancy.quota import QuotaUnavailableError
@@ -34,6 +35,7 @@ ROWS: list[tuple[Callable[[], Exception], int, str, str | None, str]] = [
     (lambda: problems.NeverFitsError(9, 5), 400, "invalid_request_error", "request_never_fits", "open"),
     (lambda: problems.CreditExhaustedError(1, 2), 429, "insufficient_quota", "insufficient_quota", "never"),
     (lambda: problems.CreditExhaustedError(1, 2, 1), 429, "insufficient_quota", "credit_on_hold", "later"),
+    (TenantInactiveError, 403, "invalid_request_error", "account_inactive", "never"),
     (lambda: problems.EngineRefusedError("busy"), 503, "server_error", "engine_busy", "later"),
     (lambda: problems.EngineRefusedError("draining"), 503, "server_error", "draining", "later"),
     (lambda: problems.EngineRefusedError("abort"), 503, "server_error", "draining", "later"),

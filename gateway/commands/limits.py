@@ -1,0 +1,43 @@
+"""bulkhead limits: the limits of one organisation, tenant, project or key."""
+
+from typing import Annotated, Literal
+
+import typer
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway.commands.directory import clerk, find_tenant
+from gateway.commands.session import CommandError, in_transaction, open_session
+from tenancy.directory import get_organisation_by_name
+
+limits_app = typer.Typer(no_args_is_help=True, help="Limits per minute and at once.")
+
+
+@limits_app.callback()
+def limits() -> None:
+    """Limits per minute and at once."""
+
+
+@limits_app.command("set")
+def limits_set(
+    scope: Annotated[Literal["organisation", "tenant", "project", "key"], typer.Option(help="what is limited")],
+    of: Annotated[str, typer.Option(help="an organisation's or tenant's name, a project's or key's id")],
+    requests_per_minute: Annotated[int | None, typer.Option(min=0)] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(min=0)] = None,
+    concurrency: Annotated[int | None, typer.Option(min=0, help="requests at the same time")] = None,
+) -> None:
+    """Replace the limits of one scope: what is left out is not limited there."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> None:
+        scope_id = of
+        if scope == "tenant":
+            scope_id = (await find_tenant(conn, of)).tenant_id
+        if scope == "organisation":
+            found = await get_organisation_by_name(conn, of)
+            if found is None:
+                raise CommandError(f"there is no organisation {of!r}")
+            scope_id = found.organisation_id
+        await clerk(session, conn).set_limits(scope, scope_id, requests_per_minute, tokens_per_minute, concurrency)
+
+    in_transaction(session, work)
+    typer.echo(f"limits of {scope} {of} are set")

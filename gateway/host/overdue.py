@@ -1,0 +1,91 @@
+"""How a hold ends that its request did not settle: at start for every open hold, later for those past their expiry.
+
+    the worker's journal counts tokens     they are charged, the rest returns: "recovered"
+    it does not, and the hold is overdue    all of it returns: "expired"
+    it does not, and the hold is younger    all of it returns: "voided" (only at start, when nobody works on it)
+
+There is no other outcome, whichever of the two comes first.
+"""
+
+import json
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from audit.entry import Entry
+from audit.outbox import append
+from audit.tables import log_leaf, log_opening, outbox
+from engine.journal import JournalRecord
+from gateway.services import Services
+from tenancy.keys import get_key
+from tenancy.ledger import Hold, capture, claim_pending, expire, void
+from tenancy.meter import Usage, UsageRecord, record_usage
+from tenancy.prices import charge_nano_usd, get_price
+
+FINISH_REASON = "gateway_lost"
+
+
+async def settle_abandoned(conn: AsyncConnection, services: Services, hold: Hold, record: JournalRecord | None) -> int:
+    """Settle one hold, with its usage row and log entry, unless another was quicker; the nano-USD charged here."""
+    if not await claim_pending(conn, hold.hold_id):
+        return 0
+    now_ns = services.world.now_ns()
+    admitted = await _admitted(conn, hold)
+    usage, amount, outcome = Usage(0, 0, 0), 0, "voided"
+    if record is not None and record.num_completion_tokens > 0 and admitted is not None:
+        usage = Usage(record.num_prompt_tokens, record.num_cached_tokens, record.num_completion_tokens)
+        outcome = "recovered"
+        amount = charge_nano_usd(await get_price(conn, hold.price_id), usage)
+        await capture(conn, hold.hold_id, amount, now_ns)
+        await record_usage(conn, await _usage_record(conn, hold, admitted, usage, amount, now_ns))
+    elif hold.expires_ns <= now_ns:
+        outcome = "expired"
+        await expire(conn, hold.hold_id, now_ns)
+    else:
+        await void(conn, hold.hold_id, now_ns)
+    body: dict[str, str | int | bool | list[str]] = {
+        "request_id": hold.request_id,
+        "finish_reason": FINISH_REASON,
+        "num_prompt_tokens": usage.num_prompt_tokens,
+        "num_cached_tokens": usage.num_cached_tokens,
+        "num_completion_tokens": usage.num_completion_tokens,
+        "amount_nano_usd": amount,
+        "outcome": outcome,
+    }
+    await append(conn, Entry("request.settled", hold.tenant_id, now_ns, body), entropy=services.world.entropy)
+    return amount
+
+
+async def _admitted(conn: AsyncConnection, hold: Hold) -> dict[str, str] | None:
+    """The body of the hold's request.admitted entry, written in the hold's own transaction at the same instant."""
+    waiting = select(outbox.c.body).where(outbox.c.kind == "request.admitted", outbox.c.at_ns == hold.created_ns)
+    sequenced = (
+        select(log_opening.c.body)
+        .join(log_leaf, log_leaf.c.leaf_index == log_opening.c.leaf_index)
+        .where(log_leaf.c.kind == "request.admitted", log_leaf.c.at_ns == hold.created_ns)
+    )
+    for query in (waiting, sequenced):
+        for body in (await conn.execute(query)).scalars():
+            fields: dict[str, str] = json.loads(body)
+            if fields["request_id"] == hold.request_id:
+                return fields
+    return None
+
+
+async def _usage_record(
+    conn: AsyncConnection, hold: Hold, admitted: dict[str, str], usage: Usage, amount: int, now_ns: int
+) -> UsageRecord:
+    return UsageRecord(
+        request_id=hold.request_id,
+        tenant_id=hold.tenant_id,
+        project_id=(await get_key(conn, admitted["key_id"])).project_id,
+        key_id=admitted["key_id"],
+        model=admitted["model"],
+        usage=usage,
+        price_id=hold.price_id,
+        amount_nano_usd=amount,
+        started_ns=hold.created_ns,
+        finished_ns=max(now_ns, hold.created_ns),  # a wall clock may step back
+        finish_reason=FINISH_REASON,
+        stream=True,
+    )

@@ -1,0 +1,26 @@
+"""When each key was last used: noted in memory while serving, written once a minute in a transaction of its own."""
+
+from dataclasses import dataclass, field
+
+from gateway.database import Database
+from tenancy.keys import note_uses
+
+
+@dataclass(slots=True)
+class KeyUses:
+    _waiting: dict[str, int] = field(default_factory=dict)  # key id -> ns; only keys that exist get here
+
+    def note(self, key_id: str, now_ns: int) -> None:
+        self._waiting[key_id] = now_ns
+
+    async def write(self, database: Database) -> None:
+        """Write what was noted since the last time; what could not be written waits for the next one."""
+        if not self._waiting:
+            return
+        uses, self._waiting = self._waiting, {}
+        try:
+            async with database.transaction() as conn:
+                await note_uses(conn, uses)
+        except BaseException:
+            self._waiting = uses | self._waiting
+            raise

@@ -1,0 +1,57 @@
+"""Deleting a tenant: its keys are revoked and nothing new is admitted; what it paid and used stays on the books.
+
+Refused while money is held, so that no request of a deleted tenant is ever left to settle. Against a request that is
+admitted at the same moment the tenant's account rows decide: placing a hold takes them too, and looks at the tenant's
+status after that (`require_active`). So either the hold is there first and deletion is refused, or the hold is refused.
+"""
+
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tenancy import tables
+from tenancy.directory import Tenant, set_tenant_status
+from tenancy.keys import revoke_keys_of
+from tenancy.ledger import lock_balance
+
+
+class MoneyHeldError(ValueError):
+    """The tenant has requests in flight, or open since a crash; the message says how much they hold."""
+
+
+class TenantInactiveError(Exception):
+    """The tenant was suspended or deleted between authentication and admission, or while its request ran."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    tenant: Tenant
+    num_keys_revoked: int
+    credit_nano_usd: int  # prepaid and not spent: stays on the books
+
+
+async def delete_tenant(conn: AsyncConnection, tenant_id: str, *, now_ns: int) -> Closed:
+    """Deleting twice changes nothing more. Raises MoneyHeldError or UnknownAccountError."""
+    balance = await lock_balance(conn, tenant_id)
+    if balance.held_nano_usd:
+        raise MoneyHeldError(
+            f"requests of the tenant still hold {balance.held_nano_usd} nano-USD: suspend it and wait for them to end"
+        )
+    tenant = await set_tenant_status(conn, tenant_id, "deleted")
+    num_keys_revoked = await revoke_keys_of(conn, tenant_id, now_ns=now_ns)
+    return Closed(tenant, num_keys_revoked, balance.credit_nano_usd)
+
+
+async def require_active(conn: AsyncConnection, tenant_id: str) -> None:
+    """Call it after place_hold, in the same transaction. Raises TenantInactiveError."""
+    table = tables.tenant
+    if await conn.scalar(select(table.c.status).where(table.c.id == tenant_id)) != "active":
+        raise TenantInactiveError
+
+
+async def inactive_among(conn: AsyncConnection, tenant_ids: list[str]) -> list[str]:
+    """Those of the tenants that are suspended or deleted."""
+    table = tables.tenant
+    query = select(table.c.id).where(table.c.id.in_(tenant_ids), table.c.status != "active")
+    return list((await conn.execute(query)).scalars())

@@ -1,0 +1,180 @@
+"""Keys and tenants that end while they are used, and holds that nobody settled, over the whole hall."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from engine.journal import Journal, JournalRecord
+from gateway.clerk import Clerk
+from gateway.host.folders import open_folders
+from gateway.host.housekeeping import Housekeeping
+from gateway.host.recovery import recover
+from tenancy.key_rules import read_rules
+from tenancy.keys import get_key
+from tenancy.ledger import get_hold
+from tests.fakes.asgi import Answer
+from tests.fakes.hall import Account, Hall, chat_body
+from tests.fakes.integer_worker import IntegerModel, Script
+from tests.gateway.conftest import Stage
+
+
+def house(hall: Hall, folder: Path) -> Housekeeping:
+    engine = SimpleNamespace(heartbeat=None)
+    return Housekeeping(hall.services, open_folders(folder / "data"), cast(Any, None), cast(Any, engine))
+
+
+async def key_with(hall: Hall, **how: Any) -> str:
+    services, account = hall.services, hall.accounts["acme"]
+    async with hall.database.transaction() as conn:
+        clerk = Clerk(conn, services.world.entropy, services.world.now_ns())
+        made = await clerk.create_key(account.tenant_id, account.project_id, "k", services.secrets.key_pepper, **how)
+    hall.accounts["other"] = Account(account.tenant_id, account.project_id, made.key_id, made.secret_text)
+    return made.key_id
+
+
+def test_rules_of_a_key_hold_on_every_route(stage: Stage, runner: asyncio.Runner, tmp_path: Path) -> None:
+    hall, worker = stage.make()
+
+    async def asked(method: str, path: str, body: Any = None) -> tuple[int, str | None]:
+        answer = await hall.call(method, path, body, tenant="other")
+        parsed = answer.json()
+        return answer.status, parsed["error"]["code"] if "error" in parsed else None
+
+    async def scenario() -> None:
+        chat = chat_body("integer", max_tokens=2)
+        await key_with(hall, rules=read_rules(networks=["192.0.2.0/24"]))
+        unknown = await hall.call("GET", "/v1/models", headers={"authorization": "Bearer x"}, tenant=None)
+        outside = await hall.call("GET", "/v1/models", tenant="other")
+        assert (outside.status, outside.body) == (unknown.status, unknown.body)
+        forwarded = {"x-forwarded-for": "192.0.2.1", "x-real-ip": "192.0.2.1", "forwarded": "for=192.0.2.1"}
+        assert (await hall.call("GET", "/v1/models", tenant="other", headers=forwarded)).status == 401
+        await key_with(hall, rules=read_rules(networks=["127.0.0.0/8"]))
+        assert await asked("GET", "/v1/models") == (200, None)
+        await key_with(hall, rules=read_rules(models=["another"]))
+        assert await asked("POST", "/v1/chat/completions", chat) == (404, "model_not_found")
+        assert await asked("GET", "/v1/models/integer") == (404, "model_not_found")
+        assert (await hall.call("GET", "/v1/models", tenant="other")).json()["data"] == []
+        for scope in ("usage", "audit", "admin"):
+            await key_with(hall, scopes=frozenset({scope}))
+            assert await asked("POST", "/v1/chat/completions", chat) == (403, "missing_scope")
+            assert await asked("POST", "/v1/completions", {"model": "integer", "prompt": "x"}) == (403, "missing_scope")
+            assert await asked("GET", "/v1/models") == (403, "missing_scope")
+        assert worker.submits == []
+        key_id = await key_with(hall)
+        await hall.call("POST", "/v1/chat/completions", chat, tenant="other")
+
+        async def last_used() -> int | None:
+            async with hall.database.read() as conn:
+                return (await get_key(conn, key_id)).last_used_ns
+
+        assert await last_used() is None
+        await house(hall, tmp_path).write_key_uses()
+        assert await last_used() is not None
+
+    runner.run(scenario())
+
+
+def test_suspension_ends_what_runs_and_resuming_serves_again(
+    stage: Stage, runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    hall, worker = stage.make()
+    worker.model = IntegerModel(eos_every=1_000_003)
+    acme = hall.accounts["acme"]
+
+    async def set_status(status: Any) -> None:
+        async with hall.database.transaction() as conn:
+            clerk = Clerk(conn, hall.services.world.entropy, hall.services.world.now_ns())
+            await clerk.set_tenant_status(acme.tenant_id, status, "test")
+
+    async def scenario() -> None:
+        keeper = house(hall, tmp_path)
+        worker.scripts += [Script(delay_s=0.02)] * 3
+        started = asyncio.Event()
+
+        def on_sent(answer: Answer) -> None:
+            if len(answer.body) > 600:
+                started.set()
+
+        stream = asyncio.create_task(hall.chat(max_tokens=200, stream=True, on_sent=on_sent))
+        whole = asyncio.create_task(hall.chat(max_tokens=200))
+        other = asyncio.create_task(hall.chat(max_tokens=20, tenant="globex", stream=True))
+        await started.wait()
+        await set_status("suspended")
+        assert (await hall.chat(max_tokens=1)).status == 401
+        keeper.loops[2].start()
+        async with asyncio.timeout(1):
+            cut, refused = await asyncio.gather(stream, whole)
+        await keeper.loops[2].stop()
+        assert cut.events()[-2]["error"]["code"] == "account_inactive"
+        assert (refused.status, refused.json()["error"]["code"]) == (403, "account_inactive")
+        assert (await other).events()[-2]["choices"][0]["finish_reason"] == "length"
+        await hall.check_books()
+        rows = {row.request_id: row for row in (await hall.usage_rows()).values()}
+        row = rows[cut.headers["x-request-id"]]
+        assert row.finish_reason == "tenant_inactive"
+        assert 0 < row.num_completion_tokens < 200
+        assert rows[refused.headers["x-request-id"]].amount_nano_usd == 0
+        await set_status("active")
+        assert (await hall.chat(max_tokens=1)).status == 200
+        async with hall.database.transaction() as conn:
+            clerk = Clerk(conn, hall.services.world.entropy, hall.services.world.now_ns())
+            await clerk.delete_tenant(acme.tenant_id, "contract ended")
+        assert (await hall.chat(max_tokens=1)).status == 401
+        [receipt] = await hall.outbox("tenant.deleted")
+        assert (receipt["num_keys_revoked"], receipt["reason"]) == (1, "contract ended")
+
+    runner.run(scenario())
+
+
+def test_reaper_and_recovery_settle_a_hold_alike(stage: Stage, runner: asyncio.Runner, tmp_path: Path) -> None:
+    """Counted by the journal: charged. Not counted: returned. Whoever comes first, and once."""
+
+    async def outcome(settle: str, counted: bool) -> tuple[Any, ...]:
+        hall, _ = stage_make(hold_ttl_s=1)
+        folders = open_folders(tmp_path / f"{settle}-{counted}" / "data")
+        # The gateway dies: nobody settles.
+        hall.settler._settle = lambda *_: asyncio.sleep(0)  # type: ignore[method-assign]
+        answer = await hall.chat(max_tokens=5, seed=1)
+        request_id = answer.headers["x-request-id"]
+        if counted:
+            journal = Journal(folders.journal, "epoch-1")
+            journal.append([JournalRecord(request_id, answer.json()["usage"]["prompt_tokens"], 3, None)])
+            journal.close()
+        await asyncio.sleep(1.1)
+        keeper = Housekeeping(hall.services, folders, cast(Any, None), cast(Any, SimpleNamespace(heartbeat=None)))
+        if settle == "reap":
+            await asyncio.gather(keeper.reap(), keeper.reap())
+        else:
+            await recover(hall.services, folders, "epoch-1")
+        await keeper.reap()
+        [settled] = await hall.outbox("request.settled")
+        rows = await hall.usage_rows()
+        async with hall.database.read() as conn:
+            hold = await get_hold(conn, (await hall_hold(conn)))
+        assert hold is not None
+        balance = await hall.credit()
+        assert balance.held_nano_usd == 0
+        assert settled["request_id"] == request_id
+        assert int(settled["amount_nano_usd"]) == hold.captured_nano_usd == balance.captured_nano_usd
+        return settled["outcome"], settled["num_completion_tokens"], hold.state, hold.captured_nano_usd, len(rows)
+
+    async def hall_hold(conn: Any) -> str:
+        from sqlalchemy import select
+
+        from tenancy.tables import hold
+
+        return cast(str, await conn.scalar(select(hold.c.id)))
+
+    made: list[Any] = []
+
+    def stage_make(**settings: Any) -> Any:
+        return made.pop()
+
+    for counted, expected in ((True, ("recovered", 3, "captured", 1)), (False, ("expired", 0, "expired", 0))):
+        ends = []
+        for settle in ("reap", "recover"):
+            made.append(stage.make(hold_ttl_s=1))
+            ends.append(runner.run(outcome(settle, counted)))
+        assert ends[0] == ends[1]
+        assert (*ends[0][:3], ends[0][4]) == expected
