@@ -311,6 +311,7 @@ def test_limits_refuse_and_say_when(shared_stage: Stage, runner: asyncio.Runner)
 
 def test_concurrency_has_its_own_code(shared_stage: Stage, runner: asyncio.Runner) -> None:
     hall, worker = shared_stage.make()
+    worker.model = IntegerModel(eos_every=1_000_003)  # no answer ends by itself
 
     async def scenario() -> list[Answer]:
         async with hall.services.database.transaction() as conn:
@@ -334,6 +335,7 @@ def test_spent_credit_is_final_and_held_credit_is_not(shared_stage: Stage, runne
     hall, worker = shared_stage.make(credit_nano_usd=30 * USD, output_pico_usd=10**12)  # one USD a token
 
     async def scenario() -> list[Answer]:
+        worker.model = IntegerModel(eos_every=1_000_003)  # no answer ends by itself
         running = asyncio.Event()
         worker.on_token = lambda *_: running.set()
         worker.scripts.append(Script(delay_s=0.05))
@@ -344,7 +346,6 @@ def test_spent_credit_is_final_and_held_credit_is_not(shared_stage: Stage, runne
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         await hall.settler.drain(5)
-        worker.model = IntegerModel(eos_every=1_000_003)
         last = await hall.chat(max_tokens=100)
         assert last.headers["x-bulkhead-budget"] == f"credit; max_tokens={last.json()['usage']['completion_tokens']}"
         assert last.json()["choices"][0]["finish_reason"] == "length"
