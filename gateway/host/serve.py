@@ -29,6 +29,7 @@ from gateway.host.first_run import FirstRun, first_run
 from gateway.host.folders import Folders, only_server, open_folders
 from gateway.host.housekeeping import Housekeeping
 from gateway.host.https import HttpsServer, https_server
+from gateway.host.memory import return_freed_memory
 from gateway.host.migrate import migrate
 from gateway.host.port import bind
 from gateway.host.recovery import recover
@@ -49,6 +50,7 @@ log = structlog.get_logger(__name__)
 def run_serve(settings: Settings, world: World, console: Console) -> int:
     """Serve until SIGINT or SIGTERM. Raises FolderError, PortError, ModelError and others with one clear line."""
     started_ns = world.monotonic_ns()
+    return_freed_memory()
     folders = open_folders(settings.data_dir)
     with only_server(folders):
         listener = bind(settings.host, settings.port)
