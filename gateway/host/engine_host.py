@@ -4,6 +4,7 @@ A worker is used only after its start is in the outbox: unlogged means unserved.
 """
 
 import asyncio
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from gateway.host.supervisor import Child
 from gateway.settings import Settings
 from gateway.world import World
 
+NEW_COUNTS_S = 1.5
 START_TIMEOUT_S = 180.0  # a cold disk and two busy cores; a warm start takes a few seconds
 
 Body = dict[str, str | int | bool | list[str]]
@@ -57,19 +59,35 @@ class EngineHost:
     async def heartbeat(self) -> None:
         """One audit.heartbeat entry with what the auditor in the worker has counted so far. Nothing while it is down:
         the gap in the log is the statement."""
-        status = self._link.status
-        if status.ready is None or status.stats is None:
-            return
-        counters = status.stats.audit
+        client = self._client
+        if client is not None and not client.closed.is_set():
+            await self._log(*self._counted(client))
+
+    async def last_heartbeat(self) -> None:
+        """A heartbeat with counts that are newer than this call: the worker tells them every second."""
+        client = self._client
+        known = client.stats if client is not None else None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(NEW_COUNTS_S):
+                # The client has no event for it, and this runs once.
+                while client is not None and client.stats is known and not client.closed.is_set():  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+        await self.heartbeat()
+
+    def _counted(self, client: EngineClient) -> list[Entry]:
+        """What the auditor in this client's worker had counted when it was last heard of; at most a second ago."""
+        if client.stats is None:
+            return []
+        counters = client.stats.audit
         body: Body = {
-            "epoch": status.ready.epoch,
+            "epoch": client.ready.epoch,
             "num_steps": counters["num_steps"],
             "num_slots_checked": counters["num_slots_checked"],
             "num_violations": counters["num_violations"],
             "num_self_tests": counters["num_self_tests"],
             "last_self_test_ok": counters["num_self_tests"] > 0 and counters["num_self_tests_failed"] == 0,
         }
-        await self._log(Entry("audit.heartbeat", "", self._world.now_ns(), body))
+        return [Entry("audit.heartbeat", "", self._world.now_ns(), body)]
 
     async def _on_start(self, child: Child) -> None:
         client = await EngineClient.connect(
@@ -94,9 +112,10 @@ class EngineHost:
         if self._client is not None:
             await self._client.close()
         try:
-            await self._log(
-                Entry("worker.lost", "", self._world.now_ns(), {"epoch": epoch, "reason": f"exit code {code}"})
-            )
+            # Without its last counts, a report would show requests that nobody seems to have audited.
+            counted = self._counted(self._client) if self._client is not None else []
+            body: Body = {"epoch": epoch, "reason": f"exit code {code}"}
+            await self._log(*counted, Entry("worker.lost", "", self._world.now_ns(), body))
         except DatabaseUnavailableError as error:
             # The worker's end shows in the log all the same: its heartbeats stop.
             log.error("worker.lost was not logged", error=str(error))
@@ -118,9 +137,10 @@ class EngineHost:
         self._writing.add(task)
         task.add_done_callback(self._writing.discard)
 
-    async def _log(self, entry: Entry) -> None:
+    async def _log(self, *entries: Entry) -> None:
         async with self._database.transaction() as conn:
-            await append(conn, entry, entropy=self._world.entropy)
+            for entry in entries:
+                await append(conn, entry, entropy=self._world.entropy)
 
 
 def worker_config(settings: Settings, folders: Folders) -> dict[str, str | int]:

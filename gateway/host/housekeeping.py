@@ -28,6 +28,7 @@ class Housekeeping:
         self._services = services
         self._folders = folders
         self._keyring = keyring
+        self._engine = engine
         self.loops = (
             Loop("sequencer", settings.checkpoint_interval_ms / 1_000, self.sequence),
             Loop("reaper", REAP_INTERVAL_S, self.reap),
@@ -46,6 +47,7 @@ class Housekeeping:
         for loop in self.loops:
             await loop.stop()
         await Loop("last key uses", 0, self.write_key_uses).run_once()
+        await Loop("last heartbeat", 0, self._engine.last_heartbeat).run_once()
         await Loop("farewell", 0, lambda: self._note("gateway.stopped", {"reason": "asked to stop"})).run_once()
         await self.loops[0].run_once()
 

@@ -1,5 +1,6 @@
 """Things break: every client gets an ending, money adds up, the log verifies, nothing is left running."""
 
+import json
 import os
 import signal
 import socket
@@ -76,6 +77,9 @@ class Stream:
 def test_a_killed_worker_ends_every_stream_and_comes_back(tmp_path: Path, model_dir: Path) -> None:
     with Server(tmp_path / "data", model_dir) as server:
         streams = [Stream(server, ("acme", "globex")[i % 2]) for i in range(8)]
+        warm = {"model": streams[0].body["model"], "prompt": "One, two,", "max_tokens": 8}
+        server.openai("globex").completions.create(**warm)  # type: ignore[call-overload]
+        time.sleep(1.5)  # the worker tells its counts every second; what came later dies with it
         with ThreadPoolExecutor(8) as pool:
             running = [pool.submit(stream.read) for stream in streams]
             wait_until(lambda: all(stream.started for stream in streams), 60, "eight streams running")
@@ -86,9 +90,9 @@ def test_a_killed_worker_ends_every_stream_and_comes_back(tmp_path: Path, model_
             assert '"error"' in stream.lines[-2]
             assert stream.lines[-1] == "data: [DONE]"
         wait_until(lambda: "pending" not in ledger(server), what="settlement")
-        assert ledger(server) == {"captured": 8}
+        assert ledger(server) == {"captured": 9}
         # Whole characters only are sent, so a delta may hold more than one token, never less.
-        for (_, num_tokens, _), stream in zip(charged(server), streams, strict=True):
+        for (_, num_tokens, _), stream in zip(charged(server)[1:], streams, strict=True):
             assert num_tokens >= 1
             assert len(stream.lines) > 3
         wait_until(lambda: is_ready(server), 60, "the worker being back")
@@ -98,6 +102,11 @@ def test_a_killed_worker_ends_every_stream_and_comes_back(tmp_path: Path, model_
         assert answer.usage is not None
         assert answer.usage.completion_tokens == 8
         assert server.stop() == 0
+        logged = server.run("audit", "log", "--kind", "audit.heartbeat").splitlines()
+        beats = [json.loads(line)["body"] for line in logged]
+        audited = {beat["epoch"]: beat["num_steps"] for beat in beats}  # the last one of each worker stays
+        assert len(audited) == 2
+        assert all(num_steps > 0 for num_steps in audited.values())
         server.run("audit", "verify")
 
 
