@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  := 2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all check bench format native native-asan setup setup-dev clean
+.PHONY: help serve test test-all check bench format models native native-asan setup setup-dev clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,10 @@ bench: setup ## Measure the running server: make bench KEY=bk-... (see bulkhead 
 format: setup-dev ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+models: setup-dev ## Try every architecture of transformers and write docs/models.md and the list of what is served
+	$(BIN)/python -m engine.models.conformance --write
+	$(BIN)/ruff format --quiet engine/models/served.py
 
 native: setup ## Build the CPU kernels again, with the C++ compiler's messages
 	$(BIN)/python -m pip install --quiet "setuptools>=75"

@@ -16,7 +16,7 @@ touches it from then on is flagged, until the worker restarts.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ Problem = tuple[str, str]  # rule, detail
 
 
 class Happening(NamedTuple):
-    """An event in the engine; tokens and salt only come with `begin`."""
+    """An event in the engine; tokens, salt and sampling only come with `begin`."""
 
     kind: str
     block_id: int
@@ -42,6 +42,7 @@ class Happening(NamedTuple):
     sequence_id: str
     tokens: tuple[int, ...] = ()
     salt: bytes = b""
+    facts: Any = None
 
 
 @dataclass(slots=True)
@@ -184,7 +185,7 @@ class BlockLedger:
             self.domain_ids[event.domain] = len(self.domain_names)
             self.domain_names.append(event.domain)
         self.sequences[event.sequence_id] = AuditedSequence(
-            event.sequence_id, event.domain, event.salt, list(event.tokens)
+            event.sequence_id, event.domain, event.salt, list(event.tokens), event.facts
         )
         return None
 

@@ -58,6 +58,13 @@ def _count(*names: str, minimum: int = 0) -> tuple[Field, ...]:
     return tuple(Field(name, "int", minimum) for name in names)
 
 
+_BUDGET = (
+    Field("scope_kind", "str", choices=("tenant", "project", "key")),
+    *_text("scope_id"),
+    Field("period", "str", choices=("day", "month", "total")),
+    Field("hard", "bool"),
+)
+
 OUTCOMES = ("captured", "voided", "expired", "recovered")
 
 _ALL = (
@@ -138,13 +145,43 @@ _ALL = (
         (*_text("transfer_id", "memo"), *_count("amount_nano_usd")),
     ),
     Kind(
-        "limits.changed",
+        "credit.refunded",
         1,
-        "A scope's limits were set; -1 stands for no limit.",
+        "Part or all of what a request cost was given back.",
+        (*_text("transfer_id", "request_id", "reason"), *_count("amount_nano_usd")),
+    ),
+    Kind(
+        "credit.adjusted",
+        1,
+        "A tenant's credit was corrected; corrects_id is the transaction that was wrong, or empty.",
+        (
+            *_text("transfer_id", "corrects_id", "reason"),
+            Field("direction", "str", choices=("give", "take")),
+            *_count("amount_nano_usd"),
+        ),
+    ),
+    Kind(
+        "limits.changed",
+        2,
+        "A scope's limits were set; -1 stands for no limit. The weight is a tenant's share of the engine.",
         (
             *_text("scope_kind", "scope_id"),
             *_count("requests_per_minute", "tokens_per_minute", "concurrency_max", minimum=-1),
+            *_count("weight"),
         ),
+    ),
+    Kind(
+        "budget.set",
+        1,
+        "A budget of a tenant, project or key was set or changed.",
+        (*_BUDGET, *_count("limit_nano_usd")),
+    ),
+    Kind("budget.removed", 1, "A budget was removed.", _BUDGET),
+    Kind(
+        "budget.alert",
+        1,
+        "What was used of a budget reached a threshold: once for each threshold, period and limit.",
+        (*_BUDGET, *_count("threshold_percent", "used_nano_usd", "limit_nano_usd", "period_start_ns")),
     ),
     Kind(
         "audit.heartbeat",
@@ -159,7 +196,8 @@ _ALL = (
     Kind(
         "isolation.violation",
         1,
-        "The isolation auditor stopped a step; -1 as block_id stands for no single block.",
+        "The isolation auditor, or as `kernel_ownership` a kernel, stopped a step; "
+        "-1 as block_id stands for no single block.",
         (
             *_text("epoch", "rule", "detail"),
             *_count("step"),

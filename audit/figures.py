@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 GapReason = Literal["no_heartbeat", "self_test_failed", "unrecorded_stop"]
-Verdict = Literal["clean", "clean_with_gaps", "violations", "blind", "no_activity"]
+Verdict = Literal["clean", "clean_with_gaps", "violations", "not_assessed", "blind", "no_activity"]
 
 COVERAGE_KINDS = ("gateway.started", "gateway.stopped", "worker.started", "worker.lost", "audit.heartbeat")
 OUTCOME_NAMES = ("captured", "voided", "expired", "recovered")
@@ -194,7 +194,7 @@ def count_figures(
         coverage,
         incidents,
         access,
-        _verdict(coverage, num_violation_leaves),
+        _verdict(coverage, num_violation_leaves, requests.num_completion_tokens),
     )
 
 
@@ -327,11 +327,13 @@ def _count_coverage(leaves: Iterable[OpenLeaf], scope: Scope, last_entry_ns: int
     return coverage
 
 
-def _verdict(coverage: Coverage, num_violation_leaves: int) -> Verdict:
+def _verdict(coverage: Coverage, num_violation_leaves: int, num_completion_tokens: int) -> Verdict:
     if num_violation_leaves or coverage.num_violations:
         return "violations"
     if not coverage.num_heartbeats:
         return "blind" if coverage.worker_up_ns else "no_activity"
+    if num_completion_tokens and not coverage.num_steps:
+        return "not_assessed"
     if coverage.blind_ns or coverage.num_heartbeats_self_test_failed:
         return "clean_with_gaps"
     return "clean"

@@ -11,7 +11,11 @@ each launch it gets the very arrays that the kernels will get, and compares. Wha
              computed before; tokens beyond those become known here
     writes   the slots are exactly positions kv_len - q_len .. kv_len - 1 through the row's table; their blocks are
              owned and in `writing` state; no slot has two writers
+    sampling what lies in the rows that sample is their own sequences': audit/sampling_rows.py
     shapes   cu_seqlens starts at 0, never falls and ends at len(slot_mapping); one row per sequence
+
+After the launch the tokens that it gave are told, and before they leave the outputs are: each must be what its own
+sequence's row sampled, with counts that follow (audit/released_tokens.py).
 
 Violations from events are returned by the next check_step, before anything can run on them.
 
@@ -44,6 +48,9 @@ from audit.block_ledger import (
     Happening,
     IntArray,
 )
+from audit.released_tokens import Output, output_problems
+from audit.sampling_rows import SampledRow, SamplingFacts, sampling_problems
+from audit.self_test import passes
 from audit.step_arrays import StepArrays, shape_problem
 
 BoolArray = npt.NDArray[np.bool_]
@@ -80,9 +87,13 @@ class IsolationAuditor:
         self._ledger = BlockLedger.empty(num_blocks, block_size)
         self._from_events: list[Violation] = []
         self._written = (_NONE, _NONE, _NONE)
+        self._computed: list[tuple[str, int, list[int]]] = []  # of the step that was checked last
+        self._sampled: list[str] = []  # the sequences that its sampled tokens belong to
         self._counters = {
             "num_steps": 0,
             "num_rows": 0,
+            "num_rows_sampled": 0,
+            "num_outputs": 0,
             "num_slots_checked": 0,
             "num_blocks_checked": 0,
             "num_events": 0,
@@ -107,9 +118,10 @@ class IsolationAuditor:
         sequence_id: str,
         token_ids: Sequence[int] = (),
         cache_salt: bytes = b"",
+        sampling: SamplingFacts | None = None,
     ) -> None:
         """Take note of an event; an illegal one becomes a violation of the next check_step."""
-        event = Happening(kind, block_id, generation, domain, sequence_id, tuple(token_ids), cache_salt)
+        event = Happening(kind, block_id, generation, domain, sequence_id, tuple(token_ids), cache_salt, sampling)
         with self._lock:
             self._take_note(step, event)
 
@@ -137,14 +149,16 @@ class IsolationAuditor:
         kv_lens: Any,
         block_tables: Any,
         slot_mapping: Any,
+        sampled: Sequence[SampledRow] | None = None,
     ) -> list[Violation]:
         """Check one step before its launch; call it once for every launch.
 
         Shapes: token_ids [T], cu_seqlens [R+1], kv_lens [R] (tokens after this step's writes), block_tables [R, B]
         (-1 padded), slot_mapping [T] (block * block_size + offset of each token written), all of integer type.
+        ``sampled``: the rows that sample; None where that is not told.
         The violations name the sequences that must not run. An empty list means that the step may be launched.
         """
-        arrays = StepArrays(sequence_ids, domains, token_ids, cu_seqlens, kv_lens, block_tables, slot_mapping)
+        arrays = StepArrays(sequence_ids, domains, token_ids, cu_seqlens, kv_lens, block_tables, slot_mapping, sampled)
         with self._lock:
             return self._check_step(step, arrays)
 
@@ -160,16 +174,46 @@ class IsolationAuditor:
         distrusted = frozenset(name for violation in found for name in violation.sequence_ids)
         verdict = _check(self._ledger, arrays, distrusted)
         self._written = verdict.written
+        self._computed = verdict.computed
+        self._sampled = [arrays.sequence_ids[one.row] for one in sampled_of(arrays)]
         for name, start, tokens in verdict.computed:
             self._ledger.sequences[name].takes(start, tokens)
         found += verdict.violations
         self._counters["num_steps"] += 1
         self._counters["num_rows"] += len(arrays.sequence_ids)
+        self._counters["num_rows_sampled"] += len(self._sampled)
         self._counters["num_slots_checked"] += int(np.size(arrays.slot_mapping))
         self._counters["num_blocks_checked"] += verdict.num_blocks
         self._counters["num_violations"] += len(found)
         self._counters["last_step"] = step
         return found
+
+    def on_sampled(self, step: int, token_ids: Sequence[int]) -> None:
+        """What the launch of the step that was checked last gave, below 0 where a row's numbers broke."""
+        with self._lock:
+            for name, start, tokens in self._computed:
+                if name in self._ledger.sequences:
+                    self._ledger.sequences[name].launched(start, len(tokens))
+            if len(token_ids) != len(self._sampled):
+                detail = f"step {step}: {len(token_ids)} tokens for {len(self._sampled)} rows that sample"
+                self._from_events.append(Violation("malformed_sampling", tuple(self._sampled), (), -1, detail))
+                return
+            for name, token_id in zip(self._sampled, token_ids, strict=True):
+                if token_id >= 0 and name in self._ledger.sequences:
+                    self._ledger.sequences[name].samples(int(token_id))
+
+    def check_outputs(self, step: int, outputs: Sequence[Output]) -> list[Violation]:
+        """Check a step's outputs before they leave. The violations name the sequences whose outputs must not."""
+        with self._lock:
+            sequences = self._ledger.sequences
+            found = []
+            for name, rule, detail in output_problems(sequences, outputs, self._sampled):
+                domains = (sequences[name].domain,) if name in sequences else ()
+                found.append(Violation(rule, (name,), domains, -1, f"step {step}: {detail}"))
+            self._sampled = []
+            self._counters["num_outputs"] += len(outputs)
+            self._counters["num_violations"] += len(found)
+            return found
 
     def self_test(self) -> bool:
         """Whether the check still sees: on a copy of the ledger a clean row must pass and foreign rows must be flagged.
@@ -178,7 +222,7 @@ class IsolationAuditor:
         """
         with self._lock:
             try:
-                passed = _self_test(self._ledger)
+                passed = passes(self._ledger, _check)
             except Exception:  # an auditor that breaks is blind; whatever broke it
                 passed = False
             self._counters["num_self_tests"] += 1
@@ -192,6 +236,12 @@ class IsolationAuditor:
         same = (self._ledger.generation[ids] == generations) & ~np.isin(self._ledger.state[ids], (FREE, UNREAD))
         self._ledger.filled[ids[same]] = filled[same]
         self._written = (_NONE, _NONE, _NONE)
+
+
+def sampled_of(step: StepArrays) -> Sequence[SampledRow]:
+    """The rows that sample, none where a row is named that is not there."""
+    sampled = step.sampled or ()
+    return sampled if all(0 <= one.row < len(step.sequence_ids) for one in sampled) else ()
 
 
 def _check(ledger: BlockLedger, step: StepArrays, distrusted: frozenset[str] = frozenset()) -> _Verdict:
@@ -267,6 +317,9 @@ def _check(ledger: BlockLedger, step: StepArrays, distrusted: frozenset[str] = f
     rows = list(zip(step.sequence_ids, start.tolist(), tokens, strict=True))
     alien = np.array([not _own_tokens(ledger, *computed) for computed in rows], np.bool_)
     flags.rows(inside & alien, "foreign_tokens", "computes tokens that are not its sequence's")
+    if step.sampled is not None:
+        for one, rule, detail in sampling_problems(ledger.sequences, step, cu.tolist(), kv.tolist()):
+            flags.row(one, rule, detail)
     twice = len(set(step.sequence_ids)) != num_rows
     flags.rows(np.full(num_rows, twice), "duplicate_row", "a sequence has two rows in this step")
 
@@ -299,6 +352,9 @@ class _Flags:
         for row in np.nonzero(mask)[0]:
             self._add(int(row), -1, rule, detail)
 
+    def row(self, row: int, rule: str, detail: str) -> None:
+        self._add(row, -1, rule, detail)
+
     def blocks(self, mask: BoolArray, rows: IntArray, ids: IntArray, rule: str, detail: str) -> None:
         if not mask.any():
             return
@@ -316,54 +372,3 @@ class _Flags:
             if rule in ("foreign_write", "double_writer"):  # the owner's content is at stake too
                 sequences = tuple(dict.fromkeys((*sequences, *owners)))
         self.found.append(Violation(rule, sequences, domains, block_id, f"row {row}: {detail}"))
-
-
-def _self_test(real: BlockLedger) -> bool:
-    """Two synthetic sequences in two domains; one reads its own block, then the other's, then a real tenant's; then the
-    other is given the first one's published block as if it were its own."""
-    ledger, size = real.copy(), real.block_size
-    live = np.nonzero((real.state == WRITING) | (real.state == SEALED))[0]
-    mine, other = [i for i in range(3) if not (len(live) and i == live[0])][:2] if len(real.state) > 2 else (0, 1)
-    tokens = tuple(range(size + 1))
-
-    def event(kind: str, block_id: int, name: str) -> str:
-        generation = int(ledger.generation[block_id]) + (kind == "allocate")
-        owner = f"self-test/{name}"
-        problem = ledger.apply(Happening(kind, block_id, generation, owner, owner, tokens))
-        return problem[0] if problem else ""
-
-    for block_id, name in ((mine, "a"), (other, "b")):
-        ledger.state[block_id], ledger.residue[block_id] = FREE, NOBODY
-        ledger.holders[block_id], ledger.published[block_id] = frozenset(), None
-        if event("begin", block_id, name) or event("allocate", block_id, name):
-            return False
-
-    def rules(table: list[int], kv_len: int, slot: int) -> set[str]:
-        step = StepArrays(
-            ["self-test/a"],
-            ["self-test/a"],
-            np.array([kv_len - 1]),
-            np.array([0, 1]),
-            np.array([kv_len]),
-            np.array([table]),
-            np.array([slot]),
-        )
-        return {violation.kind for violation in _check(ledger, step).violations}
-
-    clean = rules([mine], 1, mine * size)
-    foreign_read = rules([other, mine], size + 1, mine * size)
-    foreign_write = rules([other], 1, other * size)
-    real_read = (
-        rules([int(live[0]), mine], size + 1, mine * size) if len(live) and len(real.state) > 2 else {"foreign_block"}
-    )
-    ledger.filled[mine] = size
-    published = event("seal", mine, "a") == event("publish", mine, "a") == ""
-    foreign_share = event("share", mine, "b")
-    return (
-        not clean
-        and "foreign_block" in foreign_read
-        and {"foreign_block", "foreign_write"} <= foreign_write
-        and "foreign_block" in real_read
-        and published
-        and foreign_share == "foreign_share"
-    )

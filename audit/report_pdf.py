@@ -20,6 +20,7 @@ _VERDICTS = {
     "clean": ("No violation found", "good"),
     "clean_with_gaps": ("No violation found, with blind time", "warn"),
     "violations": ("Violations found", "bad"),
+    "not_assessed": ("Not assessed: answers without counted steps", "bad"),
     "blind": ("Blind: not audited", "bad"),
     "no_activity": ("No activity", "idle"),
 }

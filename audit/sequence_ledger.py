@@ -7,6 +7,7 @@ prompt when the sequence began, and what the steps' arrays computed since. Engin
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +18,17 @@ class AuditedSequence:
     domain: str
     salt: bytes
     tokens: list[int]  # known so far: the prompt, then what was computed
+    facts: Any = None  # audit/sampling_rows.py: how it samples
     blocks: list[int] = field(default_factory=list)  # its block table
+    pending: list[int] = field(default_factory=list)  # sampled and not yet sent
+    num_prompt: int = field(init=False)
+    num_released: int = 0  # tokens sent
+    num_computed: int = 0  # the most tokens that were ever in the cache
+    first_start: int = -1  # where its first launch began: what it found computed
     _digests: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
 
     def digest(self, index: int, block_size: int) -> bytes | None:
         """Of all tokens up to the end of block `index`, with domain and salt; None while they are not all known."""
@@ -34,6 +44,17 @@ class AuditedSequence:
             content = np.array(self.tokens[begin : begin + block_size], np.int64).tobytes()
             self._digests.append(hashlib.blake2b(content + before, digest_size=32).digest())
         return self._digests[index]
+
+    def launched(self, start: int, num_tokens: int) -> None:
+        """A launch computed its tokens from position `start` on."""
+        if self.first_start < 0:
+            self.first_start = start
+        self.num_computed = max(self.num_computed, start + num_tokens)
+
+    def samples(self, token_id: int) -> None:
+        """Its row gave this token: it is the sequence's next, and waits to be sent."""
+        self.tokens.append(token_id)
+        self.pending.append(token_id)
 
     def takes(self, start: int, tokens: list[int]) -> bool:
         """Whether `tokens` from position `start` on are its own; tokens beyond the known ones become known."""

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from audit.sampling_rows import SampledRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,7 @@ class StepArrays:
     kv_lens: Any
     block_tables: Any
     slot_mapping: Any
+    sampled: "Sequence[SampledRow] | None" = None  # None: how rows sample is not told, and not checked
 
 
 def shape_problem(step: StepArrays) -> str | None:

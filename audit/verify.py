@@ -74,7 +74,18 @@ KINDS: dict[str, dict[int, str]] = {
         "effective_from_ns:d"
     },
     "credit.granted": {1: "transfer_id:s memo:s amount_nano_usd:d"},
-    "limits.changed": {1: "scope_kind:s scope_id:s requests_per_minute:i tokens_per_minute:i concurrency_max:i"},
+    "credit.refunded": {1: "transfer_id:s request_id:s reason:s amount_nano_usd:d"},
+    "credit.adjusted": {1: "transfer_id:s corrects_id:s reason:s direction:s amount_nano_usd:d"},
+    "limits.changed": {
+        1: "scope_kind:s scope_id:s requests_per_minute:i tokens_per_minute:i concurrency_max:i",
+        2: "scope_kind:s scope_id:s requests_per_minute:i tokens_per_minute:i concurrency_max:i weight:i",
+    },
+    "budget.set": {1: "scope_kind:s scope_id:s period:s hard:b limit_nano_usd:d"},
+    "budget.removed": {1: "scope_kind:s scope_id:s period:s hard:b"},
+    "budget.alert": {
+        1: "scope_kind:s scope_id:s period:s hard:b threshold_percent:i used_nano_usd:d limit_nano_usd:d "
+        "period_start_ns:d"
+    },
     "audit.heartbeat": {
         1: "epoch:s num_steps:i num_slots_checked:i num_violations:i num_self_tests:i last_self_test_ok:b"
     },
@@ -558,7 +569,9 @@ def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any]) -> dict[str, An
                 ("limits_changed", "limits.changed"),
             )
         },
-        "verdict": _verdict(coverage, incidents, by_kind.get("isolation.violation", 0)),
+        "verdict": _verdict(
+            coverage, incidents, by_kind.get("isolation.violation", 0), totals["num_completion_tokens"]
+        ),
     }
 
 
@@ -628,11 +641,15 @@ def _count_coverage(leaves: Sequence[Leaf], since: int, until: int, gap_max: int
     }
 
 
-def _verdict(coverage: dict[str, Any], incidents: list[Any], num_violation_leaves: int) -> str:
+def _verdict(
+    coverage: dict[str, Any], incidents: list[Any], num_violation_leaves: int, num_completion_tokens: int
+) -> str:
     if incidents or num_violation_leaves or coverage["num_violations"]:
         return "violations"
     if not coverage["num_heartbeats"]:
         return "blind" if int(coverage["worker_up_ns"]) else "no_activity"
+    if num_completion_tokens > 0 and coverage["num_steps"] == 0:
+        return "not_assessed"
     if int(coverage["blind_ns"]) or coverage["num_heartbeats_self_test_failed"]:
         return "clean_with_gaps"
     return "clean"

@@ -84,6 +84,12 @@ def result(figures: Figures, scope: Scope) -> str:
                 f"{checked}, and found {found:,} {_plural('violation', found)} of isolation, listed below as logged."
             )
             verdict += f" {blind}" if coverage.blind_ns else ""
+        case "not_assessed":
+            verdict = (
+                "Answers were settled, but the isolation auditor counted no engine step: their steps ran outside "
+                "of the period, or were lost with a worker before its auditor was heard. "
+                "This report says nothing about isolation in this period."
+            )
         case "blind":
             verdict = (
                 f"The engine ran for {seconds(coverage.worker_up_ns)}, but the isolation auditor was not heard: this "

@@ -14,17 +14,20 @@
                               any --quarantine--> quarantined (for good)
 
 A published block that nobody reads any more is free like any other: it keeps its content and its owner's name and can
-be shared again until it is taken for something else, which ends its publication first. The free list is in the order
-of taking: blocks without a publication first, then published ones, the longest unread first.
+be shared again until it is taken for something else, which ends its publication first. Free blocks without a
+publication are taken first, then published ones, the longest unread first, as far as engine/cache_shares.py lets them
+go. A domain that caches more than its ceiling loses its own longest unread ones.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from engine.cache_shares import CacheShares
 from engine.errors import OutOfBlocksError
 from engine.events import EngineEvent, EventKind
-from engine.free_list import FreeList
+from engine.free_list import FreeLists
 from engine.prefix_index import Prefix, PrefixIndex
 
 
@@ -48,19 +51,30 @@ class Block:
     num_references: int = 0
     state: BlockState = BlockState.FREE
     fence_step: int = 0
+    unread_since: int = 0  # a count of blocks put by, while published and free
 
 
 class BlockPool:
     """``scrub`` zeroes the content of blocks; ``on_event`` hears of every change, in order."""
 
     def __init__(
-        self, num_blocks: int, *, scrub: Callable[[list[int]], None], on_event: Callable[[EngineEvent], None]
+        self,
+        num_blocks: int,
+        *,
+        scrub: Callable[[list[int]], None],
+        on_event: Callable[[EngineEvent], None],
+        shares: CacheShares | None = None,
     ) -> None:
         assert num_blocks > 0
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         self.step = 0  # the step that is being put together or executed; names events
         self.num_by_domain: dict[str, int] = {}  # blocks in use; one that several sequences read counts once
-        self._free = FreeList(num_blocks)
+        self.num_scrubbed = 0
+        self.num_usable = num_blocks  # blocks that a sequence could ever get: all but the quarantined
+        self.shares = shares or CacheShares()
+        self._free = FreeLists(num_blocks)  # list "": unpublished; the others: what each domain has cached
+        self._num_put_by = 0
+        self._available: dict[str, int] = {}  # remembered until something changes
         self._published = PrefixIndex()
         self._fenced: list[int] = []
         self._launched_step = 0
@@ -78,13 +92,50 @@ class BlockPool:
         return len(self._free)
 
     @property
+    def num_cached_by_domain(self) -> dict[str, int]:
+        """Published blocks that nobody reads."""
+        return {domain: num for domain, num in self._free.lengths.items() if domain}
+
+    @property
+    def num_promised(self) -> int:
+        """Blocks that a sequence can get at the most, whatever others have cached."""
+        return self.num_usable - self.shares.num_reserved(self.num_usable)
+
+    def floor(self, domain: str) -> int:
+        """Cached blocks of each other domain that stay when ``domain`` allocates."""
+        if not self.shares.floor_percent:
+            return 0
+        holders = self.num_by_domain.keys() | self.num_cached_by_domain.keys() | {domain}
+        return self.shares.floor(self.num_usable, len(holders))
+
+    def num_available(self, domain: str) -> int:
+        """Blocks that ``domain`` can have now: free ones, less those that the floors of others keep."""
+        if not self.shares.floor_percent:
+            return len(self._free)
+        if domain not in self._available:
+            floor = self.floor(domain)
+            kept = sum(min(num, floor) for other, num in self.num_cached_by_domain.items() if other != domain)
+            self._available[domain] = len(self._free) - kept
+        return self._available[domain]
+
+    def num_unread(self, block_ids: Sequence[int]) -> int:
+        """How many of these published blocks nobody reads."""
+        return sum(block_id in self._free for block_id in block_ids)
+
+    def num_attainable(self, domain: str, block_ids: Sequence[int]) -> int:
+        """Blocks that ``domain`` can have for certain once these references are let go; a block with several is named
+        as often."""
+        counts = Counter(block_ids)
+        released = sum(self.blocks[block_id].num_references == num for block_id, num in counts.items())
+        return len(self._free) + released - self.shares.num_reserved(self.num_usable)
+
+    @property
     def num_published(self) -> int:
         return len(self._published)
 
-    @property
-    def num_usable(self) -> int:
-        """Blocks that a sequence could ever get: all but the quarantined."""
-        return sum(block.state is not BlockState.QUARANTINED for block in self.blocks)
+    def knows(self, key: bytes) -> bool:
+        """Whether a find of this key can succeed at all."""
+        return self._published.knows(key)
 
     def find(self, prefix: Prefix) -> int | None:
         """A block that holds this prefix and can be shared now."""
@@ -96,16 +147,19 @@ class BlockPool:
     def allocate(self, num_blocks: int, *, domain: str, sequence_id: str, shared: Sequence[int] = ()) -> list[int]:
         """A sequence's next blocks: the published blocks ``shared``, then ``num_blocks`` free ones for ``domain``.
         Raises OutOfBlocksError, having changed nothing."""
-        num_free = len(self._free) - sum(block_id in self._free for block_id in shared)
-        if num_blocks > num_free:
-            raise OutOfBlocksError(f"{num_blocks} blocks wanted, {num_free} free")
+        num_available = self.num_available(domain) - self.num_unread(shared)
+        if num_blocks > num_available:
+            raise OutOfBlocksError(f"{num_blocks} blocks wanted, {num_available} to be had")
+        floor = self.floor(domain)
+        self._available.clear()
         for block_id in shared:
             self._share(self.blocks[block_id], domain, sequence_id)
-        taken = [self.blocks[self._free.pop_first()] for _ in range(num_blocks)]
+        taken = [self._take(domain, floor) for _ in range(num_blocks)]
         self.forget([block.block_id for block in taken])
         dirty = [block for block in taken if block.content_domain not in ("", domain)]
         if dirty:
             self._scrub([block.block_id for block in dirty])
+            self.num_scrubbed += len(dirty)
             for block in dirty:
                 block.content_domain = ""
                 self._emit("scrub", block, domain="", sequence_id="")
@@ -138,6 +192,10 @@ class BlockPool:
         for block_id in block_ids:
             if self._published.drop(block_id):
                 block = self.blocks[block_id]
+                if block_id in self._free:
+                    self._free.remove(block_id)
+                    self._free.push_first(block_id)
+                    self._available.clear()
                 self._emit("evict", block, domain=block.content_domain, sequence_id="")
 
     def forget_domains(self, domains: Sequence[str]) -> None:
@@ -171,7 +229,9 @@ class BlockPool:
                 self._free.remove(block_id)
             if block.state is BlockState.FENCED:
                 self._fenced.remove(block_id)
+            self.num_usable -= block.state is not BlockState.QUARANTINED
             block.state = BlockState.QUARANTINED
+        self._available.clear()
 
     def launched(self, step: int) -> None:
         """A step that may touch blocks is under way: whatever is released now waits until it is done."""
@@ -191,10 +251,31 @@ class BlockPool:
                 continue
             block.state = BlockState.FREE
             if block_id in self._published:
-                self._free.push_last(block_id)
+                self._put_by(block)
             else:
                 self._free.push_first(block_id)
         self._fenced = waiting
+        self._available.clear()
+
+    def _put_by(self, block: Block) -> None:
+        """Nobody reads this published block any more: it is cached, within its domain's ceiling."""
+        self._num_put_by += 1
+        block.unread_since = self._num_put_by
+        domain = block.content_domain
+        self._free.push_last(block.block_id, domain)
+        if self._free.lengths[domain] > self.shares.ceiling(self.num_usable):
+            self.forget([self._free.first_of(domain)])
+
+    def _take(self, domain: str, floor: int) -> Block:
+        """The next free block for ``domain``: an unpublished one, or else the longest unread that may go."""
+        lengths = self._free.lengths
+        if lengths[""]:
+            block_id = self._free.first_of("")
+        else:
+            owners = (owner for owner, num in lengths.items() if owner and (owner == domain or num > floor))
+            block_id = min(map(self._free.first_of, owners), key=lambda oldest: self.blocks[oldest].unread_since)
+        self._free.remove(block_id)
+        return self.blocks[block_id]
 
     def _share(self, block: Block, domain: str, sequence_id: str) -> None:
         assert block.block_id in self._published, f"block {block.block_id} is not published"

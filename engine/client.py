@@ -85,6 +85,8 @@ def merge(first: TokenOutput, second: TokenOutput) -> TokenOutput:
         num_completion_tokens=second.num_completion_tokens,
         finish_reason=second.finish_reason,
         error=second.error,
+        logprobs=first.logprobs + second.logprobs,
+        prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
     )
 
 

@@ -8,6 +8,7 @@ from engine.errors import ConfigError
 
 DTYPES = ("bfloat16", "float32")
 KERNELS = ("auto", "torch", "portable", "avx2", "avx512")
+PRODUCTS = ("auto", "own", "onednn")
 
 
 def default_num_threads() -> int:
@@ -30,24 +31,40 @@ class WorkerConfig:
     num_threads: int = 0
     dtype: str = "bfloat16"
     kernels: str = "auto"  # kernels/backend.py: auto, torch, or an instruction set of the native library
+    products: str = "auto"  # whose matrix products the native kernels use: kernels/cpu/backend.py
     max_waiting: int = 256  # further submits are refused with "busy"
     scheduling: str = "fair"  # engine/order.py
+    wait_max_tokens: int = 65_536  # served to everybody while one starves: engine/rescue.py
     prefix_cache: bool = True  # share computed blocks between sequences of one domain that begin alike
+    cache_floor_percent: int = 10  # of the blocks, for all domains' floors together: engine/cache_shares.py
+    cache_ceiling_percent: int = 100  # of the blocks, for each domain's cached ones
     drain_timeout_ms: int = 10_000  # after SIGTERM
     num_failures_max: int = 3  # failed steps in a row before the worker gives up
 
     def __post_init__(self) -> None:
-        for name in ("max_batched_tokens", "max_num_seqs", "block_size", "kv_cache_bytes", "num_failures_max"):
+        for name in (
+            "max_batched_tokens",
+            "max_num_seqs",
+            "block_size",
+            "kv_cache_bytes",
+            "wait_max_tokens",
+            "num_failures_max",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")
         for name in ("num_blocks", "num_threads", "max_waiting", "drain_timeout_ms"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or greater, not {getattr(self, name)}")
+        if not 0 <= self.cache_floor_percent <= 50:
+            raise ConfigError(f"cache_floor_percent must be between 0 and 50, not {self.cache_floor_percent}")
+        if not 1 <= self.cache_ceiling_percent <= 100:
+            raise ConfigError(f"cache_ceiling_percent must be between 1 and 100, not {self.cache_ceiling_percent}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-
         if self.kernels not in KERNELS:
             raise ConfigError(f"kernels must be one of {', '.join(KERNELS)}, not {self.kernels!r}")
+        if self.products not in PRODUCTS:
+            raise ConfigError(f"products must be one of {', '.join(PRODUCTS)}, not {self.products!r}")
 
     @property
     def effective_num_threads(self) -> int:

@@ -1,14 +1,18 @@
 """Turn a GGUF file of the Llama family into the plain model folder that the engine reads. Run once, as its own process.
 
-    python -m engine.convert model.gguf OUT_DIR
+    python -m engine.convert model.gguf OUT_DIR [TOKENIZER_DIR]
 
-Weights are dequantised to bfloat16 by the `gguf` library; llama.cpp's row permutation of q and k is undone. The
-tokenizer and chat template come through transformers' GGUF reader. The folder holds model.safetensors, config.json,
-tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json, and appears whole or not at
-all: everything is written beside it first and renamed at the end.
+Weights are dequantised to bfloat16 by the `gguf` library; llama.cpp's row permutation of q and k, which it makes for
+its architecture "llama" only, is undone. The folder holds model.safetensors, config.json, tokenizer.json,
+tokenizer_config.json, chat_template.jinja and generation_config.json, and appears whole or not at all: everything is
+written beside it first and renamed at the end.
 
-transformers' own way (`gguf_file=`) gives the same bits, which was checked, but wants a further package (accelerate)
-for it.
+The tokenizer and chat template come through transformers' GGUF reader where its way of cutting text into words is one
+that was checked (TOKENIZERS): a GGUF file names that way and does not hold it. For every other file they are taken
+from TOKENIZER_DIR, the model's own folder.
+
+transformers' own way to the weights (`gguf_file=`) gives the same bits, which was checked, but wants a further package
+(accelerate) for it.
 """
 
 import json
@@ -32,6 +36,11 @@ TENSOR_NAMES = {
     "attn_q.weight": "self_attn.q_proj.weight",
     "attn_k.weight": "self_attn.k_proj.weight",
     "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_q.bias": "self_attn.q_proj.bias",
+    "attn_k.bias": "self_attn.k_proj.bias",
+    "attn_v.bias": "self_attn.v_proj.bias",
+    "attn_q_norm.weight": "self_attn.q_norm.weight",
+    "attn_k_norm.weight": "self_attn.k_norm.weight",
     "attn_output.weight": "self_attn.o_proj.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
     "ffn_gate.weight": "mlp.gate_proj.weight",
@@ -40,11 +49,16 @@ TENSOR_NAMES = {
 }
 
 
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+TOKENIZERS = (("gpt2", "smollm"), ("gpt2", "qwen2"))  # tokenizer.ggml.model and .pre
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
 class ConvertError(Exception):
     """The GGUF file cannot be converted; the message says which file and why."""
 
 
-def convert(gguf_path: Path, out_dir: Path) -> None:
+def convert(gguf_path: Path, out_dir: Path, tokenizer_dir: Path | None = None) -> None:
     """Write the model folder ``out_dir``. Raises ConvertError; never leaves a half-written ``out_dir`` behind."""
     if not gguf_path.is_file():
         raise ConvertError(f"there is no GGUF file at {gguf_path}")
@@ -54,7 +68,10 @@ def convert(gguf_path: Path, out_dir: Path) -> None:
     work_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
         _write_weights(gguf_path, work_dir)
-        _write_tokenizer(gguf_path, work_dir)
+        if tokenizer_dir is None:
+            _write_tokenizer(gguf_path, work_dir)
+        else:
+            _copy_tokenizer(tokenizer_dir, work_dir)
         missing = [name for name in REQUIRED_FILES if not (work_dir / name).is_file()]
         if missing:
             raise ConvertError(f"converting {gguf_path} gave no {', '.join(missing)}")
@@ -95,9 +112,10 @@ def _write_weights(gguf_path: Path, work_dir: Path) -> None:
         if name is None:
             raise ConvertError(f"{gguf_path} has a tensor that this converter does not know: {tensor.name}")
         array = dequantize(tensor.data, tensor.tensor_type)
-        if "q_proj" in name:
+        permuted = config["model_type"] in ("llama", "mistral")
+        if permuted and "q_proj.weight" in name:
             array = undo_permutation(array, config["num_attention_heads"])
-        elif "k_proj" in name:
+        elif permuted and "k_proj.weight" in name:
             array = undo_permutation(array, config["num_key_value_heads"])
         weights[name] = torch.from_numpy(np.array(array, order="C")).to(torch.bfloat16)
     save_file(weights, str(work_dir / "model.safetensors"), metadata={"format": "pt"})
@@ -116,37 +134,76 @@ def _tensor_name(gguf_name: str) -> str | None:
 
 def _config(gguf_path: Path, meta: dict[str, Any], reader: Any) -> dict[str, Any]:
     """config.json of the LlamaForCausalLM that the file holds."""
-    if meta.get("general.architecture") != "llama":
-        raise ConvertError(f"{gguf_path} holds {meta.get('general.architecture')!r}: only 'llama' can be converted")
-    if any(name.startswith("llama.rope.scaling") for name in meta):
-        raise ConvertError(f"{gguf_path} uses rope scaling, which this converter does not carry over")
-    num_heads = int(meta["llama.attention.head_count"])
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": int(meta["llama.embedding_length"]),
-        "intermediate_size": int(meta["llama.feed_forward_length"]),
-        "num_hidden_layers": int(meta["llama.block_count"]),
+    arch = str(meta.get("general.architecture"))
+    if arch not in ARCHITECTURES:
+        raise ConvertError(f"{gguf_path} holds {arch!r}: only {', '.join(ARCHITECTURES)} can be converted")
+    if any(name.startswith(f"{arch}.rope.scaling") for name in meta) or _has(reader, "rope_freqs.weight"):
+        raise ConvertError(f"{gguf_path} stretches its rope, which this converter does not carry over")
+    num_heads = int(meta[f"{arch}.attention.head_count"])
+    hidden_size = int(meta[f"{arch}.embedding_length"])
+    rotated = int(meta.get(f"{arch}.rope.dimension_count", hidden_size // num_heads))
+    head_size = int(meta.get(f"{arch}.attention.key_length", rotated))
+    if rotated != head_size and f"{arch}.rope.dimension_count" in meta:
+        raise ConvertError(f"{gguf_path} rotates {rotated} of {head_size} elements of a head: not supported")
+    eos = int(meta["tokenizer.ggml.eos_token_id"])
+    config = {
+        "architectures": [ARCHITECTURES[arch]],
+        "model_type": arch,
+        "hidden_size": hidden_size,
+        "intermediate_size": int(meta[f"{arch}.feed_forward_length"]),
+        "num_hidden_layers": int(meta[f"{arch}.block_count"]),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": int(meta.get("llama.attention.head_count_kv", num_heads)),
-        "head_dim": int(meta.get("llama.rope.dimension_count", meta["llama.embedding_length"] // num_heads)),
-        "vocab_size": int(meta.get("llama.vocab_size", len(meta["tokenizer.ggml.tokens"]))),
-        "max_position_embeddings": int(meta["llama.context_length"]),
-        "rms_norm_eps": float(meta["llama.attention.layer_norm_rms_epsilon"]),
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(meta.get("llama.rope.freq_base", 10_000.0))},
+        "num_key_value_heads": int(meta.get(f"{arch}.attention.head_count_kv", num_heads)),
+        "head_dim": head_size,
+        "vocab_size": _num_rows(reader, "token_embd.weight"),  # padded in some models: more than there are tokens
+        "max_position_embeddings": int(meta[f"{arch}.context_length"]),
+        "rms_norm_eps": float(meta[f"{arch}.attention.layer_norm_rms_epsilon"]),
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(meta.get(f"{arch}.rope.freq_base", 10_000.0))},
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in reader.tensors),
-        "bos_token_id": int(meta["tokenizer.ggml.bos_token_id"]),
-        "eos_token_id": int(meta["tokenizer.ggml.eos_token_id"]),
-        "pad_token_id": int(meta.get("tokenizer.ggml.padding_token_id", meta["tokenizer.ggml.eos_token_id"])),
+        "tie_word_embeddings": not _has(reader, "output.weight"),
+        "bos_token_id": int(meta.get("tokenizer.ggml.bos_token_id", eos)),
+        "eos_token_id": eos,
+        "pad_token_id": int(meta.get("tokenizer.ggml.padding_token_id", eos)),
         "dtype": "bfloat16",
         "gguf_pre_tokenizer": str(meta.get("tokenizer.ggml.pre", "default")),
+        "gguf_tokenizer": str(meta.get("tokenizer.ggml.model")),
     }
+    if window := int(meta.get(f"{arch}.attention.sliding_window", 0)):
+        if arch != "llama":
+            raise ConvertError(f"{gguf_path} has a sliding window, which GGUF does not say the layers of")
+        config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    return config
+
+
+def _has(reader: Any, name: str) -> bool:
+    return any(tensor.name == name for tensor in reader.tensors)
+
+
+def _num_rows(reader: Any, name: str) -> int:
+    for tensor in reader.tensors:
+        if tensor.name == name:
+            return int(tensor.shape[-1])  # GGUF counts dimensions from the inside
+    raise ConvertError(f"the file has no {name}")
+
+
+def _copy_tokenizer(tokenizer_dir: Path, work_dir: Path) -> None:
+    if not (tokenizer_dir / "tokenizer.json").is_file():
+        raise ConvertError(f"there is no tokenizer.json in {tokenizer_dir}")
+    for name in TOKENIZER_FILES:
+        if (tokenizer_dir / name).is_file():
+            shutil.copyfile(tokenizer_dir / name, work_dir / name)
 
 
 def _write_tokenizer(gguf_path: Path, work_dir: Path) -> None:
+    config = json.loads((work_dir / "config.json").read_text(encoding="utf-8"))
+    kind = (config["gguf_tokenizer"], config["gguf_pre_tokenizer"])
+    if kind not in TOKENIZERS:
+        raise ConvertError(
+            f"{gguf_path} has a tokenizer {'/'.join(kind)}, which was not checked: name the folder with the model's own"
+            " tokenizer.json (bulkhead model convert --tokenizer FOLDER)"
+        )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoTokenizer
 
@@ -154,7 +211,6 @@ def _write_tokenizer(gguf_path: Path, work_dir: Path) -> None:
         AutoTokenizer.from_pretrained(str(gguf_path.parent), gguf_file=gguf_path.name).save_pretrained(work_dir)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise ConvertError(f"cannot read the tokenizer of {gguf_path}: {error}") from error
-    config = json.loads((work_dir / "config.json").read_text(encoding="utf-8"))
     path = work_dir / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     split_digits(tokenizer, config["gguf_pre_tokenizer"])
@@ -170,11 +226,11 @@ def split_digits(tokenizer: dict[str, Any], pre: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) != 2:
-        print("usage: python -m engine.convert GGUF OUT_DIR", file=sys.stderr)
+    if len(argv) not in (2, 3):
+        print("usage: python -m engine.convert GGUF OUT_DIR [TOKENIZER_DIR]", file=sys.stderr)
         return 2
     try:
-        convert(Path(argv[0]), Path(argv[1]))
+        convert(*(Path(argument) for argument in argv))
     except (ConvertError, OSError) as error:
         print(f"engine.convert: {error}", file=sys.stderr)
         return 1

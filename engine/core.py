@@ -9,26 +9,41 @@ One step, numbered here and marked below:
 4. launch      the model computes; blocks released from now on wait behind the fence
 5. update      counters move, full blocks are sealed and published, new tokens are appended and turned into text
 6. finish      stop, length or error; blocks and rows go back
+7. release     the observer sees every output; what is not its sequence's own does not leave
 
-A launch that raises costs its sequences their lives (`engine_failure`), not the engine: its blocks are released, the
-next step starts clean. `num_failures_in_a_row` tells the worker when to give up.
+A kernel that refuses a block did so because steps 1 to 3 failed: whoever asked is punished as if the observer had named
+it (`kernel_ownership`), and what is left is built, shown and launched again. Any other launch that raises costs its
+sequences their lives (`engine_failure`), not the engine: its blocks are released, the next step starts clean.
+`num_failures_in_a_row` tells the worker when to give up.
 """
 
 import traceback
 from collections.abc import Callable
 from collections.abc import Sequence as Line
 from dataclasses import dataclass, field
+from itertools import chain
 
-from engine import order, sampler
-from engine.batch import Batch, build_batch
+from msgspec.structs import replace
+
+from engine import order
+from engine.answer import Answer, Piece
+from engine.batch import Batch, build_batch, refused
 from engine.block_pool import BlockPool
-from engine.detokenizer import IncrementalDetokenizer
+from engine.cache_shares import CacheShares
+from engine.contamination import contaminated
+from engine.endings import refusal, with_endings
 from engine.events import EngineEvent, Observer, Violation
+from engine.matcher import Matcher
 from engine.model_runner import Runner
 from engine.prefix_key import root_key
-from engine.protocol import Incident, Stats, Submit, TokenOutput
-from engine.scheduler import ScheduledRow, Scheduler
+from engine.protocol import Incident, Stats, Submit, TokenLogprob, TokenOutput
+from engine.row import Row
+from engine.sampler import NOT_FINITE, Picks
+from engine.schedule import ScheduledRow
+from engine.scheduler import Scheduler
 from engine.sequence import Event, Sequence
+from engine.tiers import TIERS
+from kernels.backend import OwnershipError
 
 
 @dataclass(slots=True)
@@ -40,7 +55,8 @@ class StepResult:
 
 class EngineCore:
     """``decode`` turns token ids into text; ``vocab_size`` bounds the ids that a prompt may hold; ``model_digest`` is
-    part of every name in the prefix cache."""
+    part of every name in the prefix cache; ``matchers`` makes what keeps an answer in a form (None: no form is
+    served)."""
 
     def __init__(
         self,
@@ -55,8 +71,12 @@ class EngineCore:
         max_waiting: int,
         observer: Observer,
         scheduling: str = "fair",
+        wait_max_tokens: int = order.WAIT_MAX_TOKENS,
         prefix_cache: bool = True,
+        cache_floor_percent: int = 0,
+        cache_ceiling_percent: int = 100,
         model_digest: str = "",
+        matchers: Callable[[str], Matcher] | None = None,
     ) -> None:
         self.step_number = 0
         self.num_failures_in_a_row = 0
@@ -69,7 +89,8 @@ class EngineCore:
         self._prefix_cache = prefix_cache
         self._model_digest = model_digest
         self._events: list[EngineEvent] = []
-        self.pool = BlockPool(runner.num_blocks, scrub=runner.scrub, on_event=self._events.append)
+        shares = CacheShares(cache_floor_percent, cache_ceiling_percent, -(-context_max // runner.block_size))
+        self.pool = BlockPool(runner.num_blocks, scrub=runner.scrub, on_event=self._events.append, shares=shares)
         self.scheduler = Scheduler(
             self.pool,
             block_size=runner.block_size,
@@ -78,12 +99,18 @@ class EngineCore:
             context_max=context_max,
             policy=order.POLICIES[scheduling],
             prefix_cache=prefix_cache,
+            wait_max_tokens=wait_max_tokens,
         )
         self._sequences: dict[str, Sequence] = {}
-        self._detokenizers: dict[str, IncrementalDetokenizer] = {}
+        self._answers: dict[str, Answer] = {}
+        self._matchers = matchers
+        self._rows: dict[str, Row] = {}  # of those that run
         self._num_arrived = 0
         self._num_prompt_tokens = 0
         self._num_completion_tokens = 0
+        self._num_batch_tokens = 0
+        self._num_batch_rows = 0
+        self._max_num_seqs = max_num_seqs
 
     @property
     def has_work(self) -> bool:
@@ -93,11 +120,13 @@ class EngineCore:
         """Take a sequence in. Returns its ending where it is refused: invalid_input, busy or too_long; nothing was
         done then."""
         invalid = not submit.prompt_token_ids or any(
-            not 0 <= token_id < self._vocab_size for token_id in submit.prompt_token_ids
+            not 0 <= token_id < self._vocab_size
+            for token_id in chain(submit.prompt_token_ids, submit.sampling.named_token_ids)
         )
-        if invalid or submit.sequence_id in self._sequences:
+        invalid = invalid or bool(submit.sampling.grammar and self._matchers is None)
+        if invalid or submit.sequence_id in self._sequences or submit.priority not in TIERS.values():
             return refusal(submit.sequence_id, "invalid_input")
-        if len(self.scheduler.waiting) >= self._max_waiting:
+        if self.scheduler.num_waiting_from(submit.priority) >= self._max_waiting:
             return refusal(submit.sequence_id, "busy")
         sequence = Sequence(
             sequence_id=submit.sequence_id,
@@ -106,7 +135,7 @@ class EngineCore:
             token_ids=list(submit.prompt_token_ids),
             sampling=submit.sampling,
             arrival=self._num_arrived,
-            priority=submit.priority,
+            tier=submit.priority,
             weight=submit.weight,
             root_key=root_key(domain=submit.domain, cache_salt=submit.cache_salt, model_digest=self._model_digest),
         )
@@ -114,7 +143,7 @@ class EngineCore:
             return refusal(submit.sequence_id, "too_long")
         self._num_arrived += 1
         self._sequences[sequence.sequence_id] = sequence
-        self._detokenizers[sequence.sequence_id] = IncrementalDetokenizer(self._decode, submit.sampling.stop)
+        self._answers[sequence.sequence_id] = Answer(self._decode, submit.sampling)
         self.scheduler.add(sequence)
         self._events.append(
             EngineEvent(
@@ -126,6 +155,7 @@ class EngineCore:
                 submit.sequence_id,
                 tuple(submit.prompt_token_ids),
                 submit.cache_salt,
+                submit.sampling,
             )
         )
         return None
@@ -157,29 +187,38 @@ class EngineCore:
         plan = self.scheduler.schedule()  # 1
         result.outputs += [self._finish(sequence) for sequence in plan.too_long]
         for sequence in plan.admitted:
-            self._runner.set_row(sequence.row, sequence.sampling)
+            self._runner.set_row(sequence.row, self._row_of(sequence))
         rows = plan.rows
         try:
-            batch = self._audited_batch(rows, result)  # 2, 3
-            rows = [row for row in rows if not row.sequence.finished]
-            tokens = None
-            if batch is not None:
+            picks = None
+            while (batch := self._audited_batch(rows, result)) is not None:  # 2, 3
+                rows = [row for row in rows if not row.sequence.finished]
                 self.pool.launched(self.step_number)
-                tokens = self._runner.execute(batch).tolist()  # 4
+                try:
+                    picks = self._runner.execute(batch)  # 4
+                    self._observer.after_launch(self.step_number, picks.token_ids)
+                    break
+                except OwnershipError as refusal:
+                    self._punish([refused(refusal, batch)], rows, result)
+                    rows = [row for row in rows if not row.sequence.finished]
         except Exception:  # whatever it was, these sequences cannot be trusted any more
             result.failure = traceback.format_exc()
             self.num_failures_in_a_row += 1
             result.outputs += self._fail_rows(rows)
         else:
-            if batch is not None and tokens is not None:
+            if batch is not None and picks is not None:
                 self.num_failures_in_a_row = 0
-                result.outputs += self._update(rows, batch, tokens)  # 5, 6
+                self._num_batch_tokens += len(batch.token_ids)
+                self._num_batch_rows += len(rows)
+                result.outputs += self._update(rows, batch, picks)  # 5, 6
         finally:
             self.pool.completed(self.step_number)
+        self._withhold(result)  # 7
         self._show_events()
         return result
 
     def stats(self) -> Stats:
+        num_slots = sum(self.pool.num_by_domain.values()) * self._runner.block_size
         return Stats(
             step=self.step_number,
             num_running=len(self.scheduler.running),
@@ -191,13 +230,21 @@ class EngineCore:
             num_completion_tokens=self._num_completion_tokens,
             num_preemptions=self.scheduler.num_preemptions,
             audit=self._observer.counters(),
+            num_batch_tokens=self._num_batch_tokens,
+            num_batch_rows=self._num_batch_rows,
+            num_rows_max=self._max_num_seqs,
+            num_slots_held=num_slots,
+            num_slots_filled=num_slots - self.scheduler.num_slots_empty(),
+            num_blocks_scrubbed=self.pool.num_scrubbed,
+            num_preemptions_kept=self.scheduler.num_preemptions_kept,
+            num_rescued=self.scheduler.rescue.num_rescued,
         )
 
     def _audited_batch(self, rows: Line[ScheduledRow], result: StepResult) -> Batch | None:
         """Arrays that the observer has nothing to say against, or None where no row is left."""
         self._show_events()
         while rows:
-            batch = build_batch(self.step_number, rows, self._runner.block_size)
+            batch = build_batch(self.step_number, rows, self._runner.block_size, self._runner.state_of)
             violations = self._observer.before_launch(batch.evidence)
             if not violations:
                 return batch
@@ -217,24 +264,27 @@ class EngineCore:
         in_batch = {row.sequence.sequence_id for row in rows}
         if not named & in_batch:
             named |= in_batch
-        affected = self._readers_of_the_same_blocks(named)
+        self._quarantine(named, result)
+
+    def _withhold(self, result: StepResult) -> None:
+        """Fail closed once more: an output of a named sequence becomes its ending, and no byte of it leaves."""
+        outputs = result.outputs
+        violations = self._observer.before_release(self.step_number, outputs)
+        if not violations:
+            return
+        result.outputs = []
+        self._punish(violations, [], result)
+        named = {name for violation in violations for name in violation[1]}
+        result.outputs = with_endings(outputs, named, result.outputs)
+
+    def _quarantine(self, named: set[str], result: StepResult) -> None:
+        affected = contaminated(self._sequences.values(), named)
         self.pool.forget_domains(sorted({sequence.domain for sequence in affected}))
         for sequence in affected:
             self.pool.quarantine(sequence.block_ids, sequence_id=sequence.sequence_id)
             sequence.block_ids = []
             sequence.fail("isolation_violation")
             result.outputs.append(self._finish(sequence))
-
-    def _readers_of_the_same_blocks(self, named: set[str]) -> list[Sequence]:
-        """The named sequences, whoever shares a block with one of them, whoever shares one with those, and so on."""
-        affected = [sequence for name, sequence in self._sequences.items() if name in named]
-        others = [sequence for name, sequence in self._sequences.items() if name not in named]
-        bad_blocks = {block_id for sequence in affected for block_id in sequence.block_ids}
-        while touched := [sequence for sequence in others if bad_blocks.intersection(sequence.block_ids)]:
-            affected += touched
-            others = [sequence for sequence in others if sequence not in touched]
-            bad_blocks.update(block_id for sequence in touched for block_id in sequence.block_ids)
-        return affected
 
     def _fail_rows(self, rows: Line[ScheduledRow]) -> list[TokenOutput]:
         outputs = []
@@ -244,13 +294,39 @@ class EngineCore:
                 outputs.append(self._finish(row.sequence))
         return outputs
 
-    def _update(self, rows: Line[ScheduledRow], batch: Batch, tokens: Line[int]) -> list[TokenOutput]:
+    def _row_of(self, sequence: Sequence) -> Row:
+        grammar = sequence.sampling.grammar
+        matcher = self._matchers(grammar) if grammar and self._matchers is not None else None
+        row = Row(
+            sequence.sampling,
+            sequence.token_ids,
+            sequence.num_prompt_tokens,
+            self._eos_token_ids,
+            matcher,
+            sequence.sequence_id,
+        )
+        self._rows[sequence.sequence_id] = row
+        return row
+
+    def _update(self, rows: Line[ScheduledRow], batch: Batch, picks: Picks) -> list[TokenOutput]:
         for row in rows:
             self._advance(row.sequence, row.num_new_tokens)
-        return [
-            self._take_token(rows[index].sequence, token_id)
-            for index, token_id in zip(batch.sampled_index, tokens, strict=True)
-        ]
+        sampled = {index: place for place, index in enumerate(batch.sampled_index)}
+        outputs = []
+        for index, row in enumerate(rows):
+            scores = picks.scores.get(index, ())
+            if scores is None:
+                row.sequence.fail("engine_failure")
+                outputs.append(self._finish(row.sequence))
+                continue
+            row.sequence.num_scored_tokens += len(scores)
+            if index in sampled:
+                place = sampled[index]
+                output = self._take_token(row.sequence, int(picks.token_ids[place]), picks.logprobs.get(place))
+                outputs.append(replace(output, prompt_logprobs=scores) if scores else output)
+            elif scores:
+                outputs.append(replace(self._output(row.sequence, Piece(), ()), prompt_logprobs=scores))
+        return outputs
 
     def _advance(self, sequence: Sequence, num_new_tokens: int) -> None:
         block_size = self._runner.block_size
@@ -267,49 +343,51 @@ class EngineCore:
         sequence.num_computed_max = max(sequence.num_computed_max, sequence.num_computed_tokens)
         self._num_prompt_tokens += sequence.num_prompt_tokens_served - served_before
 
-    def _take_token(self, sequence: Sequence, token_id: int) -> TokenOutput:
-        if token_id == sampler.NOT_FINITE:
+    def _take_token(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> TokenOutput:
+        if token_id == NOT_FINITE:
             sequence.fail("engine_failure")
             return self._finish(sequence)
         sequence.token_ids.append(token_id)
         self._num_completion_tokens += 1
         sampling = sequence.sampling
-        text = ""
-        if token_id in self._eos_token_ids and not sampling.ignore_eos:
+        piece = Piece()
+        if token_id in sampling.stop_token_ids or (token_id in self._eos_token_ids and not sampling.ignore_eos):
             sequence.apply(Event.STOP)
         else:
-            detokenizer = self._detokenizers[sequence.sequence_id]
-            text = detokenizer.push(token_id)
-            if detokenizer.stopped:
+            answer = self._answers[sequence.sequence_id]
+            piece = answer.push(token_id, logprob)
+            if answer.stopped or self._rows[sequence.sequence_id].form_complete:
                 sequence.apply(Event.STOP)
             elif sequence.num_completion_tokens >= sampling.max_tokens:
                 sequence.apply(Event.LENGTH)
         if sequence.finished:
-            return self._finish(sequence, text, (token_id,))
-        return self._output(sequence, text, (token_id,))
+            return self._finish(sequence, piece, (token_id,))
+        return self._output(sequence, piece, (token_id,))
 
-    def _finish(self, sequence: Sequence, text: str = "", token_ids: tuple[int, ...] = ()) -> TokenOutput:
+    def _finish(self, sequence: Sequence, piece: Piece | None = None, token_ids: tuple[int, ...] = ()) -> TokenOutput:
         """The last output of a sequence in a terminal state. Withheld text goes out, unless isolation is in doubt."""
         if sequence.error:
             self.pool.forget(sequence.block_ids)  # numbers of a failed sequence serve nobody else
         self.scheduler.remove(sequence)
         self._events.append(EngineEvent("end", self.step_number, -1, 0, sequence.domain, sequence.sequence_id))
         del self._sequences[sequence.sequence_id]
-        rest = self._detokenizers.pop(sequence.sequence_id).finish()
+        self._rows.pop(sequence.sequence_id, None)
+        piece, rest = piece or Piece(), self._answers.pop(sequence.sequence_id).finish()
         if sequence.error != "isolation_violation":
-            text += rest
-        return self._output(sequence, text, token_ids)
+            piece = Piece(piece.text + rest.text, piece.logprobs + rest.logprobs)
+        return self._output(sequence, piece, token_ids)
 
-    def _output(self, sequence: Sequence, text: str, token_ids: tuple[int, ...]) -> TokenOutput:
+    def _output(self, sequence: Sequence, piece: Piece, token_ids: tuple[int, ...]) -> TokenOutput:
         return TokenOutput(
             sequence_id=sequence.sequence_id,
-            text=text,
+            text=piece.text,
             token_ids=token_ids,
             num_prompt_tokens=sequence.num_prompt_tokens_served,
             num_cached_tokens=sequence.num_cached_tokens,
             num_completion_tokens=sequence.num_completion_tokens,
             finish_reason=sequence.finish_reason,
             error=sequence.error,
+            logprobs=piece.logprobs,
         )
 
     def _show_events(self) -> None:
@@ -317,8 +395,3 @@ class EngineCore:
             events = self._events.copy()
             self._events.clear()
             self._observer.on_events(events)
-
-
-def refusal(sequence_id: str, error: str) -> TokenOutput:
-    """The only output of a sequence that was never taken in: nothing computed, nothing to charge."""
-    return TokenOutput(sequence_id, "", (), 0, 0, 0, "error", error)

@@ -10,10 +10,13 @@ needed:
 An unfinished character shows as up to three U+FFFD at the end (one per byte with byte-fallback tokenizers); these
 wait for the next token or for `finish`. Text that could still become a stop string waits too.
 
+A token is out once all of its text is; what a stop string cut away is never out, but a token of which a part stays is.
+
 Not known here: a byte-fallback tokenizer that turns an earlier good character bad when invalid bytes follow; what was
 sent stays.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"
@@ -22,11 +25,31 @@ WINDOW_TOKENS_MAX = 32  # a model that emits nothing but broken bytes must not m
 
 
 class IncrementalDetokenizer:
-    """One per sequence. ``push`` gives the text that is safe to send; ``finish`` gives what was held back."""
+    """One per sequence. ``push`` gives the text that is safe to send; ``finish`` gives what was held back.
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+    Stop strings count only in the text after the first ``min_tokens`` tokens. With ``include_stop`` the stop string is
+    the end of the text; else the text ends before it.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        include_stop: bool = False,
+    ) -> None:
         self._decode = decode
         self._stop = tuple(stop)
+        self._min_tokens = min_tokens
+        self._include_stop = include_stop
+        self._num_tokens = 0
+        self._num_chars_out = 0
+        self._spans: deque[tuple[int, int]] = deque()  # of each token that is not out: where its text begins and ends
+        self._num_unfinished = 0  # characters at the end of the text that were held back at the last push
+        self.begin = 0  # characters before the text of the last token
+        self.num_chars = 0  # whole characters of all tokens so far, sent or not
+        self.num_tokens_out = 0  # leading tokens whose text has been given out
         self._window: list[int] = []
         self._num_settled = 0  # leading tokens of the window whose text has been taken whole
         self._num_sent = 0  # characters of decode(window) that have been taken
@@ -37,9 +60,15 @@ class IncrementalDetokenizer:
         """Take one token; return the new text, "" while a character or a possible stop string is unfinished."""
         assert not self.stopped, "no token may follow a stop string"
         self._window.append(token_id)
+        self._num_tokens += 1
         text = self._decode(self._window)
         num_whole = len(text) - _num_unfinished(text)
         new_text = text[self._num_sent : num_whole]
+        self.begin, self.num_chars = self.num_chars, self.num_chars + len(new_text)
+        if new_text[: self._num_unfinished] == REPLACEMENT * self._num_unfinished:
+            self.begin += self._num_unfinished  # what was held back was no beginning of a character: it is text before
+        self._num_unfinished = len(text) - num_whole
+        self._spans.append((self.begin, self.num_chars + (num_whole < len(text))))
         self._num_sent = max(self._num_sent, num_whole)
         if num_whole == len(text):
             self._settle(self._num_settled)
@@ -51,7 +80,10 @@ class IncrementalDetokenizer:
         """The rest, when the sequence ended for another reason than a stop string. Call once."""
         if self.stopped:
             return ""
-        return self._release(self._decode(self._window)[self._num_sent :], flush=True)
+        text = self._release(self._decode(self._window)[self._num_sent :], flush=True)
+        if not self.stopped:
+            self._let_out(len(self._spans))
+        return text
 
     def _settle(self, num_tokens: int) -> None:
         """Drop the window's first tokens; all that stays has been sent."""
@@ -71,16 +103,31 @@ class IncrementalDetokenizer:
                 return
 
     def _release(self, text: str, *, flush: bool) -> str:
+        if self._num_tokens <= self._min_tokens:
+            return self._sent(text)
         self._held += text
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at, at + len(stop)) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            text, self._held = self._held[: min(found)], ""
+            text, self._held = self._held[: min(found)[self._include_stop]], ""
+            self._num_chars_out += len(text)
+            self._let_out(sum(begin < self._num_chars_out for begin, _ in self._spans))
             return text
         num_held = 0 if flush else held_length(self._held, self._stop)
         cut = len(self._held) - num_held
         text, self._held = self._held[:cut], self._held[cut:]
+        return self._sent(text)
+
+    def _sent(self, text: str) -> str:
+        self._num_chars_out += len(text)
+        while self._spans and self._spans[0][1] <= self._num_chars_out:
+            self._let_out(1)
         return text
+
+    def _let_out(self, num_tokens: int) -> None:
+        for _ in range(num_tokens):
+            self._spans.popleft()
+        self.num_tokens_out += num_tokens
 
 
 def _num_unfinished(text: str) -> int:

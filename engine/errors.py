@@ -34,5 +34,9 @@ class OutOfBlocksError(EngineError):
     """The pool has too few free blocks; nothing was allocated. The scheduler preempts or waits."""
 
 
+class GrammarError(EngineError):
+    """The wanted form of an answer does not compile, or is too large."""
+
+
 class TokenizerError(EngineError):
     """Text or messages cannot be encoded: the chat template refused them, or the folder has no tokenizer."""

@@ -1,14 +1,19 @@
-"""What the engine shows to whoever watches it: block events, and the evidence of each step before it is launched.
+"""What the engine shows to whoever watches it: block events, the evidence of each step before it is launched, the
+tokens that the launch gave, and the step's outputs before they leave.
 
-The evidence is not a report about the batch: its arrays are the very arrays that the kernels read. An observer must not
-change them and must not keep them beyond the step (a copy is cheap).
+The evidence is not a report about the batch: its arrays are the very arrays that the kernels read, and its sampling
+states are what lies in the rows that will be sampled from. An observer must not change them and must not keep them
+beyond the step (a copy is cheap).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
+from engine.protocol import SamplingParams, TokenOutput
 
 EventKind = Literal["begin", "end", "allocate", "seal", "publish", "share", "evict", "free", "scrub"]
 EVENT_KINDS: frozenset[str] = frozenset(get_args(EventKind))
@@ -18,7 +23,7 @@ EVENT_KINDS: frozenset[str] = frozenset(get_args(EventKind))
 class EngineEvent:
     """One change of a block's ownership or content, or a sequence's arrival or end.
 
-    begin:    a sequence was taken in with these ``token_ids`` and this ``cache_salt``; ``block_id`` is -1.
+    begin:    a sequence was taken in with these ``token_ids``, ``cache_salt`` and ``sampling``; ``block_id`` is -1.
     end:      it is over and holds no block; ``block_id`` is -1.
     allocate: ``domain``/``sequence_id`` own the block from now on, its generation has just grown.
     seal:     the block is full and is never written again in this generation.
@@ -39,12 +44,35 @@ class EngineEvent:
     sequence_id: str
     token_ids: tuple[int, ...] = ()
     cache_salt: bytes = b""
+    sampling: SamplingParams | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingState:
+    """What lies in a stable row when it is about to be sampled from (engine/row.py): the very objects, not what they
+    should be. A row without a sequence has an empty ``sequence_id``."""
+
+    sequence_id: str = ""
+    sampling: SamplingParams | None = None
+    num_prompt_tokens: int = 0
+    token_ids: Sequence[int] = ()
+    bias_ids: NDArray[np.int64] | None = None
+    bias_values: NDArray[np.float64] | None = None
+    has_form: bool = False
+    has_bias: bool = False
+    has_penalties: bool = False
+    plain: bool = True  # the logits stay as they are
+    form: str = ""  # the grammar that the row's matcher was made for
+    form_token_ids: Sequence[int] = ()  # the answer as far as the matcher has read it
+    seen: NDArray[np.bool_] | None = None  # [V], for penalties; None before they are first needed
+    counts: NDArray[np.int64] | None = None  # [V]
+    num_counted: int = 0  # tokens of prompt and answer in ``seen`` and ``counts``
 
 
 @dataclass(frozen=True, slots=True)
 class StepEvidence:
-    """Everything that decides what a step computes and which KV slots it reads and writes. Rows are in batch order; T
-    tokens, R rows."""
+    """Everything that decides what a step computes, which KV slots it reads and writes, and how it samples. Rows are in
+    batch order; T tokens, R rows, S of them sample."""
 
     step: int
     sequence_ids: tuple[str, ...]
@@ -54,6 +82,11 @@ class StepEvidence:
     kv_lens: NDArray[np.int32]  # [R] tokens in the cache after this step's writes
     block_tables: NDArray[np.int32]  # [R, B], padded with -1
     slot_mapping: NDArray[np.int64]  # [T] block_id * block_size + offset of each written token
+    sampled_tokens: NDArray[np.int64]  # [S] places in the batch whose logits are wanted
+    sampled_positions: NDArray[np.int64]  # [S] place in its sequence of each token to be sampled: keys random numbers
+    sampled_rows: NDArray[np.int64]  # [S] stable row of each
+    sampled_index: tuple[int, ...]  # [S] batch row of each: its sequence gets the token
+    sampling: tuple[SamplingState, ...]  # [S] what lies in those stable rows
 
 
 # (kind, sequence_ids, domains, block_id, detail): plain values, so that the auditor shares no type with the engine.
@@ -68,6 +101,13 @@ class Observer(Protocol):
         """Called before every launch. Sequences that a violation names are aborted and not executed."""
         ...
 
+    def after_launch(self, step: int, token_ids: NDArray[np.int64]) -> None:
+        """What the launch gave [S], below 0 where a row's numbers broke; before anything is done with it."""
+
+    def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:
+        """Called with a step's outputs before they leave. Those that a violation names are withheld."""
+        ...
+
     def counters(self) -> dict[str, int]:
         """Figures for Stats.audit."""
         ...
@@ -80,6 +120,12 @@ class NullObserver:
         return None
 
     def before_launch(self, evidence: StepEvidence) -> list[Violation]:
+        return []
+
+    def after_launch(self, step: int, token_ids: NDArray[np.int64]) -> None:
+        return None
+
+    def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:
         return []
 
     def counters(self) -> dict[str, int]:

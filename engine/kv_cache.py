@@ -1,11 +1,12 @@
 """The memory behind the blocks: for each layer one tensor of keys and one of values, [num_blocks, block_size, Hkv,
-D], and for each block the tag of the domain whose numbers lie in it.
+D], where Hkv and D may differ from layer to layer, and for each block the tag of the domain whose numbers lie in it.
 
 The tags belong to the kernels' own check, which shares nothing with the pool that hands out the blocks: a block gets
 its writer's tag with its first write, loses it when it is scrubbed, and is neither read nor written for anyone else.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -14,14 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.models.facts import CacheLayer
 from kernels.backend import OwnershipError
+from kernels.memory import zeros
 
 NUM_TAGS_KEPT = 4096  # domains whose tag is remembered; the others' are computed again
 
 
-def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> int:
+def block_bytes(layers: Sequence[CacheLayer], block_size: int, dtype: torch.dtype) -> int:
     """Bytes that one block takes over all layers, keys and values."""
-    return 2 * num_layers * block_size * num_kv_heads * head_size * dtype.itemsize
+    return 2 * block_size * dtype.itemsize * sum(layer.num_kv_heads * layer.head_size for layer in layers)
 
 
 @lru_cache(maxsize=NUM_TAGS_KEPT)
@@ -40,40 +43,51 @@ class KVCache:
     def __init__(
         self,
         *,
-        num_layers: int,
+        layers: Sequence[CacheLayer],
         num_blocks: int,
         block_size: int,
-        num_kv_heads: int,
-        head_size: int,
         dtype: torch.dtype,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._memory = torch.zeros((num_layers, 2, num_blocks, block_size, num_kv_heads, head_size), dtype=dtype)
-
+        # Layers of one shape share one tensor [layers, 2, N, block_size, Hkv, D]: most models have one shape.
+        counts = Counter(layers)
+        self._memory = {
+            shape: zeros((count, 2, num_blocks, block_size, shape.num_kv_heads, shape.head_size), dtype)
+            for shape, count in counts.items()
+        }
+        self._layers: list[Tensor] = []
+        for layer in reversed(layers):
+            counts[layer] -= 1
+            self._layers.insert(0, self._memory[layer][counts[layer]])
         self.block_tags = np.zeros(num_blocks, dtype=np.int64)  # 0: nobody's
 
     def claim(self, slot_mapping: NDArray[np.int64], token_tags: NDArray[np.int64]) -> None:
         """Tag the blocks of slots that are about to be written. Raises OwnershipError where they are somebody else's
         or not there."""
         blocks = slot_mapping // self.block_size
-        if ((blocks < 0) | (blocks >= self.num_blocks)).any():
-            raise OwnershipError("a row would write beyond the cache")
+        _refuse((blocks < 0) | (blocks >= self.num_blocks), blocks, "a row would write beyond the cache")
         owners = self.block_tags[blocks]
-        if ((owners != 0) & (owners != token_tags)).any():
-            raise OwnershipError("a row would write into a block of another owner")
+        foreign = (owners != 0) & (owners != token_tags)
+        _refuse(foreign, blocks, "a row would write into a block of another owner")
         self.block_tags[blocks] = token_tags
-        if (self.block_tags[blocks] != token_tags).any():
-            raise OwnershipError("two owners would write into one block")
+        twice = blocks[self.block_tags[blocks] != token_tags]
+        _refuse(np.isin(blocks, twice), blocks, "two owners would write into one block")
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Views of a layer's keys and values."""
-        return self._memory[index, 0], self._memory[index, 1]
+        return self._layers[index][0], self._layers[index][1]
 
     def scrub(self, block_ids: list[int]) -> None:
         """Overwrite blocks with zeros, in every layer."""
-        self._memory[:, :, block_ids] = 0
+        for memory in self._memory.values():
+            memory[:, :, block_ids] = 0
         self.block_tags[block_ids] = 0
 
     def is_zero(self, block_id: int) -> bool:
-        return not bool(self._memory[:, :, block_id].any())
+        return not any(bool(memory[:, :, block_id].any()) for memory in self._memory.values())
+
+
+def _refuse(tokens: NDArray[np.bool_], blocks: NDArray[np.int64], message: str) -> None:
+    if tokens.any():
+        raise OwnershipError(message, np.flatnonzero(tokens).tolist(), int(blocks[tokens][0]))

@@ -2,6 +2,7 @@
 sampling needs lies in one stable row from admission to the end.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -9,17 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine import sampler
 from engine.batch import Batch
 from engine.errors import ConfigError
+from engine.events import SamplingState
 from engine.kv_cache import KVCache, block_bytes, row_tags
-from engine.model import LlamaModel, ModelConfig
-from engine.protocol import SamplingParams
-from engine.tokenizer import read_json
-from engine.weights import load_weights
-from kernels.backend import Backend, StepTables, choose
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+from engine.models.facts import Model
+from engine.models.load import load_model
+from engine.protocol import TokenLogprob
+from engine.row import Row
+from engine.sampler import Picks, pick, scored
+from kernels.backend import Backend, StepTables
 
 
 class Runner(Protocol):
@@ -28,11 +28,16 @@ class Runner(Protocol):
     num_blocks: int
     block_size: int
 
-    def set_row(self, row: int, sampling: SamplingParams) -> None:
+    def set_row(self, index: int, row: Row) -> None:
         """A sequence moves into a stable row."""
 
-    def execute(self, batch: Batch) -> NDArray[np.int64]:
-        """Compute the batch; one token id per sampled row, sampler.NOT_FINITE where its numbers broke."""
+    def state_of(self, index: int) -> SamplingState:
+        """What lies in a stable row; an empty state where nothing does."""
+        ...
+
+    def execute(self, batch: Batch) -> Picks:
+        """Compute the batch; one token id per sampled row, sampler.NOT_FINITE where its numbers broke; the prompt's log
+        probabilities of each row with scored places."""
         ...
 
     def scrub(self, block_ids: list[int]) -> None:
@@ -44,29 +49,26 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: LlamaModel,
+        model: Model,
         *,
         block_size: int,
         max_num_seqs: int,
         num_blocks: int = 0,
         kv_cache_bytes: int = 0,
     ) -> None:
-        config = model.config
-        per_block = block_bytes(config.num_layers, block_size, config.num_kv_heads, config.head_size, model.dtype)
+        per_block = block_bytes(model.cache_layers, block_size, model.dtype)
         self.model = model
         self.block_size = block_size
         self.num_blocks = num_blocks or kv_cache_bytes // per_block
         if self.num_blocks <= 0:
             raise ConfigError(f"kv_cache_bytes must hold at least one block of {per_block} bytes")
         self.cache = KVCache(
-            num_layers=config.num_layers,
+            layers=model.cache_layers,
             num_blocks=self.num_blocks,
             block_size=block_size,
-            num_kv_heads=config.num_kv_heads,
-            head_size=config.head_size,
             dtype=model.dtype,
         )
-        self._rows: list[SamplingParams | None] = [None] * max_num_seqs
+        self._rows: list[Row | None] = [None] * max_num_seqs
 
     @classmethod
     def load(
@@ -79,16 +81,13 @@ class ModelRunner:
         num_blocks: int = 0,
         kv_cache_bytes: int = 0,
         backend: Backend | None = None,
+        log: Callable[[str], None] = lambda line: None,
     ) -> "ModelRunner":
-        """From a model folder. Raises ConfigError where it is missing, damaged or not of the Llama family.
+        """From a model folder. Raises ConfigError where it is missing, damaged or cannot be served.
 
         ``backend`` None takes the best kernels of this machine, on one thread.
         """
-        if not model_dir.is_dir():
-            raise ConfigError(f"there is no model folder at {model_dir}")
-        config = ModelConfig.from_json(read_json(model_dir / "config.json"))
-        backend = backend or choose("auto", 1, lambda line: None)
-        model = LlamaModel(config, load_weights(model_dir, DTYPES[dtype]), backend)
+        model = load_model(model_dir, dtype=dtype, backend=backend, log=log)
         return cls(
             model,
             block_size=block_size,
@@ -97,30 +96,47 @@ class ModelRunner:
             kv_cache_bytes=kv_cache_bytes,
         )
 
-    def set_row(self, row: int, sampling: SamplingParams) -> None:
-        self._rows[row] = sampling
+    def set_row(self, index: int, row: Row) -> None:
+        self._rows[index] = row
+
+    def state_of(self, index: int) -> SamplingState:
+        row = self._rows[index]
+        return SamplingState() if row is None else row.state()
 
     def scrub(self, block_ids: list[int]) -> None:
         self.cache.scrub(block_ids)
 
-    def execute(self, batch: Batch) -> NDArray[np.int64]:
+    def execute(self, batch: Batch) -> Picks:
         logits = self.logits(batch)
-        tokens = np.empty(len(logits), dtype=np.int64)
-        for index, row in enumerate(batch.sampled_rows.tolist()):
-            sampling = self._rows[row]
-            assert sampling is not None
-            tokens[index] = sampler.sample(
-                logits[index],
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=sampling.seed,
-                position=int(batch.sampled_positions[index]),
-            )
-        return tokens
+        num_sampled = len(batch.sampled_index)
+        picks = Picks(np.empty(num_sampled, dtype=np.int64), {}, self._scores(batch, logits[num_sampled:]))
+        positions = batch.sampled_positions.tolist()
+        for index, number in enumerate(batch.sampled_rows.tolist()):
+            row = self._rows[number]
+            assert row is not None
+            assert len(row.token_ids) == positions[index], "the row holds another sequence's tokens"
+            picked = pick(logits[index], row, positions[index])
+            picks.token_ids[index] = picked.token_id
+            if picked.logprob is not None:
+                picks.logprobs[index] = picked.logprob
+        return picks
+
+    def _scores(self, batch: Batch, logits: NDArray[np.float32]) -> dict[int, tuple[TokenLogprob, ...] | None]:
+        """``logits`` [P, V]. By batch row; None where a row's numbers broke."""
+        scores: dict[int, tuple[TokenLogprob, ...] | None] = {}
+        places = iter(logits)
+        for part in batch.scored:
+            row = self._rows[part.row]
+            assert row is not None
+            num_top = row.sampling.prompt_logprobs
+            told = [scored(next(places), token_id, num_top) for token_id in part.next_token_ids]
+            whole = tuple(one for one in told if one is not None)
+            scores[part.index] = whole if len(whole) == len(told) else None
+        return scores
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> NDArray[np.float32]:
-        """float32 [S, V] of the rows that sample."""
+        """float32 [S + P, V]: of the rows that sample, then of the scored places."""
         evidence = batch.evidence
         tags = row_tags(evidence.domains)
         self.cache.claim(evidence.slot_mapping, np.repeat(tags, np.diff(evidence.cu_seqlens)))
@@ -140,7 +156,7 @@ class ModelRunner:
             torch.from_numpy(batch.positions),
             cache=self.cache,
             plan=plan,
-            wanted=torch.from_numpy(batch.sampled_tokens),
+            wanted=torch.from_numpy(np.concatenate((batch.sampled_tokens, batch.scored_tokens))),
         )
         values: NDArray[np.float32] = logits.numpy()
         return values

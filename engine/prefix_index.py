@@ -38,6 +38,10 @@ class PrefixIndex:
         self._prefix_of[block_id] = prefix
         return True
 
+    def knows(self, key: bytes) -> bool:
+        """Whether a find can succeed at all: cheap, and says nothing yet about owner and tokens."""
+        return key in self._block_of
+
     def find(self, prefix: Prefix) -> int | None:
         """The block that holds exactly this prefix."""
         block_id = self._block_of.get(prefix.key)

@@ -14,7 +14,7 @@ import msgspec
 
 from engine.errors import ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 3  # 3: a worker that knows less would drop what a request asked for
 FRAME_BYTES_MAX = (
     8 * 1024 * 1024
 )  # a prompt of a million token ids still fits; a lost reader cannot make us buffer more
@@ -22,6 +22,13 @@ _LENGTH_BYTES = 4
 
 FINISH_REASONS = frozenset({"stop", "length", "abort", "error"})
 ERROR_CODES = frozenset({"isolation_violation", "engine_failure", "too_long", "busy", "draining", "invalid_input"})
+
+REPETITION_PENALTY_MIN = 0.01  # smaller or larger ones leave the range of numbers
+REPETITION_PENALTY_MAX = 100.0
+PENALTY_MAX = 2.0  # OpenAI's, both ways
+BIAS_MAX = 100.0  # OpenAI's, both ways
+LOGPROBS_MAX = 20  # OpenAI's
+PROMPT_LOGPROBS_MAX = 5  # OpenAI's for completions: a prompt has many tokens
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
@@ -33,6 +40,20 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    top_k: int = 0  # 0 keeps all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # of tokens in prompt and answer
+    presence_penalty: float = 0.0  # of tokens in the answer, as is the next
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    include_stop: bool = False  # the stop text stays at the answer's end
+    logprobs: int = -1  # how many of the likeliest tokens to tell with each token; -1: not even its own probability
+    grammar: str = ""  # engine/grammar.py: the form that the answer must have; "" is any
+    prompt_logprobs: int = (
+        -1
+    )  # how many of the likeliest tokens to tell with each prompt token; -1: nothing of the prompt
 
     def __post_init__(self) -> None:
         if self.max_tokens <= 0:
@@ -45,12 +66,42 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
             raise ValueError(f"seed must fit into 64 bits, not {self.seed}")
         if any(not text for text in self.stop):
             raise ValueError("a stop string must not be empty")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 or greater, not {self.top_k}")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"min_p must be in [0, 1], not {self.min_p}")
+        if not REPETITION_PENALTY_MIN <= self.repetition_penalty <= REPETITION_PENALTY_MAX:
+            raise ValueError(
+                f"repetition_penalty must be between {REPETITION_PENALTY_MIN} and {REPETITION_PENALTY_MAX},"
+                f" not {self.repetition_penalty}"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -PENALTY_MAX <= getattr(self, name) <= PENALTY_MAX:
+                raise ValueError(f"{name} must be between -{PENALTY_MAX} and {PENALTY_MAX}, not {getattr(self, name)}")
+        if len({token_id for token_id, _ in self.logit_bias}) != len(self.logit_bias):
+            raise ValueError("logit_bias must name each token once")
+        if not all(-BIAS_MAX <= bias <= BIAS_MAX for _, bias in self.logit_bias):
+            raise ValueError(f"a bias must be between -{BIAS_MAX} and {BIAS_MAX}")
+        if self.min_tokens < 0:
+            raise ValueError(f"min_tokens must be 0 or greater, not {self.min_tokens}")
+        if not -1 <= self.logprobs <= LOGPROBS_MAX:
+            raise ValueError(f"logprobs must be between -1 and {LOGPROBS_MAX}, not {self.logprobs}")
+        if not -1 <= self.prompt_logprobs <= PROMPT_LOGPROBS_MAX:
+            raise ValueError(
+                f"prompt_logprobs must be between -1 and {PROMPT_LOGPROBS_MAX}, not {self.prompt_logprobs}"
+            )
+
+    @property
+    def named_token_ids(self) -> list[int]:
+        """Every token id that the parameters speak of; each must be in the model's vocabulary."""
+        return [token_id for token_id, _ in self.logit_bias] + list(self.stop_token_ids)
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     """Start a sequence. ``sequence_id`` is chosen by the caller and unique among those alive.
 
     ``domain`` is the isolation tag: KV blocks never pass between domains. ``cache_salt`` has no default on purpose.
+    ``priority`` is the service tier, a number of engine/tiers.py; ``weight`` is the domain's share within a tier.
     """
 
     sequence_id: str
@@ -92,8 +143,30 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     isolation: str
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """A token of the answer and its log probability in the distribution that it was drawn from; or a token of the
+    prompt and its log probability in what the model says after the tokens before it, nothing added, scaled or cut off.
+
+    ``top``: the likeliest tokens of that distribution, the likeliest first, itself among them if it is one of them.
+    ``offset``: characters of the answer before its text; ``rank``: of a prompt's token, 1 for the likeliest.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    offset: int = 0
+    rank: int = 0
+
+
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True, tag="token"):
-    """New output of one sequence. ``text`` and ``token_ids`` are deltas, the counts are cumulative and exact."""
+    """New output of one sequence. ``text`` and ``token_ids`` are deltas, the counts are cumulative and exact.
+
+    ``logprobs`` are of the tokens whose text is complete with this delta, where they were asked for: a token whose text
+    waits comes later than in ``token_ids``, and one whose text is not part of the answer does not come.
+
+    ``prompt_logprobs``, where they were asked for, are of the prompt's tokens from its second on, in order and each
+    once, in one or more deltas that come before the first token or with it.
+    """
 
     sequence_id: str
     text: str
@@ -103,6 +176,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, tag="token"):
     num_completion_tokens: int
     finish_reason: str | None = None
     error: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Stats(msgspec.Struct, frozen=True, array_like=True, tag="stats"):
@@ -118,6 +193,14 @@ class Stats(msgspec.Struct, frozen=True, array_like=True, tag="stats"):
     num_completion_tokens: int
     num_preemptions: int
     audit: dict[str, int]
+    num_batch_tokens: int = 0  # computed in all steps, recomputed ones too
+    num_batch_rows: int = 0  # rows of all steps
+    num_rows_max: int = 0  # rows that a step can have
+    num_slots_held: int = 0  # cache slots of all blocks that sequences hold now
+    num_slots_filled: int = 0  # of those, the ones with a token
+    num_blocks_scrubbed: int = 0
+    num_preemptions_kept: int = 0  # of num_preemptions: blocks kept, nothing lost
+    num_rescued: int = 0  # sequences that had waited too long
 
 
 class Incident(msgspec.Struct, frozen=True, array_like=True, tag="incident"):

@@ -1,13 +1,51 @@
-"""One token from one row of logits. Random numbers are a function of (seed, position) and of nothing else: no
-generator is shared, so no neighbour, order or preemption can shift them.
+"""One token from one row of logits, in this order (as vLLM's V1 sampler has it):
+
+    1. what may come at all, biases, penalties    engine/adjustments.py
+    2. temperature
+    3. min_p, then top_k, then top_p              engine/truncation.py, each of what the last one left
+    4. the draw, and the log probabilities of the distribution that was drawn from
+
+Random numbers are a function of (seed, position) and of nothing else: no generator is shared, so no neighbour, order
+or preemption can shift them. Among equal logits the smallest id comes first.
 """
 
+from dataclasses import dataclass, field
+
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-NOT_FINITE = -1  # in place of a token: this row's logits held NaN or infinity
-TOP_P_FIRST_TOKENS = 512  # top_p seldom needs more; sorting the whole vocabulary is slow
+from engine.adjustments import adjusted
+from engine.protocol import TokenLogprob
+from engine.row import Row
+from engine.truncation import Kept, largest, truncated
+
+NOT_FINITE = -1  # in place of a token: this row's logits held NaN or infinity, or nothing was left to choose from
+GREEDY_BELOW = 1e-5  # a lower temperature is greedy: it would be anyway, but for overflows on the way
 _WORD = 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """``logprob`` is None where nobody asked for it, and where there is no token."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Picks:
+    """A step's tokens [S], and the log probabilities of those rows that asked, by their index in it.
+
+    ``scores``: of prompt tokens, by batch row; None where the numbers broke.
+    """
+
+    token_ids: NDArray[np.int64]
+    logprobs: dict[int, TokenLogprob]
+    scores: dict[int, tuple[TokenLogprob, ...] | None] = field(default_factory=dict)
+
+
+BROKEN = Pick(NOT_FINITE)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -17,42 +55,65 @@ def uniform(seed: int, position: int) -> float:
     )
 
 
-def sample(logits: NDArray[np.float32], *, temperature: float, top_p: float, seed: int, position: int) -> int:
-    """logits [V] -> token id, or NOT_FINITE. Temperature 0 takes the largest logit, the smallest id among equals."""
+def pick(logits: NDArray[np.float32], row: Row, position: int) -> Pick:
+    """logits [V] -> a token and, if asked for, its log probability and those of the likeliest."""
     best = int(logits.argmax())
-    if not np.isfinite(logits).all():
-        return NOT_FINITE
-    if temperature == 0.0:
-        return best
-    weights = np.exp((logits.astype(np.float64) - float(logits[best])) / temperature)
-    point = uniform(seed, position)
-    if top_p >= 1.0:
-        return _pick(weights.cumsum(), point)
-    order, cumulative = _nucleus(weights, top_p)
-    return int(order[_pick(cumulative, point)])
+    if not _finite(logits, best):
+        return BROKEN
+    sampling = row.sampling
+    greedy = sampling.temperature < GREEDY_BELOW
+    if greedy and row.plain and sampling.logprobs < 0:
+        return Pick(best)
+    values: NDArray[np.float32] | NDArray[np.float64] = logits
+    if not row.plain:
+        changed = adjusted(logits, row)
+        if changed is None:
+            return BROKEN
+        values = changed
+        best = int(values.argmax())
+    scores = values.astype(np.float64)
+    scores -= float(values[best])
+    if greedy:
+        if sampling.logprobs < 0:
+            return Pick(best)
+        return Pick(best, _logprob(best, values, scores, Kept(None, np.exp(scores).cumsum()), sampling.logprobs))
+    scores /= sampling.temperature
+    kept = truncated(values, np.exp(scores), top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
+    token_id = kept.at(uniform(sampling.seed, position))
+    if sampling.logprobs < 0:
+        return Pick(token_id)
+    return Pick(token_id, _logprob(token_id, values, scores, kept, sampling.logprobs))
 
 
-def _pick(cumulative: NDArray[np.float64], point: float) -> int:
-    """The index whose share of the line 0..cumulative[-1] holds ``point``."""
-    index = int(cumulative.searchsorted(point * cumulative[-1], side="right"))
-    return min(index, len(cumulative) - 1)
+def scored(logits: NDArray[np.float32], token_id: int, num_top: int) -> TokenLogprob | None:
+    """logits [V] -> the log probability that the model gives this token, whatever it would sample; None where the
+    numbers broke."""
+    best = int(logits.argmax())
+    if not _finite(logits, best):
+        return None
+    scores = logits.astype(np.float64)
+    scores -= float(logits[best])
+    told = _logprob(token_id, logits, scores, Kept(None, np.exp(scores).cumsum()), num_top)
+    return replace(told, rank=1 + int(np.count_nonzero(logits > logits[token_id])))
 
 
-def _nucleus(weights: NDArray[np.float64], top_p: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The fewest likeliest tokens that hold ``top_p`` of the weight (arXiv 1904.09751), and their cumulative weights.
+def _finite(logits: NDArray[np.float32], best: int) -> bool:
+    """``best``: the place of the largest, as argmax found it: argmax stops at a NaN."""
+    return bool(np.isfinite(logits[best]) and np.isfinite(logits.min()))
 
-    Equal weights are in order of id, so the result is a function of the weights alone.
-    """
-    wanted = top_p * weights.sum()
-    for num_tokens in (TOP_P_FIRST_TOKENS, len(weights)):
-        if num_tokens < len(weights):
-            least = np.partition(weights, -num_tokens)[-num_tokens]
-            candidates = np.flatnonzero(weights >= least)
-        else:
-            candidates = np.arange(len(weights))
-        order = candidates[np.argsort(-weights[candidates], kind="stable")]
-        cumulative = weights[order].cumsum()
-        if cumulative[-1] >= wanted:
-            break
-    num_kept = min(int(cumulative.searchsorted(wanted, side="left")) + 1, len(order))
-    return order[:num_kept], cumulative[:num_kept]
+
+def _logprob(
+    token_id: int,
+    values: NDArray[np.float32] | NDArray[np.float64],
+    scores: NDArray[np.float64],
+    kept: Kept,
+    num_top: int,
+) -> TokenLogprob:
+    """``scores`` [V]: logarithms of weights, of which ``kept`` are in the distribution."""
+    log_total = float(np.log(kept.cumulative[-1]))
+    top = largest(values, num_top) if kept.ids is None else kept.ids[largest(values[kept.ids], num_top)]
+    return TokenLogprob(
+        token_id=token_id,
+        logprob=float(scores[token_id]) - log_total,
+        top=tuple((int(other), float(scores[other]) - log_total) for other in top if np.isfinite(scores[other])),
+    )

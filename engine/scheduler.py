@@ -1,45 +1,49 @@
 """Each step hands out one budget of tokens so that every sequence's num_computed_tokens catches up with its num_tokens.
 
-1. Running sequences first: those that decode, a chunk of one token each; then prompts, cut into what is left.
-2. Where the pool is empty, the youngest running sequence is preempted: its blocks go, its tokens stay, and what is not
-   found in the prefix cache later is computed again. It keeps its place: preempted sequences are admitted before any
-   waiting one.
-3. Then, only if nothing was preempted, preempted and waiting sequences are admitted while budget, rows and blocks
-   last; engine/order.py says who is next. A sequence is admitted with blocks for all its known tokens, so a half-read
-   prompt never starves on blocks. Full blocks of its beginning that its own domain has published are shared instead of
-   computed; at least its last token is always computed.
+Sequences have a rank: their service tier, or above all tiers once they have waited too long (engine/rescue.py). Highest
+first; within a rank engine/order.py says who is next.
 
-Progress: the oldest running sequence is never a victim while a younger one runs, and an accepted sequence fits into
-the pool alone. So the oldest always finishes, and so does everybody in turn.
+1. Running sequences that decode, one token each. Then, from rank to rank, the prompts of running sequences, cut into
+   what is left, and after them the preempted and waiting ones of that rank, while budget, rows and blocks last. Batch
+   work comes after all that, decodes too. Budget that a lower rank got first is taken back where a higher one needs it.
+2. A sequence is admitted with blocks for all its known tokens, so a half-read prompt never starves on blocks. Full
+   blocks of its beginning that its own domain has published are shared instead of computed, but for those whose
+   numbers it needs itself (Sequence.num_tokens_shareable).
+3. Who finds no room takes it from lower ranks: from the youngest of the lowest. For a row, the victim is preempted and
+   keeps its blocks: it goes on later where it was. For blocks, the victim loses its own, and what is not found in the
+   prefix cache later is computed again; blocks that a preempted sequence keeps are taken like those of a running one. A
+   running sequence that grows may take blocks from its own rank, too; who is youngest there gives way itself.
+4. Preempted sequences keep their place: of one rank they are admitted before any waiting one. A waiting one that is
+   next and finds no room is passed over SKIPPED_MAX times while others of its rank fit, then nobody of its rank or
+   below enters before it. No sequence is admitted in the step in which its rank or a higher one lost blocks.
+
+Work conservation: when a step ends with budget and a row left and nobody lost blocks in it, no waiting sequence fits,
+but for those behind a preempted sequence or one that may not be passed over (order.may_be_skipped, order.may_pass).
+
+Progress: the oldest running sequence of the highest rank is never a victim while another holds blocks, and an accepted
+sequence fits into the pool alone. So it always finishes, and so does everybody in turn; between ranks engine/rescue.py
+bounds the wait.
 """
 
 from bisect import insort
+from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Sequence as Line
-from dataclasses import dataclass, field
 
 from engine.block_pool import BlockPool
-from engine.errors import OutOfBlocksError
-from engine.order import Policy, decodes_first, youngest
-from engine.sequence import Event, Sequence
-from engine.served_tokens import ServedTokens
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledRow:
-    sequence: Sequence
-    num_new_tokens: int  # tokens computed in this step, from num_computed_tokens on
-
-
-@dataclass(slots=True)
-class Schedule:
-    rows: list[ScheduledRow] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)
-    too_long: list[Sequence] = field(default_factory=list)  # failed: they fit no more, since blocks were quarantined
+from engine.order import WAIT_MAX_TOKENS, Outlook, Policy, fcfs, first_to_go, may_be_skipped, may_pass
+from engine.rescue import Rescue
+from engine.schedule import Schedule, ScheduledRow
+from engine.sequence import COMPLETE, Event, Sequence, Status
+from engine.tiers import BATCH, RANKS, RESCUED
 
 
 def _arrival(sequence: Sequence) -> int:
     return sequence.arrival
+
+
+def _by_rank(sequence: Sequence) -> int:
+    return -sequence.rank
 
 
 class Scheduler:
@@ -53,11 +57,16 @@ class Scheduler:
         context_max: int,
         policy: Policy,
         prefix_cache: bool = True,
+        wait_max_tokens: int = WAIT_MAX_TOKENS,
     ) -> None:
         self.running: list[Sequence] = []  # all three in order of arrival
         self.preempted: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_preemptions_kept = 0  # of those, the ones that kept their blocks
+        self.rescue = Rescue(wait_max_tokens)
+        self.outlook = Outlook(pool.num_blocks * block_size, wait_max_tokens)
+        self.served = self.outlook.served
         self._pool = pool
         self._block_size = block_size
         self._max_batched_tokens = max_batched_tokens
@@ -65,128 +74,225 @@ class Scheduler:
         self._context_max = context_max
         self._policy = policy
         self._prefix_cache = prefix_cache
-        self.served = ServedTokens()
+        self._num_waiting: Counter[tuple[int, str]] = Counter()  # by tier and domain
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
     @property
     def num_unfinished(self) -> int:
         return len(self.running) + len(self.preempted) + len(self.waiting)
 
+    def num_waiting_from(self, tier: int) -> int:
+        """Waiting sequences of this tier and above: a queue of lower ones refuses nobody."""
+        return sum(num for (other, _), num in self._num_waiting.items() if other >= tier)
+
     def can_ever_fit(self, sequence: Sequence) -> bool:
         """Whether the sequence, alone, could reach its max_tokens. The last token's key is never stored."""
         num_tokens = sequence.num_prompt_tokens + sequence.sampling.max_tokens
-        return num_tokens <= self._context_max and self._num_blocks_for(num_tokens - 1) <= self._pool.num_usable
+        return num_tokens <= self._context_max and self._num_blocks_for(num_tokens - 1) <= self._pool.num_promised
+
+    def num_slots_empty(self) -> int:
+        """Slots without a token in blocks that sequences hold. Only the one that writes a block has any in it."""
+        return sum(len(s.block_ids) * self._block_size - s.num_computed_tokens for s in self._holders())
 
     def add(self, sequence: Sequence) -> None:
-        domains = {other.domain for other in self.waiting}
-        if sequence.domain not in domains:
-            self.served.lift(sequence.domain, domains)
-        sequence.served_at_arrival = self.served.total
+        tier, domain = sequence.tier, sequence.domain
+        if (tier, domain) not in self._num_waiting:
+            self.served.lift(tier, domain, [other for of, other in self._num_waiting if of == tier])
+        self._num_waiting[tier, domain] += 1
+        sequence.served_at_arrival = sequence.served_at_progress = self.served.total
         insort(self.waiting, sequence, key=_arrival)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that has just finished, wherever it is, and give its blocks and row back."""
-        for line in (self.running, self.preempted, self.waiting):
+        if sequence in self.waiting:
+            self._leave_waiting(sequence)
+        for line in (self.running, self.preempted):
             if sequence in line:
                 line.remove(sequence)
         self._release(sequence)
+        self._leave_row(sequence)
+        if sequence.status in COMPLETE:
+            self.outlook.lengths.learn(sequence.domain, sequence.num_completion_tokens)
         if not self.num_unfinished:
             self.served.forget()
 
     def schedule(self) -> Schedule:
         """Decide one step. Blocks for every row's tokens are allocated when this returns."""
-        plan = Schedule()
-        budget = self._max_batched_tokens
-        for sequence in decodes_first(self.running):
-            if budget == 0:
-                break
-            if sequence not in self.running:
-                continue  # a victim of an older one
-            num_new_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
-            if self._make_room(sequence, num_new_tokens, plan):
-                plan.rows.append(ScheduledRow(sequence, num_new_tokens))
-                self._charge(sequence)
-                budget -= num_new_tokens
-        while budget > 0 and not plan.preempted and len(self.running) < self._max_num_seqs:
-            candidate = self._next_candidate()
-            if candidate is None or not self._admit(candidate, plan):
-                break
-            num_new_tokens = min(candidate.num_tokens - candidate.num_computed_tokens, budget)
-            plan.rows.append(ScheduledRow(candidate, num_new_tokens))
-            budget -= num_new_tokens
+        plan = Schedule(self._max_batched_tokens)
+        rescued = self.rescue.next((*self.running, *self.preempted, *self.waiting), self.served.total)
+        if rescued is not None:
+            rescued.rank = RESCUED
+        decodes = [s for s in self.running if s.num_tokens - s.num_computed_tokens <= 1]
+        prompts = [s for s in self.running if s.num_tokens - s.num_computed_tokens > 1]
+        self._advance(sorted((s for s in decodes if s.rank > BATCH), key=_by_rank), plan)
+        for rank in RANKS:
+            if rank == BATCH:
+                self._advance([s for s in decodes if s.rank == BATCH], plan)
+            self._advance([s for s in prompts if s.rank == rank], plan)
+            self._admit_rank(rank, plan)
+        if not self.running and (self.preempted or self.waiting):
+            self._insist(plan)
+        for row in plan.rows:
+            if row.sequence.num_computed_tokens + row.num_new_tokens > row.sequence.num_computed_max:
+                row.sequence.served_at_progress = self.served.total
         return plan
 
-    def _next_candidate(self) -> Sequence | None:
-        if self.preempted:
-            return self.preempted[0]
-        return self._policy(self.waiting, self.served) if self.waiting else None
+    # --- who gets tokens ----------------------------------------------------------------------------------------------
 
-    def _admit(self, sequence: Sequence, plan: Schedule) -> bool:
-        shared = self._published_prefix(sequence)
-        try:
-            self._grow(sequence, sequence.num_tokens, shared)
-        except OutOfBlocksError:
-            if self.running:
-                return False
-            self._give_up(sequence, plan)  # alone and still no room: blocks were quarantined
-            return False
-        (self.preempted if sequence in self.preempted else self.waiting).remove(sequence)
+    def _advance(self, line: Iterable[Sequence], plan: Schedule) -> None:
+        """Give each of these running sequences its next tokens."""
+        for sequence in line:
+            if sequence.status is not Status.RUNNING:
+                continue  # a victim of one before it
+            if not self._find_budget(sequence.rank, plan):
+                return
+            num_new_tokens = plan.share(sequence)
+            if self._make_room(sequence, num_new_tokens, plan):
+                self._give(sequence, num_new_tokens, plan)
+
+    def _has_budget(self, rank: int, plan: Schedule) -> bool:
+        """Whether somebody of this rank can get a token: what a lower rank got in this step can be taken back."""
+        return plan.budget > 0 or any(row.sequence.rank < rank for row in plan.rows)
+
+    def _find_budget(self, rank: int, plan: Schedule) -> bool:
+        if plan.budget == 0 and self._has_budget(rank, plan):
+            plan.drop(first_to_go(row.sequence for row in plan.rows)[0])
+        return plan.budget > 0
+
+    def _give(self, sequence: Sequence, num_new_tokens: int, plan: Schedule) -> None:
+        plan.rows.append(ScheduledRow(sequence, num_new_tokens))
+        plan.budget -= num_new_tokens
         self._charge(sequence)
-        self.served.admitted(sequence.domain, last=all(other.domain != sequence.domain for other in self.waiting))
-        sequence.num_computed_tokens = len(shared) * self._block_size
+
+    def _charge(self, sequence: Sequence) -> None:
+        num_tokens = sequence.num_tokens - sequence.num_charged_tokens
+        self.served.charge(sequence.tier, sequence.domain, num_tokens, sequence.weight)
+        sequence.num_charged_tokens = sequence.num_tokens
+
+    # --- who enters ---------------------------------------------------------------------------------------------------
+
+    def _admit_rank(self, rank: int, plan: Schedule) -> None:
+        while rank > plan.closed_rank and self._has_row_for(rank) and self._has_budget(rank, plan):
+            candidate = self._choose(rank, plan)
+            if candidate is None:
+                return
+            self._find_budget(rank, plan)
+            self._admit(candidate, plan)
+
+    def _has_row_for(self, rank: int) -> bool:
+        if len(self.running) < self._max_num_seqs:
+            return True
+        return any(sequence.rank < rank for sequence in self.running)
+
+    def _choose(self, rank: int, plan: Schedule) -> Sequence | None:
+        """Who of this rank is next, with room for its blocks. None: nobody."""
+        preempted = [sequence for sequence in self.preempted if sequence.rank == rank]
+        for sequence in preempted:
+            if self._fits(sequence):
+                return sequence
+        waiting = [sequence for sequence in self.waiting if sequence.rank == rank]
+        if not preempted and not waiting:
+            return None
+        head = preempted[0] if preempted else self._next(waiting)
+        if self._fits(head) or self._take_room(head, plan):
+            return head
+        if preempted or not may_be_skipped(head, self._policy, self.outlook):
+            plan.close(rank)
+            return None
+        passing = (s for s in waiting if may_pass(s, head, self._policy, self.outlook))
+        fitting = [sequence for sequence in passing if self._fits(sequence)]
+        if not fitting:
+            return None
+        head.num_skipped += 1
+        return self._next(fitting)
+
+    def _next(self, waiting: Line[Sequence]) -> Sequence:
+        return (fcfs if waiting[0].rank == RESCUED else self._policy)(waiting, self.outlook)
+
+    def _admit(self, sequence: Sequence, plan: Schedule) -> None:
+        """Into a row, with blocks for all its tokens: the pool has them."""
+        if len(self.running) == self._max_num_seqs:
+            self._preempt(first_to_go(self.running)[0], plan)
+            self.num_preemptions_kept += 1
+        if sequence.status is Status.PREEMPTED:
+            self.preempted.remove(sequence)
+        else:
+            self._leave_waiting(sequence)
+        if not sequence.block_ids:
+            shared = self._published_prefix(sequence)
+            self._grow(sequence, sequence.num_tokens, shared)
+            sequence.num_computed_tokens = len(shared) * self._block_size
+        else:
+            self._grow(sequence, sequence.num_tokens)
         sequence.apply(Event.ADMIT)
         sequence.row = self._free_rows.pop()
         insort(self.running, sequence, key=_arrival)
         plan.admitted.append(sequence)
-        return True
+        self._give(sequence, plan.share(sequence), plan)
+        last = (sequence.tier, sequence.domain) not in self._num_waiting
+        self.served.admitted(sequence.tier, sequence.domain, last=last)
 
-    def _charge(self, sequence: Sequence) -> None:
-        self.served.charge(sequence.domain, sequence.num_tokens - sequence.num_charged_tokens, sequence.weight)
-        sequence.num_charged_tokens = sequence.num_tokens
+    def _insist(self, plan: Schedule) -> None:
+        """Nobody runs and nobody found room. The first in line takes all that others keep; if that is not enough,
+        blocks were quarantined and it will never fit."""
+        rank = max(sequence.rank for sequence in (*self.preempted, *self.waiting))
+        preempted = [sequence for sequence in self.preempted if sequence.rank == rank]
+        first = preempted[0] if preempted else self._next([s for s in self.waiting if s.rank == rank])
+        for keeper in first_to_go(s for s in self.preempted if s.block_ids and s is not first):
+            if self._fits(first):
+                break
+            self._take_blocks(keeper, plan)
+        if self._fits(first):
+            self._admit(first, plan)
+        else:
+            self._give_up(first, plan)
+
+    # --- who makes way ------------------------------------------------------------------------------------------------
+
+    def _holders(self) -> list[Sequence]:
+        return self.running + [sequence for sequence in self.preempted if sequence.block_ids]
 
     def _make_room(self, sequence: Sequence, num_new_tokens: int, plan: Schedule) -> bool:
-        """Get blocks for a running sequence, preempting from the young end. False: it was itself preempted or given
-        up."""
-        while True:
-            try:
-                self._grow(sequence, sequence.num_computed_tokens + num_new_tokens)
-            except OutOfBlocksError:
-                if len(self.running) == 1:
-                    self._give_up(sequence, plan)
-                    return False
-                victim = youngest(self.running)
-                self._preempt(victim, plan)
-                if victim is sequence:
-                    return False
-            else:
+        """Get blocks for a running sequence, from whoever is first to go. False: that was itself, or it was alone."""
+        num_tokens = sequence.num_computed_tokens + num_new_tokens
+        while self._num_missing(sequence, num_tokens) > self._pool.num_available(sequence.domain):
+            holders = first_to_go(self._holders())
+            if len(holders) == 1:
+                self._give_up(sequence, plan)
+                return False
+            self._take_blocks(holders[0], plan)
+            if holders[0] is sequence:
+                return False
+        self._grow(sequence, num_tokens)
+        return True
+
+    def _take_room(self, sequence: Sequence, plan: Schedule) -> bool:
+        """Take blocks from lower ranks for one that is to be admitted; from nobody if that would not be enough."""
+        victims = first_to_go(holder for holder in self._holders() if holder.rank < sequence.rank)
+        if not victims:
+            return False
+        shared = set() if sequence.block_ids else set(self._published_prefix(sequence))
+        taken = [block_id for victim in victims for block_id in victim.block_ids if block_id not in shared]
+        if self._num_needed(sequence) > self._pool.num_attainable(sequence.domain, taken):
+            return False
+        for victim in victims:
+            self._take_blocks(victim, plan)
+            if self._fits(sequence):
                 return True
+        return False
 
-    def _grow(self, sequence: Sequence, num_tokens: int, shared: Line[int] = ()) -> None:
-        missing = self._num_blocks_for(num_tokens) - len(sequence.block_ids) - len(shared)
-        if missing > 0:
-            sequence.block_ids += self._pool.allocate(
-                missing, domain=sequence.domain, sequence_id=sequence.sequence_id, shared=shared
-            )
-
-    def _published_prefix(self, sequence: Sequence) -> list[int]:
-        """The blocks that hold the sequence's beginning, as far as they can be shared; never its last token."""
-        shared: list[int] = []
-        if self._prefix_cache:
-            for index in range((sequence.num_tokens - 1) // self._block_size):
-                block_id = self._pool.find(sequence.prefix(index, self._block_size))
-                if block_id is None:
-                    break
-                shared.append(block_id)
-        return shared
-
-    def _num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
+    def _take_blocks(self, victim: Sequence, plan: Schedule) -> None:
+        if victim.status is Status.RUNNING:
+            self._preempt(victim, plan)
+        self._release(victim)
+        victim.num_computed_tokens = 0
+        plan.close(victim.rank)
 
     def _preempt(self, victim: Sequence, plan: Schedule) -> None:
         victim.apply(Event.PREEMPT)
+        plan.drop(victim)
         self.running.remove(victim)
-        self._release(victim)
-        victim.num_computed_tokens = 0
+        self._leave_row(victim)
         insort(self.preempted, victim, key=_arrival)
         plan.preempted.append(victim)
         self.num_preemptions += 1
@@ -196,9 +302,71 @@ class Scheduler:
         self.remove(sequence)
         plan.too_long.append(sequence)
 
+    # --- blocks and rows ----------------------------------------------------------------------------------------------
+
+    def _num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
+        return self._num_blocks_for(num_tokens) - len(sequence.block_ids)
+
+    def _num_needed(self, sequence: Sequence) -> int:
+        """Available blocks that admitting it takes: new ones, and those of its beginning that nobody reads now."""
+        missing = self._num_missing(sequence, sequence.num_tokens)
+        if sequence.block_ids:
+            return missing
+        shared = self._published_prefix(sequence)
+        return missing - len(shared) + self._pool.num_unread(shared)
+
+    def _fits(self, sequence: Sequence) -> bool:
+        available = self._pool.num_available(sequence.domain)
+        missing = self._num_missing(sequence, sequence.num_tokens)
+        if missing <= available:
+            return True
+        if sequence.block_ids or missing - self._num_known(sequence) > available:
+            return False
+        return self._num_needed(sequence) <= available
+
+    def _num_known(self, sequence: Sequence) -> int:
+        """At least as many as `_published_prefix` has, and much cheaper."""
+        num_known = 0
+        if self._prefix_cache:
+            while num_known < sequence.num_tokens_shareable // self._block_size:
+                if not self._pool.knows(sequence.key(num_known, self._block_size)):
+                    break
+                num_known += 1
+        return num_known
+
+    def _grow(self, sequence: Sequence, num_tokens: int, shared: Line[int] = ()) -> None:
+        missing = self._num_missing(sequence, num_tokens) - len(shared)
+        if missing > 0:
+            sequence.block_ids += self._pool.allocate(
+                missing, domain=sequence.domain, sequence_id=sequence.sequence_id, shared=shared
+            )
+
+    def _published_prefix(self, sequence: Sequence) -> list[int]:
+        """The blocks that hold the sequence's beginning, as far as they can be shared."""
+        shared: list[int] = []
+        if self._prefix_cache:
+            for index in range(sequence.num_tokens_shareable // self._block_size):
+                block_id = self._pool.find(sequence.prefix(index, self._block_size))
+                if block_id is None:
+                    break
+                shared.append(block_id)
+        return shared
+
+    def _leave_waiting(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        key = sequence.tier, sequence.domain
+        self._num_waiting[key] -= 1
+        if not self._num_waiting[key]:
+            del self._num_waiting[key]
+
     def _release(self, sequence: Sequence) -> None:
         self._pool.release(sequence.block_ids, sequence_id=sequence.sequence_id)
         sequence.block_ids = []
+
+    def _leave_row(self, sequence: Sequence) -> None:
         if sequence.row >= 0:
             self._free_rows.append(sequence.row)
             sequence.row = -1

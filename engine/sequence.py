@@ -45,12 +45,14 @@ TRANSITIONS: dict[tuple[Status, Event], Status] = {
     (Status.PREEMPTED, Event.FAIL): Status.FAILED,
 }
 
-TERMINAL = frozenset({Status.STOPPED, Status.LENGTH_REACHED, Status.ABORTED, Status.FAILED})
+COMPLETE = frozenset({Status.STOPPED, Status.LENGTH_REACHED})  # it came to its own end
+TERMINAL = COMPLETE | {Status.ABORTED, Status.FAILED}
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """``arrival`` is its place in the line, given once and kept through preemption."""
+    """``arrival`` is its place in the line, given once and kept through preemption. A preempted sequence may keep its
+    blocks: then num_computed_tokens stays what it was."""
 
     sequence_id: str
     domain: str
@@ -58,23 +60,28 @@ class Sequence:
     token_ids: list[int]  # prompt, then output
     sampling: SamplingParams
     arrival: int
-    priority: int = 0
+    tier: int = 0  # engine/tiers.py
     weight: int = 1
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as anybody asked
     root_key: bytes = b""
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0  # leading tokens whose keys and values are in the cache
     num_computed_max: int = 0  # the most that has ever been computed: what was served, whatever preemption takes back
+    num_scored_tokens: int = 0  # leading tokens whose logits have told the log probability of the prompt's next token
     num_cached_tokens: int = 0  # prompt tokens that it found in the prefix cache when it first ran
     block_ids: list[int] = field(default_factory=list)
     served_at_arrival: int = 0  # tokens that everybody had been served when it came
+    served_at_progress: int = 0  # and when it last got a token computed that had never been
     num_charged_tokens: int = 0  # of its tokens, those that its domain's counter holds
+    num_skipped: int = 0  # times that another entered because this one, which was next, found no room
     row: int = -1  # its stable row while running
     status: Status = Status.WAITING
     error: str = ""
+    rank: int = field(init=False)  # its tier, or tiers.RESCUED
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+        self.rank = self.tier
 
     @property
     def num_tokens(self) -> int:
@@ -83,6 +90,18 @@ class Sequence:
     @property
     def num_completion_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_unscored(self) -> int:
+        """Prompt tokens whose logits must still be looked at, for the log probability of the prompt's next token."""
+        return self.num_prompt_tokens - 1 - self.num_scored_tokens if self.sampling.prompt_logprobs >= 0 else 0
+
+    @property
+    def num_tokens_shareable(self) -> int:
+        """Leading tokens that it may find in the prefix cache instead of computing them: never its last one, and none
+        whose logits must still be looked at. They need not be looked at twice, so after a preemption it may find more
+        than when it came."""
+        return self.num_scored_tokens if self.num_unscored else self.num_tokens - 1
 
     @property
     def num_prompt_tokens_served(self) -> int:
@@ -97,16 +116,21 @@ class Sequence:
     def finish_reason(self) -> str | None:
         return self.status.value if self.finished else None
 
-    def prefix(self, index: int, block_size: int) -> Prefix:
-        """What its block ``index`` holds once it is full. Its tokens must be known up to there."""
+    def key(self, index: int, block_size: int) -> bytes:
+        """The name of what its block ``index`` holds once it is full. Its tokens must be known up to there."""
         while len(self.block_keys) <= index:
             first = len(self.block_keys) * block_size
             parent = self.block_keys[-1] if self.block_keys else self.root_key
             self.block_keys.append(block_key(parent, self.token_ids[first : first + block_size]))
+        return self.block_keys[index]
+
+    def prefix(self, index: int, block_size: int) -> Prefix:
+        """The same with all that the name was made of."""
+        key = self.key(index, block_size)
         parent = self.block_keys[index - 1] if index else self.root_key
         tokens = tuple(self.token_ids[index * block_size : (index + 1) * block_size])
         assert len(tokens) == block_size, f"{self.sequence_id}: block {index} is not full"
-        return Prefix(self.domain, parent, self.block_keys[index], tokens)
+        return Prefix(self.domain, parent, key, tokens)
 
     def apply(self, event: Event) -> None:
         """Move along the table. A missing entry is our bug."""

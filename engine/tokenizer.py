@@ -6,6 +6,7 @@ generation_config.json of a model folder. Chat templates come with the model, so
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +15,11 @@ import tokenizers
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engine.detokenizer import IncrementalDetokenizer
 from engine.errors import ConfigError, TokenizerError
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how SentencePiece models spell single bytes
+_SPACE = "\u2581"  # and how they spell spaces
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -49,6 +54,8 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids
         self.context_max = context_max
         self.model_id = model_id
+        self._added = {id_: token.content for id_, token in tokenizer.get_added_tokens_decoder().items()}
+        self._byte_level = tokenizer.decoder is not None and b'"ByteLevel"' in tokenizer.decoder.__getstate__()
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -80,6 +87,24 @@ class Tokenizer:
         """Token ids of a plain prompt, with the special tokens that the model's post-processor adds, if any."""
         return list(self._tokenizer.encode(text).ids)
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
+        """`encode`, and the characters of ``text`` before each token: where its own text begins, or for a part of a
+        character, where that does. A token without text of its own is where the one before it ends."""
+        encoding = self._tokenizer.encode(text)
+        offsets, end = [], 0
+        for begin, own_end in encoding.offsets:
+            offsets.append(min(begin, end) if own_end > begin else end)
+            end = max(end, own_end)
+        return list(encoding.ids), offsets
+
+    def offsets_in_text(self, token_ids: Sequence[int]) -> list[int]:
+        """The same for token ids, in the text that `decode` makes of them."""
+        detokenizer, offsets = IncrementalDetokenizer(self.decode), []
+        for token_id in token_ids:
+            detokenizer.push(token_id)
+            offsets.append(detokenizer.begin)
+        return offsets
+
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, ending where the assistant's answer begins.
 
@@ -100,9 +125,36 @@ class Tokenizer:
         """Text of token ids; special tokens give no text, unfinished characters give U+FFFD."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, whether or not they are whole characters; b"" for an id without a token.
+
+        Special tokens stand for their own spelling.
+        """
+        added = self._added.get(token_id)
+        if added is not None:
+            return added.encode()
+        spelling: str | None = self._tokenizer.id_to_token(token_id)
+        if spelling is None:
+            return b""
+        if self._byte_level:
+            return bytes(BYTE_OF_LETTER[letter] for letter in spelling if letter in BYTE_OF_LETTER)
+        if _BYTE_TOKEN.fullmatch(spelling):
+            return bytes([int(spelling[3:5], 16)])
+        return spelling.replace(_SPACE, " ").encode()
+
     @property
     def vocab_size(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """How byte-level tokenizers spell bytes (GPT-2's table): printable ones as themselves, the others from U+0100."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+BYTE_OF_LETTER = _byte_of_letter()
 
 
 def _read_optional(path: Path) -> dict[str, Any]:

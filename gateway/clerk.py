@@ -1,4 +1,4 @@
-"""Changes to tenants, keys, prices, credit and operators, each with its log entry in the same transaction.
+"""Changes to tenants, keys, prices, credit, budgets and operators, each with its log entry in the same transaction.
 
 The first run and the command line both go through here, so nothing of this kind can happen unlogged.
 """
@@ -12,9 +12,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from audit.entry import Entry
 from audit.outbox import append
+from gateway.budget_alerts import append_alerts, budget_fields
 from gateway.world import new_id
-from tenancy import closing, directory, keys, ledger, limits, operators, prices, rotation
+from tenancy import budgets, closing, corrections, directory, keys, ledger, limits, operators, prices, rotation
+from tenancy.budget_use import BudgetScope
 from tenancy.key_rules import UNRESTRICTED, KeyRules
+from tenancy.periods import Period
 
 Body = dict[str, str | int | bool | list[str]]
 KEY_SCOPES = frozenset({"inference"})
@@ -69,8 +72,9 @@ class Clerk:
         requests_per_minute: int | None,
         tokens_per_minute: int | None,
         concurrency_max: int | None,
+        weight: int = 1,
     ) -> None:
-        """Replace the limits of a scope; None is no limit. Raises UnknownIdError or LimitError."""
+        """Replace limits of a scope, and a tenant's weight; None is no limit. Raises UnknownIdError or LimitError."""
         owner = await directory.owner_of(self.conn, kind, scope_id)
         await limits.set_limits(
             self.conn,
@@ -79,6 +83,7 @@ class Clerk:
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
             concurrency_max=concurrency_max,
+            weight=weight,
             now_ns=self.now_ns,
         )
         body: Body = {
@@ -87,6 +92,7 @@ class Clerk:
             "requests_per_minute": -1 if requests_per_minute is None else requests_per_minute,
             "tokens_per_minute": -1 if tokens_per_minute is None else tokens_per_minute,
             "concurrency_max": -1 if concurrency_max is None else concurrency_max,
+            "weight": weight,
         }
         await self._log("limits.changed", owner, body)
 
@@ -190,13 +196,75 @@ class Clerk:
         return price.price_id
 
     async def grant_credit(self, tenant_id: str, amount_nano_usd: int, *, transfer_id: str = "", memo: str) -> None:
-        """Prepaid credit; a repeat with the same transfer id changes nothing."""
+        """Prepaid credit; a repeat with the same transfer id changes and logs nothing."""
         transfer_id = transfer_id or new_id("trf", self.entropy)
+        await ledger.lock_balance(self.conn, tenant_id)  # a repeat at the same moment waits here
+        is_new = not await ledger.has_transaction(self.conn, transfer_id)
         await ledger.grant_credit(
             self.conn, tenant_id, amount_nano_usd, transfer_id=transfer_id, now_ns=self.now_ns, memo=memo
         )
+        if not is_new:
+            return
         body: Body = {"transfer_id": transfer_id, "memo": memo, "amount_nano_usd": amount_nano_usd}
         await self._log("credit.granted", tenant_id, body)
+
+    async def refund(self, request_id: str, amount_nano_usd: int, *, transfer_id: str = "", reason: str) -> str:
+        """Give back part of what a request cost; its tenant's id. A repeat changes and logs nothing."""
+        transfer_id = transfer_id or new_id("trf", self.entropy)
+        tenant_id, is_new = await corrections.refund(
+            self.conn, request_id, amount_nano_usd, transfer_id=transfer_id, reason=reason, now_ns=self.now_ns
+        )
+        if not is_new:
+            return tenant_id
+        body: Body = {
+            "transfer_id": transfer_id,
+            "request_id": request_id,
+            "reason": reason,
+            "amount_nano_usd": amount_nano_usd,
+        }
+        await self._log("credit.refunded", tenant_id, body)
+        return tenant_id
+
+    async def adjust_credit(
+        self, tenant_id: str, amount_nano_usd: int, *, transfer_id: str = "", corrects_id: str = "", reason: str
+    ) -> None:
+        """Add credit, or take it where the amount is below zero. A repeat changes and logs nothing."""
+        transfer_id = transfer_id or new_id("trf", self.entropy)
+        is_new = await corrections.adjust(
+            self.conn,
+            tenant_id,
+            amount_nano_usd,
+            transfer_id=transfer_id,
+            reason=reason,
+            corrects_id=corrects_id,
+            now_ns=self.now_ns,
+        )
+        if not is_new:
+            return
+        body: Body = {
+            "transfer_id": transfer_id,
+            "corrects_id": corrects_id,
+            "reason": reason,
+            "direction": "give" if amount_nano_usd > 0 else "take",
+            "amount_nano_usd": abs(amount_nano_usd),
+        }
+        await self._log("credit.adjusted", tenant_id, body)
+
+    async def set_budget(
+        self, kind: BudgetScope, scope_id: str, period: Period, *, hard: bool, limit_nano_usd: int
+    ) -> None:
+        """Set or replace one budget; alerts that its use calls for at once are logged too."""
+        budget, alerts = await budgets.set_budget(
+            self.conn, kind, scope_id, period, hard=hard, limit_nano_usd=limit_nano_usd, now_ns=self.now_ns
+        )
+        body = {**budget_fields(budget), "limit_nano_usd": limit_nano_usd}
+        await self._log("budget.set", budget.tenant_id, body)
+        await append_alerts(self.conn, alerts, self.now_ns, entropy=self.entropy)
+
+    async def remove_budget(self, scope_id: str, period: Period, *, hard: bool) -> None:
+        """Raises BudgetError where there is none."""
+        budget = await budgets.remove_budget(self.conn, scope_id, period, hard=hard)
+        await self._log("budget.removed", budget.tenant_id, budget_fields(budget))
 
     async def create_operator(self, name: str) -> str:
         """An operator for the admin page; the generated password, which is stored only as a hash."""

@@ -5,6 +5,8 @@ Errors that a person can act on end in one line on standard error and exit code 
 
 import os
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +14,9 @@ from rich.console import Console
 from gateway import __version__
 from gateway.commands import audit as audit_commands
 from gateway.commands import bench as bench_commands
+from gateway.commands import bench_kernels as bench_kernels_commands
+from gateway.commands import budgets as budgets_commands
+from gateway.commands import corrections as corrections_commands
 from gateway.commands import directory as directory_commands
 from gateway.commands import keys as keys_commands
 from gateway.commands import limits as limits_commands
@@ -24,10 +29,14 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(directory_commands.tenant_app, name="tenant")
 app.add_typer(keys_commands.key_app, name="key")
 app.add_typer(limits_commands.limits_app, name="limits")
+app.add_typer(budgets_commands.budget_app, name="budget")
 app.add_typer(directory_commands.price_app, name="price")
+directory_commands.credit_app.command("refund")(corrections_commands.credit_refund)
+directory_commands.credit_app.command("adjust")(corrections_commands.credit_adjust)
 app.add_typer(directory_commands.credit_app, name="credit")
 app.add_typer(directory_commands.admin_app, name="admin")
 app.add_typer(audit_commands.app, name="audit")
+bench_commands.app.command("kernels")(bench_kernels_commands.bench_kernels)
 app.add_typer(bench_commands.app, name="bench")
 model_app = typer.Typer(no_args_is_help=True, help="Models in the data folder.")
 app.add_typer(model_app, name="model")
@@ -73,6 +82,19 @@ def model_fetch() -> None:
     open_folders(settings.data_dir)
     folder = ensure_demo_model(settings.effective_model_dir, typer.echo)
     typer.echo(f"the model is in {folder}")
+
+
+@model_app.command("convert")
+def model_convert(
+    gguf: Annotated[Path, typer.Argument(help="A GGUF file of the Llama family: llama, mistral, qwen2 or qwen3.")],
+    folder: Annotated[Path, typer.Argument(help="The model folder to write; it must not exist.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="A folder with the model's own tokenizer.json.")] = None,
+) -> None:
+    """Convert a GGUF file to a model folder."""
+    from gateway.host.demo_model import convert_gguf
+
+    convert_gguf(gguf, folder, tokenizer)
+    typer.echo(f"the model is in {folder}: serve it with BULKHEAD_MODEL_DIR={folder}")
 
 
 @app.command()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "BULKHEAD_"
-SCHEDULING = ("fair", "fcfs", "round_robin")  # the engine's policies by name
+SCHEDULING = ("fair", "fcfs", "round_robin", "sjf", "bounded")  # the engine's policies by name
 LOG_LEVELS = ("debug", "info", "warning", "error")
 FOREIGN = {"BULKHEAD_TEST_PROFILE", "BULKHEAD_TEST_MODEL_DIR", "BULKHEAD_KEY"}  # read by tests, snippets, bench
 
@@ -37,6 +37,16 @@ def _not_negative(text: str) -> int:
     if value < 0:
         raise ValueError("must be 0 or greater")
     return value
+
+
+def _percent(least: int, most: int) -> Callable[[str], int]:
+    def cast(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            raise ValueError(f"must be between {least} and {most}")
+        return value
+
+    return cast
 
 
 def _boolean(text: str) -> bool:
@@ -74,12 +84,17 @@ class Settings:
     model_dir: str = _setting("", str)  # empty: the demo model in data_dir
     num_threads: int = _setting(0, _not_negative)  # engine threads; 0: cores minus one, at least one
     kernels: str = _setting("auto", str)  # engine/config.py knows the choices
+    products: str = _setting("auto", str)  # matrix products; engine/config.py knows the choices
     max_num_seqs: int = _setting(32, _positive)
     max_batched_tokens: int = _setting(256, _positive)
     kv_cache_bytes: int = _setting(512 * 1024 * 1024, _positive)
     block_size: int = _setting(32, _positive)
     scheduling: str = _setting("fair", _scheduling)  # engine/order.py
+    wait_max_tokens: int = _setting(65_536, _positive)  # engine/rescue.py
+    priority_tenants: str = _setting("", str)  # names, separated by commas; *: everybody
     prefix_cache: bool = _setting(True, _boolean)  # share computed blocks within a tenant
+    cache_floor_percent: int = _setting(10, _percent(0, 50))  # engine/cache_shares.py
+    cache_ceiling_percent: int = _setting(100, _percent(1, 100))
     body_bytes_max: int = _setting(4 * 1024 * 1024, _positive)
     header_bytes_max: int = _setting(32 * 1024, _positive)
     max_tokens_default: int = _setting(256, _positive)  # where the client names none
@@ -96,6 +111,11 @@ class Settings:
     @property
     def effective_database_url(self) -> str:
         return self.database_url or f"sqlite+aiosqlite:///{self.data_dir.absolute() / 'bulkhead.db'}"
+
+    def may_use_priority(self, tenant_name: str) -> bool:
+        """Whether the operator lets this tenant go before all others (service tier ``priority``)."""
+        names = [name.strip() for name in self.priority_tenants.split(",")]
+        return bool(tenant_name) and ("*" in names or tenant_name in names)
 
     @property
     def effective_model_dir(self) -> Path:

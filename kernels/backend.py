@@ -5,7 +5,7 @@ own numbers in an order of its own: a row's bits do not depend on the other rows
 blocks or on the number of threads. One that is not is fit for relaxed isolation only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,13 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.products import Head, Product
+
 
 class KernelError(Exception):
     """The kernels asked for cannot be had on this machine."""
 
 
 class OwnershipError(Exception):
-    """A kernel met a block that its row may not touch: it did not read it, and what it computed must not leave."""
+    """A kernel met a block that its row may not touch: it did not touch it, and what it computed must not leave.
+
+    ``tokens`` are the places in the batch of whoever asked, empty where that is not known; ``block_id`` is one of the
+    blocks, -1 where there is none.
+    """
+
+    def __init__(self, message: str, tokens: Sequence[int] = (), block_id: int = -1) -> None:
+        super().__init__(message)
+        self.tokens = tuple(tokens)
+        self.block_id = block_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,14 @@ class Backend(Protocol):
         """Whatever this backend wants to work out once a step. Raises ValueError on tables that cannot be."""
         ...
 
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Product:
+        """weight [out, in], bias [out] or None: made ready once, at load. Products come in the weight's dtype."""
+        ...
+
+    def head(self, weight: Tensor) -> Head:
+        """weight [out, in]; takes and gives float32, whatever the weight's dtype."""
+        ...
+
     def rms_norm(
         self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -59,16 +78,23 @@ class Backend(Protocol):
     def attend(
         self,
         qkv: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         key_cache: Tensor,
         value_cache: Tensor,
         *,
         num_heads: int,
         plan: Any,
         scale: float,
+        window: int = 0,
+        soft_cap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """Rope, store, attention: qkv [T, Hq + 2 * Hkv, D], which may be overwritten -> [T, Hq, D]."""
+        """Rope, store, attention: qkv [T, Hq + 2 * Hkv, D], which may be overwritten -> [T, Hq, D].
+
+        ``cos`` and ``sin`` [T, D / 2] None: queries and keys come rotated already, or want no rotation. For ``window``,
+        ``soft_cap`` and ``sinks`` see reference.paged_attention.
+        """
         ...
 
     def check(self, plan: Any) -> None:
@@ -76,8 +102,9 @@ class Backend(Protocol):
         ...
 
 
-def choose(choice: str, num_threads: int, log: Callable[[str], None]) -> Backend:
+def choose(choice: str, num_threads: int, log: Callable[[str], None], products: str = "auto") -> Backend:
     """``auto`` takes the best that this machine has, and plain torch with one line in the log where that is all.
+    ``products``: whose matrix products the native kernels use, see kernels/cpu/backend.py.
 
     Raises KernelError where a named instruction set cannot be had.
     """
@@ -87,7 +114,7 @@ def choose(choice: str, num_threads: int, log: Callable[[str], None]) -> Backend
     if choice == "torch":
         return TorchBackend()
     try:
-        return NativeBackend("" if choice == "auto" else choice, num_threads)
+        return NativeBackend("" if choice == "auto" else choice, num_threads, products)
     except KernelError as error:
         if choice != "auto":
             raise

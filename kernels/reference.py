@@ -56,6 +56,9 @@ def paged_attention(
     kv_lens: Tensor,
     block_tables: Tensor,
     scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of every row over its own blocks: prompt chunks and single decode tokens alike.
 
@@ -63,6 +66,12 @@ def paged_attention(
     included), block_tables int32 [R, B] padded with -1 -> [T, Hq, D] in query's dtype.
     Token i of a row's n new tokens sees the first kv_len - n + i + 1 keys. A row of 0 new tokens does nothing. Only
     slots below kv_len are ever read. Hq is a multiple of Hkv: query head h reads key/value head h // (Hq / Hkv).
+
+    In this order: scores = query . key * scale; with ``soft_cap`` c > 0, scores = c * tanh(scores / c) (arXiv
+    2408.00118); keys out of sight are dropped: those ahead, and with ``window`` w > 0 those at w or more tokens before
+    (the token at position p sees j with p - w < j <= p: transformers' sliding_window); softmax, in whose denominator
+    ``sinks`` float32 [Hq] adds one more logit for each head, after the cap and without a value (arXiv 2309.17453, as
+    gpt-oss learns it).
     """
     out = torch.empty_like(query)
     num_heads, num_kv_heads, block_size = query.shape[1], key_cache.shape[2], key_cache.shape[1]
@@ -74,8 +83,13 @@ def paged_attention(
         key = key_cache[blocks].flatten(0, 1)[:kv_len].float().repeat_interleave(num_heads // num_kv_heads, dim=1)
         value = value_cache[blocks].flatten(0, 1)[:kv_len].float().repeat_interleave(num_heads // num_kv_heads, dim=1)
         scores = torch.einsum("qhd,khd->hqk", query[start:end].float(), key) * scale
-        positions = torch.arange(kv_len - (end - start), kv_len)
-        hidden = torch.arange(kv_len)[None, :] > positions[:, None]
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        if soft_cap > 0:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        ahead = torch.arange(kv_len)[None, :] - torch.arange(kv_len - (end - start), kv_len)[:, None]
+        hidden = (ahead > 0) | (ahead <= -window) if window > 0 else ahead > 0
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[:, None, None].expand(-1, end - start, 1)), dim=-1)
+        weights = scores.softmax(dim=-1)[..., :kv_len]
         out[start:end] = torch.einsum("hqk,khd->qhd", weights, value).to(query.dtype)
     return out

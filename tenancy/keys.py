@@ -60,6 +60,7 @@ class Principal:
     key_id: str
     scopes: frozenset[str]
     rules: KeyRules = KeyRules()
+    weight: int = 1  # its tenant's share of the engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +161,7 @@ async def authenticate(
         key_id=row.key_id,
         scopes=frozenset(row.scopes.split(" ")),
         rules=rules,
+        weight=row.weight or 1,
     )
 
 
@@ -234,7 +236,7 @@ def _secret_hmac(pepper: bytes, public_id: str, secret: str) -> bytes:
 
 
 def _by_public_id() -> Select[Any]:
-    key, project, tenant = tables.api_key, tables.project, tables.tenant
+    key, project, tenant, limit = tables.api_key, tables.project, tables.tenant, tables.scope_limit
     return (
         select(
             key.c.id.label("key_id"),
@@ -249,9 +251,11 @@ def _by_public_id() -> Select[Any]:
             tenant.c.name.label("tenant_name"),
             tenant.c.status,
             tenant.c.organisation_id,
+            limit.c.weight,
         )
         .join(project, project.c.id == key.c.project_id)
         .join(tenant, tenant.c.id == project.c.tenant_id)
+        .outerjoin(limit, limit.c.scope_id == tenant.c.id)
         .where(key.c.public_id == bindparam("public_id"))
     )
 

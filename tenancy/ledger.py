@@ -7,6 +7,7 @@ Every tenant has four accounts, and every transaction moves money between them s
     captured  held    -x    revenue +a    credit +(x - a)    it ended and cost a, 0 <= a <= x
     voided    held    -x    credit  +x                       it ended and costs nothing
     expired   held    -x    credit  +x                       nobody settled it in time
+    refund, adjustment                                       set an earlier one right: corrections.py
 
     hold states:  pending -> captured | voided | expired     (the last three are terminal: exactly once)
 
@@ -16,24 +17,26 @@ over tenants: with one account row a tenant, two tenants' requests never wait fo
 Idempotent by id: a repeat with the same arguments returns the first result and moves nothing; with other arguments it
 raises. The settling transaction's id is derived from the hold's, so the primary key alone refuses a second one.
 
+Budgets (budget_use.py) are counted in the same transactions: place_hold refuses what a hard budget does not cover just
+as it refuses what the credit does not.
+
 Locks (PostgreSQL, READ COMMITTED; on SQLite there is one writer): first the hold row, by the conditional UPDATE that
-changes its state, then the tenant's account rows in id order. place_hold takes the accounts first, but never waits for
-a hold row. A transaction touches one tenant.
+changes its state, then the tenant's account rows in id order, then budget counters, which nobody touches without those.
+place_hold takes the accounts first, but never waits for a hold row. A transaction touches one tenant.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, cast
 
 from sqlalchemy import Select, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy import tables
-from tenancy.money import BIGINT_MAX, MoneyRangeError, require_amount, require_int
-
-CURRENCY: Final = "USD"
-ACCOUNT_KINDS: Final = ("credit", "funding", "held", "revenue")
+from tenancy import budget_use, tables
+from tenancy.budget_use import BudgetAlert, BudgetUse, Spender
+from tenancy.money import MoneyRangeError, require_amount, require_int
+from tenancy.posting import ACCOUNT_KINDS, CURRENCY, account_id, lock_accounts, post, read_accounts
 
 HoldState = Literal["pending", "captured", "voided", "expired"]
 
@@ -54,10 +57,6 @@ class UnknownHoldError(LookupError):
     """There is no hold with this id."""
 
 
-class UnknownAccountError(LookupError):
-    """The tenant has no accounts: there is no such tenant, or open_accounts was never called."""
-
-
 @dataclass(frozen=True, slots=True)
 class Hold:
     hold_id: str
@@ -70,19 +69,36 @@ class Hold:
     created_ns: int
     expires_ns: int
     settled_ns: int | None  # None while pending
+    project_id: str | None = None
+    key_id: str | None = None
+
+    @property
+    def spender(self) -> Spender:
+        return Spender(self.tenant_id, self.project_id, self.key_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Limiter:
+    """What a hold must fit into: the credit, or a hard budget."""
+
+    name: str  # "credit", or a budget's: "project-month"
+    available_nano_usd: int  # below zero where a budget was lowered below its use
+    held_nano_usd: int  # of requests in flight; part of it may come back
+    ends_ns: int | None = None  # when a budget's period ends
 
 
 @dataclass(frozen=True, slots=True)
 class InsufficientCredit:
-    """The hold was refused; nothing was moved."""
+    """The hold was refused; nothing was moved. `available_nano_usd` is what the tightest limiter has."""
 
     available_nano_usd: int
     needed_nano_usd: int
+    limiters: tuple[Limiter, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """How a hold ended: captured + released = the amount that was held."""
+    """How a hold ended: captured + released = the amount that was held. A repeat has no alerts."""
 
     hold_id: str
     tenant_id: str
@@ -90,6 +106,7 @@ class Settled:
     captured_nano_usd: int
     released_nano_usd: int
     settled_ns: int
+    alerts: tuple[BudgetAlert, ...] = ()  # to be logged in this transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +121,7 @@ async def open_accounts(conn: AsyncConnection, tenant_id: str, *, now_ns: int) -
     dialect = postgresql if conn.dialect.name == "postgresql" else sqlite
     rows = [
         {
-            "id": _account_id(tenant_id, kind),
+            "id": account_id(tenant_id, kind),
             "tenant_id": tenant_id,
             "kind": kind,
             "currency": CURRENCY,
@@ -122,14 +139,14 @@ async def grant_credit(
     """Add prepaid credit; returns the balance now. Raises LedgerConflictError, UnknownAccountError, MoneyRangeError."""
     require_amount(amount_nano_usd, "amount_nano_usd", minimum=1)
     require_int(now_ns, "now_ns")
-    balances = await _lock_accounts(conn, tenant_id)
+    balances = await lock_accounts(conn, tenant_id)
     earlier = await _find_transaction(conn, transfer_id)
     if earlier is not None:
         if earlier != ("grant", tenant_id, memo, amount_nano_usd):
             raise LedgerConflictError(f"transfer {transfer_id!r} was already made with other arguments")
         return _balance(balances)
     changes = {"funding": -amount_nano_usd, "credit": amount_nano_usd}
-    return await _post(conn, tenant_id, balances, changes, transfer_id, "grant", now_ns, memo=memo)
+    return _balance(await post(conn, tenant_id, balances, changes, transfer_id, "grant", now_ns, memo=memo))
 
 
 async def place_hold(
@@ -142,8 +159,10 @@ async def place_hold(
     amount_nano_usd: int,
     expires_ns: int,
     now_ns: int,
+    project_id: str | None = None,
+    key_id: str | None = None,
 ) -> Hold | InsufficientCredit:
-    """Move the worst case from credit to held, or refuse and move nothing.
+    """Move the worst case from credit to held, or refuse and move nothing. It counts in the budgets of `now_ns`.
 
     A repeat returns the hold as it is now, which may be settled already. Raises LedgerConflictError for a known id
     with another tenant, request, price, amount or expiry; UnknownAccountError; MoneyRangeError.
@@ -151,15 +170,31 @@ async def place_hold(
     require_amount(amount_nano_usd, "amount_nano_usd")
     if require_int(expires_ns, "expires_ns") <= require_int(now_ns, "now_ns"):
         raise ValueError(f"expires_ns must be later than now ({now_ns}): {expires_ns}")
-    balances = await _lock_accounts(conn, tenant_id)
-    made = Hold(hold_id, tenant_id, request_id, price_id, amount_nano_usd, "pending", None, now_ns, expires_ns, None)
+    balances = await lock_accounts(conn, tenant_id)
+    made = Hold(
+        hold_id=hold_id,
+        tenant_id=tenant_id,
+        request_id=request_id,
+        price_id=price_id,
+        amount_nano_usd=amount_nano_usd,
+        state="pending",
+        captured_nano_usd=None,
+        created_ns=now_ns,
+        expires_ns=expires_ns,
+        settled_ns=None,
+        project_id=project_id,
+        key_id=key_id,
+    )
     earlier = await get_hold(conn, hold_id)
     if earlier is not None:
         if _asked(earlier) != _asked(made):
             raise LedgerConflictError(f"hold {hold_id!r} was already placed with other arguments")
         return earlier
-    if balances["credit"] < amount_nano_usd:
-        return InsufficientCredit(available_nano_usd=balances["credit"], needed_nano_usd=amount_nano_usd)
+    uses = await budget_use.open_counters(conn, made.spender, now_ns)
+    limiters = (Limiter("credit", balances["credit"], balances["held"]), *(_limiter(u) for u in uses if u.budget.hard))
+    available_nano_usd = max(0, min(limiter.available_nano_usd for limiter in limiters))
+    if available_nano_usd < amount_nano_usd:
+        return InsufficientCredit(available_nano_usd, amount_nano_usd, limiters)
     await conn.execute(
         insert(_HOLD).values(
             id=hold_id,
@@ -172,10 +207,13 @@ async def place_hold(
             created_ns=now_ns,
             expires_ns=expires_ns,
             settled_ns=None,
+            project_id=project_id,
+            key_id=key_id,
         )
     )
+    await budget_use.reserve(conn, uses, amount_nano_usd)
     changes = {"credit": -amount_nano_usd, "held": amount_nano_usd}
-    await _post(conn, tenant_id, balances, changes, f"{hold_id}:hold", "hold", now_ns, hold_id=hold_id)
+    await post(conn, tenant_id, balances, changes, f"{hold_id}:hold", "hold", now_ns, hold_id=hold_id)
     return made
 
 
@@ -228,12 +266,17 @@ async def pending_holds(conn: AsyncConnection) -> list[Hold]:
 
 async def balance(conn: AsyncConnection, tenant_id: str) -> Balance:
     """Raises UnknownAccountError."""
-    return _balance(await _read_accounts(conn, tenant_id, lock=False))
+    return _balance(await read_accounts(conn, tenant_id, lock=False))
+
+
+async def has_transaction(conn: AsyncConnection, transaction_id: str) -> bool:
+    table = tables.ledger_transaction
+    return await conn.scalar(select(table.c.id).where(table.c.id == transaction_id)) is not None
 
 
 async def lock_balance(conn: AsyncConnection, tenant_id: str) -> Balance:
     """The balance, which nobody else moves before this transaction ends. Raises UnknownAccountError."""
-    return _balance(await _lock_accounts(conn, tenant_id))
+    return _balance(await lock_accounts(conn, tenant_id))
 
 
 async def _settle(
@@ -253,73 +296,20 @@ async def _settle(
         if (hold.state, hold.captured_nano_usd) != (state, captured_nano_usd):
             raise HoldSettledError(hold)
         return _settled(hold)
-    balances = await _lock_accounts(conn, hold.tenant_id)
+    balances = await lock_accounts(conn, hold.tenant_id)
     released = hold.amount_nano_usd - captured_nano_usd
     changes = {"held": -hold.amount_nano_usd}
     if state == "captured":
         changes["revenue"] = captured_nano_usd
     if released or state != "captured":
         changes["credit"] = released
-    await _post(conn, hold.tenant_id, balances, changes, f"{hold_id}:settle", state, now_ns, hold_id=hold_id)
-    return _settled(hold)
+    await post(conn, hold.tenant_id, balances, changes, f"{hold_id}:settle", state, now_ns, hold_id=hold_id)
+    alerts = await budget_use.settle(conn, hold.spender, hold.created_ns, hold.amount_nano_usd, captured_nano_usd)
+    return replace(_settled(hold), alerts=alerts)
 
 
-async def _post(
-    conn: AsyncConnection,
-    tenant_id: str,
-    balances: Mapping[str, int],
-    changes: Mapping[str, int],
-    transaction_id: str,
-    kind: str,
-    now_ns: int,
-    *,
-    hold_id: str | None = None,
-    memo: str = "",
-) -> Balance:
-    """Append one transaction and move the balances. The caller holds the account locks; `balances` is under them."""
-    assert sum(changes.values()) == 0, f"unbalanced {kind} {transaction_id}: {dict(changes)}"
-    after = {account_kind: balances[account_kind] + changes.get(account_kind, 0) for account_kind in balances}
-    if any(abs(amount) > BIGINT_MAX for amount in after.values()):
-        raise MoneyRangeError(f"{kind} {transaction_id} would take a balance beyond {BIGINT_MAX}")
-    assert after["credit"] >= 0, f"{kind} {transaction_id} would overdraw the credit of {tenant_id}"
-    assert after["held"] >= 0, f"{kind} {transaction_id} would overdraw what {tenant_id} has held"
-    await conn.execute(
-        insert(tables.ledger_transaction).values(
-            id=transaction_id, tenant_id=tenant_id, kind=kind, hold_id=hold_id, memo=memo, created_ns=now_ns
-        )
-    )
-    lines = [
-        {
-            "transaction_id": transaction_id,
-            "line": line,
-            "account_id": _account_id(tenant_id, name),
-            "amount_nano_usd": amount,
-        }
-        for line, (name, amount) in enumerate(changes.items())
-    ]
-    await conn.execute(insert(tables.ledger_entry).values(lines))
-    for name in sorted(changes):
-        await conn.execute(
-            update(tables.account)
-            .where(tables.account.c.id == _account_id(tenant_id, name))
-            .values(balance_nano_usd=after[name])
-        )
-    return _balance(after)
-
-
-async def _lock_accounts(conn: AsyncConnection, tenant_id: str) -> dict[str, int]:
-    return await _read_accounts(conn, tenant_id, lock=True)
-
-
-async def _read_accounts(conn: AsyncConnection, tenant_id: str, *, lock: bool) -> dict[str, int]:
-    ids = [_account_id(tenant_id, kind) for kind in ACCOUNT_KINDS]
-    table = tables.account
-    query = select(table.c.kind, table.c.balance_nano_usd).where(table.c.id.in_(ids)).order_by(table.c.id)
-    rows = await conn.execute(query.with_for_update() if lock else query)
-    balances = {row.kind: row.balance_nano_usd for row in rows}
-    if len(balances) != len(ACCOUNT_KINDS):
-        raise UnknownAccountError(f"tenant {tenant_id!r} has no accounts")
-    return balances
+def _limiter(use: BudgetUse) -> Limiter:
+    return Limiter(use.budget.name, use.left_nano_usd, use.held_nano_usd, use.period_end_ns)
 
 
 async def _find_transaction(conn: AsyncConnection, transaction_id: str) -> tuple[str, str, str, int] | None:
@@ -340,10 +330,6 @@ async def _require_hold(conn: AsyncConnection, hold_id: str) -> Hold:
     if hold is None:
         raise UnknownHoldError(f"there is no hold {hold_id!r}")
     return hold
-
-
-def _account_id(tenant_id: str, kind: str) -> str:
-    return f"{tenant_id}:{kind}:{CURRENCY}"
 
 
 def _asked(hold: Hold) -> tuple[str, str, str, int, int]:
@@ -372,4 +358,6 @@ _HOLDS: Final[Select[Any]] = select(
     _HOLD.c.created_ns,
     _HOLD.c.expires_ns,
     _HOLD.c.settled_ns,
+    _HOLD.c.project_id,
+    _HOLD.c.key_id,
 )

@@ -1,7 +1,10 @@
-"""Limits are rules; quota.py holds what is left of them. Each of the four scopes of a request may have its own."""
+"""Limits are rules; quota.py holds what is left of them. Each of the four scopes of a request may have its own.
+
+Beside them stands a tenant's weight: not a limit but its share of the engine while others want it, too.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from sqlalchemy import delete, insert, select
@@ -15,6 +18,7 @@ from tenancy.money import require_int
 # Lua counts in doubles: a minute's allowance in quota.py's units (1/60,000,000 of a token) stays below 2^53.
 PER_MINUTE_MAX: Final = 100_000_000
 CONCURRENCY_MAX: Final = 100_000
+WEIGHT_MAX: Final = 1_000
 _MAXIMA: Final = {
     "requests_per_minute": PER_MINUTE_MAX,
     "tokens_per_minute": PER_MINUTE_MAX,
@@ -23,12 +27,12 @@ _MAXIMA: Final = {
 
 
 class LimitError(ValueError):
-    """A limit is negative or above what can be counted exactly; the message names it."""
+    """A limit is negative or above what can be counted exactly, or a weight is out of place; the message names it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScopeLimits:
-    """The limits of one scope; None is unlimited, 0 admits nothing.
+    """The limits of one scope; None is unlimited, 0 admits nothing. `weight` is a tenant's: other scopes have 1.
 
     `organisation_id` is where the counters live: every scope of an organisation shares one Redis hash tag, because
     one script checks them all and an organisation's own counters are shared by its tenants.
@@ -39,12 +43,15 @@ class ScopeLimits:
     tokens_per_minute: int | None = None
     concurrency_max: int | None = None
     organisation_id: str = ""
+    weight: int = 1
 
     def __post_init__(self) -> None:
         for name, maximum in _MAXIMA.items():
             value = getattr(self, name)
             if value is not None and not 0 <= require_int(value, name) <= maximum:
                 raise LimitError(f"{name} must be between 0 and {maximum}, or None: {value}")
+        if not 1 <= require_int(self.weight, "weight") <= WEIGHT_MAX:
+            raise LimitError(f"weight must be between 1 and {WEIGHT_MAX}: {self.weight}")
 
 
 async def set_limits(
@@ -55,10 +62,13 @@ async def set_limits(
     requests_per_minute: int | None = None,
     tokens_per_minute: int | None = None,
     concurrency_max: int | None = None,
+    weight: int = 1,
     now_ns: int,
 ) -> ScopeLimits:
     """Replace the limits of one scope; what is already used stays counted. Raises LimitError or TypeError."""
-    limits = ScopeLimits(scope_id, requests_per_minute, tokens_per_minute, concurrency_max)
+    limits = ScopeLimits(scope_id, requests_per_minute, tokens_per_minute, concurrency_max, weight=weight)
+    if weight != 1 and scope_kind != "tenant":
+        raise LimitError(f"weight is a tenant's: set it with the scope tenant, not {scope_kind}")
     table = tables.scope_limit
     await conn.execute(delete(table).where(table.c.scope_id == scope_id))
     await conn.execute(
@@ -69,6 +79,7 @@ async def set_limits(
             tokens_per_minute=tokens_per_minute,
             concurrency_max=concurrency_max,
             updated_ns=now_ns,
+            weight=weight,
         )
     )
     return limits
@@ -77,12 +88,17 @@ async def set_limits(
 async def get_limits(conn: AsyncConnection, scope_ids: list[str]) -> Mapping[str, ScopeLimits]:
     """The limits of those scopes that have any, by scope id."""
     table = tables.scope_limit
-    rows = await conn.execute(
-        select(table.c.scope_id, table.c.requests_per_minute, table.c.tokens_per_minute, table.c.concurrency_max).where(
-            table.c.scope_id.in_(scope_ids)
+    rows = await conn.execute(select(table).where(table.c.scope_id.in_(scope_ids)))
+    return {
+        row.scope_id: ScopeLimits(
+            row.scope_id,
+            row.requests_per_minute,
+            row.tokens_per_minute,
+            row.concurrency_max,
+            weight=1 if row.weight is None else row.weight,
         )
-    )
-    return {row.scope_id: ScopeLimits(*row) for row in rows}
+        for row in rows
+    }
 
 
 async def load_scopes(conn: AsyncConnection, principal: Principal) -> list[ScopeLimits]:
@@ -93,10 +109,4 @@ async def load_scopes(conn: AsyncConnection, principal: Principal) -> list[Scope
 
 
 def _in_organisation(limits: ScopeLimits, organisation_id: str) -> ScopeLimits:
-    return ScopeLimits(
-        limits.scope_id,
-        limits.requests_per_minute,
-        limits.tokens_per_minute,
-        limits.concurrency_max,
-        organisation_id,
-    )
+    return replace(limits, organisation_id=organisation_id)

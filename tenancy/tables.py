@@ -5,7 +5,8 @@ Three kinds of rows:
   DELETE, so that a mistake in our code cannot rewrite history. `append_only_ddl` is the text; create_all installs it
   and the migration executes the same text.
 - lifecycle (tenant, api_key, hold, operator): one state column or timestamp moves forward, never back.
-- current values (scope_limit, account.balance_nano_usd): may change; a balance is always the sum of its entries.
+- current values (scope_limit, budget, budget_use, account.balance_nano_usd): may change; a balance is always the sum of
+  its entries, a budget's figures the sums of its period's holds.
 """
 
 from typing import Any, Final
@@ -121,6 +122,7 @@ scope_limit = Table(
     _int("tokens_per_minute", nullable=True),
     _int("concurrency_max", nullable=True),
     _int("updated_ns"),
+    _int("weight", nullable=True),  # a tenant's share of the engine; null is 1
     CheckConstraint("scope_kind IN ('organisation', 'tenant', 'project', 'key')", name="scope_kind"),
 )
 
@@ -156,15 +158,47 @@ account = Table(
     CheckConstraint("kind NOT IN ('credit', 'held') OR balance_nano_usd >= 0", name="never_negative"),
 )
 
+# One per scope, period and hardness; the id is made of the three, so setting one twice finds the first.
+budget = Table(
+    "budget",
+    metadata,
+    _id(128),
+    _ref("tenant_id", "tenant.id"),
+    Column("scope_kind", String(16), nullable=False),
+    Column("scope_id", String(64), nullable=False),
+    Column("period", String(16), nullable=False),
+    Column("hard", Boolean, nullable=False),
+    _int("limit_nano_usd"),
+    _int("updated_ns"),
+    CheckConstraint("scope_kind IN ('tenant', 'project', 'key')", name="scope_kind"),
+    CheckConstraint("period IN ('day', 'month', 'total')", name="period"),
+    CheckConstraint("limit_nano_usd >= 0", name="not_negative"),
+    Index(None, "tenant_id"),
+    Index(None, "scope_id"),
+)
+
+budget_use = Table(
+    "budget_use",
+    metadata,
+    Column("budget_id", String(128), ForeignKey("budget.id"), primary_key=True),
+    Column("period_start_ns", ExactInteger(), primary_key=True, autoincrement=False),
+    _int("used_nano_usd"),
+    _int("held_nano_usd"),
+    _int("alerted_percent"),
+    CheckConstraint("used_nano_usd >= 0 AND held_nano_usd >= 0", name="not_negative"),
+)
+
 ledger_transaction = Table(
     "ledger_transaction",
     metadata,
     _id(128),
     _ref("tenant_id", "tenant.id"),
-    Column("kind", String(16), nullable=False),  # grant, hold, captured, voided, expired
+    Column("kind", String(16), nullable=False),  # grant, hold, captured, voided, expired, refund, adjustment
     Column("hold_id", String(64), nullable=True),
     Column("memo", Text, nullable=False),
     _int("created_ns"),
+    Column("corrects_id", String(128), nullable=True),  # of a refund or adjustment: the transaction that it sets right
+    Index(None, "corrects_id"),
     Index(None, "tenant_id", "created_ns"),
 )
 
@@ -191,6 +225,8 @@ hold = Table(
     _int("created_ns"),
     _int("expires_ns"),
     _int("settled_ns", nullable=True),
+    Column("project_id", String(64), nullable=True),  # null: from before 0003, and not billed
+    Column("key_id", String(64), nullable=True),
     CheckConstraint("state IN ('pending', 'captured', 'voided', 'expired')", name="state"),
     CheckConstraint("(state = 'pending') = (settled_ns IS NULL)", name="settled_once"),
     CheckConstraint("captured_nano_usd IS NULL OR captured_nano_usd BETWEEN 0 AND amount_nano_usd", name="captured"),
@@ -201,6 +237,7 @@ hold = Table(
         postgresql_where=text("state = 'pending'"),
     ),
     Index(None, "request_id"),
+    Index(None, "tenant_id", "created_ns"),
 )
 
 usage_record = Table(

@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import Select, and_, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy.ledger import CURRENCY
 from tenancy.meter import TenantUsage
+from tenancy.posting import CURRENCY
 from tenancy.tables import account, api_key, hold, ledger_entry, operator, project, tenant, usage_record
 
 

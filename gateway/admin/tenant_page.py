@@ -1,4 +1,4 @@
-"""One tenant's page: account, ledger check, requests, holds, keys. One database snapshot."""
+"""One tenant's page: account, ledger check, budgets, requests, holds, keys. One database snapshot."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,9 +9,11 @@ from gateway.admin.health import Fact
 from gateway.admin.overview import empty_minutes, gather_minutes
 from gateway.admin.wording import count, duration, plural, usd_in_column, utc
 from gateway.services import Services
-from tenancy.ledger import CURRENCY
+from tenancy.budget_use import BudgetUse, budget_uses
+from tenancy.corrections import refunded_nano_usd
 from tenancy.meter import TenantUsage
 from tenancy.money import format_nano_usd
+from tenancy.posting import CURRENCY
 
 REQUESTS_PER_PAGE = 50
 KEYS_MAX = 200
@@ -47,6 +49,18 @@ class HoldLine:
 
 
 @dataclass(frozen=True, slots=True)
+class BudgetLine:
+    scope: str
+    period: str
+    kind: str
+    used: str
+    held: str
+    limit: str
+    word: str  # the highest alert of the period
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
 class KeyLine:
     public_id: str
     name: str
@@ -66,6 +80,7 @@ class TenantPage:
     money: tuple[MoneyFact, ...]
     check: Fact
     chart: Chart
+    budgets: tuple[BudgetLine, ...]
     requests: tuple[RequestLine, ...]
     older: str  # cursor of the next page; empty when there is none
     is_older: bool  # this is not the first page
@@ -88,11 +103,13 @@ async def gather(services: Services, tenant_id: str, *, before: str) -> TenantPa
         balances = await queries.account_balances(conn, tenant_id)
         sums = await queries.entry_sums(conn, tenant_id)
         billed = await queries.usage_of(conn, tenant_id)
+        refunded = await refunded_nano_usd(conn, tenant_id)
         minutes = (await gather_minutes(conn, now_ns, tenant_id)).get(tenant_id)
         requests = await queries.recent_usage(conn, tenant_id, cursor, REQUESTS_PER_PAGE + 1)
         num_held, held_nano_usd = await queries.pending_sum(conn, tenant_id)
         holds = await queries.tenant_holds(conn, tenant_id, HOLDS_MAX)
         keys = await queries.tenant_keys(conn, tenant_id, KEYS_MAX)
+        uses = await budget_uses(conn, tenant_id, now_ns)
     shown = requests[:REQUESTS_PER_PAGE]
     return TenantPage(
         tenant_id=tenant.tenant_id,
@@ -100,9 +117,10 @@ async def gather(services: Services, tenant_id: str, *, before: str) -> TenantPa
         status=tenant.status,
         as_of=utc(now_ns),
         currency=CURRENCY,
-        money=_money(balances, billed, num_held),
-        check=check_account(balances, sums, billed.amount_nano_usd, held_nano_usd),
+        money=_money(balances, billed, refunded, num_held),
+        check=check_account(balances, sums, billed.amount_nano_usd - refunded, held_nano_usd),
         chart=stacked_bars(minutes or empty_minutes(now_ns), subject=tenant.name),
+        budgets=tuple(_budget_line(use) for use in uses),
         requests=tuple(_request_line(row) for row in shown),
         older=format_cursor(shown[-1]) if len(requests) > len(shown) else "",
         is_older=cursor is not None,
@@ -121,7 +139,7 @@ def check_account(
         "Balances minus ledger entries": sum(
             abs(balances.get(kind, 0) - sums.get(kind, 0)) for kind in balances.keys() | sums.keys()
         ),
-        "Usage billed minus ledger revenue": billed_nano_usd - balances.get("revenue", 0),
+        "Usage billed and not refunded minus ledger revenue": billed_nano_usd - balances.get("revenue", 0),
         "Pending holds minus ledger held": held_nano_usd - balances.get("held", 0),
         "Sum of all accounts": sum(balances.values()),
     }
@@ -143,7 +161,9 @@ def format_cursor(row: queries.UsageRow) -> str:
     return f"{row.finished_ns}.{row.request_id}"
 
 
-def _money(balances: Mapping[str, int], billed: TenantUsage, num_held: int) -> tuple[MoneyFact, ...]:
+def _money(
+    balances: Mapping[str, int], billed: TenantUsage, refunded_nano_usd: int, num_held: int
+) -> tuple[MoneyFact, ...]:
     return (
         MoneyFact("Credit left", format_nano_usd(balances.get("credit", 0)), ("Neither billed nor held",)),
         MoneyFact("Held", format_nano_usd(balances.get("held", 0)), (plural(num_held, "pending hold"),)),
@@ -154,6 +174,7 @@ def _money(balances: Mapping[str, int], billed: TenantUsage, num_held: int) -> t
                 plural(billed.num_requests, "request"),
                 f"{count(billed.num_prompt_tokens)} prompt tokens, {count(billed.num_cached_tokens)} of them cached",
                 f"{count(billed.num_completion_tokens)} completion tokens",
+                *((f"{format_nano_usd(refunded_nano_usd)} of it refunded",) if refunded_nano_usd else ()),
             ),
         ),
     )
@@ -177,6 +198,21 @@ def _hold_line(row: queries.HoldRow, now_ns: int) -> HoldLine:
     left_ns = row.expires_ns - now_ns
     expires = f"in {duration(left_ns)}" if left_ns > 0 else f"{duration(-left_ns)} ago, waiting to be settled"
     return HoldLine(row.request_id, usd_in_column(row.amount_nano_usd), expires)
+
+
+def _budget_line(use: BudgetUse) -> BudgetLine:
+    budget = use.budget
+    word, state = (f"{use.alerted_percent} % reached", "warn") if use.alerted_percent else ("below 50 %", "good")
+    return BudgetLine(
+        scope=budget.scope_kind if budget.scope_kind == "tenant" else f"{budget.scope_kind} {budget.scope_id}",
+        period=budget.period,
+        kind="hard" if budget.hard else "soft",
+        used=usd_in_column(use.used_nano_usd),
+        held=usd_in_column(use.held_nano_usd),
+        limit=usd_in_column(budget.limit_nano_usd),
+        word=word,
+        state="bad" if use.alerted_percent >= 100 else state,
+    )
 
 
 def _key_line(row: queries.KeyRow, now_ns: int) -> KeyLine:

@@ -3,8 +3,8 @@
     acquire   all limits of the caller or none; costs prompt + max_tokens, the most it can use
     T1        price pinned, worst case held in nano-USD, `request.admitted` in the outbox
 
-When the credit does not cover the worst case, max_tokens is lowered to what it does cover, and the answer says so in
-`x-bulkhead-budget`; it is refused only when the credit does not pay for one token.
+When the credit or a hard budget does not cover the worst case, max_tokens is lowered to what the smallest remainder
+covers, and the answer names that one in `x-bulkhead-budget`; it is refused only when one token is not covered.
 
 Nothing runs before both have succeeded. When T1 fails, what had been taken is given back, also when it is not known
 whether T1 committed.
@@ -26,7 +26,7 @@ from gateway.services import Services
 from gateway.world import new_id
 from tenancy.closing import TenantInactiveError, require_active
 from tenancy.keys import Principal
-from tenancy.ledger import Hold, InsufficientCredit, balance, place_hold
+from tenancy.ledger import Hold, InsufficientCredit, place_hold
 from tenancy.prices import Price, PriceMissingError, affordable_tokens, price_at, worst_case_nano_usd
 from tenancy.quota import Lease, QuotaSnapshot, QuotaUnavailableError, Refused
 
@@ -45,10 +45,11 @@ class Admission:
     hold_nano_usd: int
     model: str
     num_prompt_tokens: int
-    max_tokens: int  # what the hold pays for: at most what was asked
+    max_tokens: int  # what the hold pays for, all answers together: at most what was asked
     stream: bool
     started_ns: int
     expires_ns: int  # of the hold
+    lowered_by: str = ""  # the credit or budget that max_tokens was lowered to
 
 
 @dataclass(slots=True)
@@ -78,8 +79,9 @@ async def admit(
     except (CreditExhaustedError, PriceMissingError, TenantInactiveError):
         claim.hold_id = None  # refused before anything was held
         raise
-    if admission.max_tokens < work.sampling.max_tokens:
-        state["answer_headers"] += (("x-bulkhead-budget", f"credit; max_tokens={admission.max_tokens}"),)
+    if admission.lowered_by:
+        lowered = f"{admission.lowered_by}; max_tokens={admission.max_tokens}"
+        state["answer_headers"] += (("x-bulkhead-budget", lowered),)
     return admission
 
 
@@ -96,7 +98,7 @@ async def _acquire(services: Services, caller: Caller, work: Work, request_id: s
         caller.limits,
         tenant_id=caller.principal.tenant_id,
         lease_id=request_id,
-        num_tokens=work.num_prompt_tokens + work.sampling.max_tokens,
+        num_tokens=work.num_prompt_tokens + work.max_tokens,
         lease_ttl_ms=services.settings.lease_ttl_s * 1_000,
     )
     if isinstance(result, Refused):
@@ -117,17 +119,17 @@ async def _hold(
         lease=lease,
         hold_id=hold_id,
         price=price,
-        hold_nano_usd=worst_case_nano_usd(price, work.num_prompt_tokens, work.sampling.max_tokens),
+        hold_nano_usd=worst_case_nano_usd(price, work.num_prompt_tokens, work.max_tokens),
         model=work.model,
         num_prompt_tokens=work.num_prompt_tokens,
-        max_tokens=work.sampling.max_tokens,
+        max_tokens=work.max_tokens,
         stream=work.stream,
         started_ns=started_ns,
         expires_ns=started_ns + services.settings.hold_ttl_s * 1_000_000_000,
     )
     held = await _place(conn, admission)
     if isinstance(held, InsufficientCredit):
-        admission = await _lowered(conn, admission, held.available_nano_usd)
+        admission = _lowered(admission, held)
         held = await _place(conn, admission)
         assert not isinstance(held, InsufficientCredit), "the refused hold had locked the tenant's accounts"
     await require_active(conn, tenant_id)  # after the hold: see tenancy/closing.py
@@ -155,28 +157,31 @@ async def _place(conn: AsyncConnection, admission: Admission) -> Hold | Insuffic
         amount_nano_usd=admission.hold_nano_usd,
         expires_ns=admission.expires_ns,
         now_ns=admission.started_ns,
+        project_id=admission.principal.project_id,
+        key_id=admission.principal.key_id,
     )
 
 
-async def _lowered(conn: AsyncConnection, admission: Admission, available_nano_usd: int) -> Admission:
-    """The same request with as many tokens as the rest of the credit pays for.
+def _lowered(admission: Admission, refused: InsufficientCredit) -> Admission:
+    """The same request with as many tokens as the smallest remainder pays for.
 
-    Raises CreditExhaustedError when that is not one.
+    Raises CreditExhaustedError when that is not one: it names what no waiting cures, if there is such a limiter.
     """
     price, num_prompt_tokens = admission.price, admission.num_prompt_tokens
-    max_tokens = affordable_tokens(price, num_prompt_tokens, admission.max_tokens, available_nano_usd)
+    tightest = min(refused.limiters, key=lambda limiter: limiter.available_nano_usd)
+    max_tokens = affordable_tokens(price, num_prompt_tokens, admission.max_tokens, refused.available_nano_usd)
     if max_tokens == 0:
-        in_flight_nano_usd = (await balance(conn, admission.principal.tenant_id)).held_nano_usd
         needed_nano_usd = worst_case_nano_usd(price, num_prompt_tokens, 1)
-        raise CreditExhaustedError(available_nano_usd, needed_nano_usd, in_flight_nano_usd)
+        spent = [one for one in refused.limiters if one.available_nano_usd + one.held_nano_usd < needed_nano_usd]
+        raise CreditExhaustedError(spent[0] if spent else tightest, needed_nano_usd)
     hold_nano_usd = worst_case_nano_usd(price, num_prompt_tokens, max_tokens)
-    return replace(admission, max_tokens=max_tokens, hold_nano_usd=hold_nano_usd)
+    return replace(admission, max_tokens=max_tokens, hold_nano_usd=hold_nano_usd, lowered_by=tightest.name)
 
 
 def _refusal(refused: Refused, work: Work) -> Exception:
     headers = rate_limit_headers(refused.snapshot)
     if refused.code == "never_fits" and refused.limit_name == "tokens_per_minute":
-        num_tokens = work.num_prompt_tokens + work.sampling.max_tokens
+        num_tokens = work.num_prompt_tokens + work.max_tokens
         return NeverFitsError(num_tokens, refused.limit, headers)
     return RateLimitedError(KIND_OF_LIMIT[refused.limit_name], refused.retry_after_ms, headers)
 

@@ -15,6 +15,7 @@ How a request ends -> what is charged:
 """
 
 import asyncio
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -22,11 +23,12 @@ import msgspec
 import structlog
 from starlette.types import Receive, Scope, Send
 
-from engine.client import EngineClient, Generation
+from engine.client import EngineClient
 from engine.errors import EngineGoneError
-from engine.protocol import TokenOutput
+from engine.protocol import TokenLogprob, TokenOutput
 from gateway.api.admission import Admission, Claim, admit
 from gateway.api.auth import Caller
+from gateway.api.choices import NOTHING, Choices
 from gateway.api.problems import (
     DeadlineExceededError,
     EngineRefusedError,
@@ -34,10 +36,10 @@ from gateway.api.problems import (
     internal_problem,
     problem_of,
 )
-from gateway.api.settlement import NOTHING, Outcome, Settler
-from gateway.api.shapes import Shape
+from gateway.api.settlement import Outcome, Settler
+from gateway.api.shapes import Choice, Shape
 from gateway.api.streaming import HEARTBEAT, HEARTBEAT_S, EventStream, SlowReaderError, bounded_send, event
-from gateway.api.translation import Work, submit_of
+from gateway.api.translation import Work, submits_of
 from gateway.services import Services
 from tenancy.closing import TenantInactiveError
 from tenancy.meter import Usage
@@ -97,23 +99,29 @@ class Exchange:
     ) -> None:
         self._services = services
         self._settler = settler
-        self._client = client
         self._admission = admission
         self._work = work
         self._shape = shape
         self._receive = receive
         self._send = send
         self._events = EventStream(send, services.settings.send_timeout_s)
-        self._generation: Generation | None = None
-        self._pull: asyncio.Task[TokenOutput] | None = None
+        submits = submits_of(
+            work,
+            max_tokens=admission.max_tokens,
+            request_id=admission.request_id,
+            tenant_id=admission.principal.tenant_id,
+            weight=admission.principal.weight,
+            secrets=services.secrets,
+        )
+        self._choices = Choices(client, submits)
+        self._pull: asyncio.Task[tuple[int, TokenOutput]] | None = None
         self._gone: asyncio.Task[None] | None = None
-        self._produced = NOTHING  # as last reported by the engine
-        self._delivered = NOTHING  # sent to the client in a stream
         self._settlement: asyncio.Task[None] | None = None
         self._dismissed = asyncio.Event()
         self._dismissal: asyncio.Task[Any] | None = None
         self._started_ns = services.world.monotonic_ns()
         self._first_text = False
+        self._prompt_logprobs: tuple[TokenLogprob, ...] = ()  # complete before anything of an answer
 
     async def run(self) -> None:
         life_s = self._services.settings.hold_ttl_s * (1 - DEADLINE_MARGIN)
@@ -139,13 +147,14 @@ class Exchange:
             await self._broken(error, REASON_OF_ERROR.get(error.code, "engine_error"))
         except asyncio.CancelledError:
             self._stop_engine()
-            self._settle(self._delivered, "shutdown")
+            self._settle(self._choices.delivered, "shutdown")
             raise
         except Exception as error:
             await self._broken(error, "error")
         finally:
             running.remove(tenant_id, self)
             await _cancel(self._gone, self._dismissal, renewing, self._pull)
+            await self._choices.close()
 
     def dismiss(self) -> None:
         """The tenant is no longer active: free the engine at once; the answer ends when it next looks."""
@@ -155,29 +164,29 @@ class Exchange:
     # --- the answer ---------------------------------------------------------------------------------------------------
 
     async def _answer(self) -> None:
-        admission = self._admission
-        submit = submit_of(
-            self._work.at_most(admission.max_tokens),
-            sequence_id=admission.request_id,
-            tenant_id=admission.principal.tenant_id,
-            secrets=self._services.secrets,
-        )
-        self._generation = await self._client.submit(submit)
+        await self._choices.start()
         if self._work.stream:
             await self._answer_stream()
         else:
             await self._answer_whole()
 
     async def _answer_whole(self) -> None:
-        texts: list[str] = []
-        finish_reason: str | None = None
-        while finish_reason is None:
-            output = await self._next(None)
-            assert output is not None
-            texts.append(output.text)
-            finish_reason = _checked_reason(output)
-        await self._settled_soon(self._produced, finish_reason)
-        content = msgspec.json.encode(self._shape.whole("".join(texts), finish_reason, self._produced))
+        outputs: list[list[TokenOutput]] = [[] for _ in range(self._work.n)]
+        reasons: dict[int, str] = {}
+        while len(reasons) < self._work.n:
+            found = await self._next(None)
+            assert found is not None
+            index, output = found
+            outputs[index].append(output)
+            if reason := _checked_reason(output):
+                reasons[index] = reason
+        choices = [
+            Choice("".join(one.text for one in parts), tuple(x for one in parts for x in one.logprobs), reasons[index])
+            for index, parts in enumerate(outputs)
+        ]
+        usage = self._choices.produced
+        await self._settled_soon(usage, _reason_of_all(reasons.values()))
+        content = msgspec.json.encode(self._shape.whole(choices, self._prompt_logprobs, usage))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
         timeout_s = self._services.settings.send_timeout_s
         await bounded_send(self._send, {"type": "http.response.start", "status": 200, "headers": headers}, timeout_s)
@@ -186,39 +195,45 @@ class Exchange:
     async def _answer_stream(self) -> None:
         """Status and headers wait for the first output, so that an early refusal still gets its own status."""
         events, shape = self._events, self._shape
-        finish_reason: str | None = None
-        while finish_reason is None:
-            output = await self._next(HEARTBEAT_S)
+        reasons: dict[int, str] = {}
+        begun = False
+        while len(reasons) < self._work.n:
+            found = await self._next(HEARTBEAT_S)
             frames: list[bytes] = []
-            if output is not None:
-                finish_reason = _checked_reason(output)
-                if output.text:
-                    frames.append(event(shape.delta(output.text)))
-            if not events.opened and (frames or finish_reason or output is None):
-                await events.open()
-                frames[:0] = [event(opening) for opening in shape.opening()]
-            if output is None:
+            shown = False
+            if found is None:
                 frames.append(HEARTBEAT)
+            else:
+                index, output = found
+                reason = _checked_reason(output)
+                shown = bool(output.text or output.logprobs)
+                if shown:
+                    frames.append(event(shape.delta(index, output.text, output.logprobs)))
+                if reason is not None:
+                    reasons[index] = reason
+                    frames.append(event(shape.closing(index, reason)))
+                if frames and not begun:
+                    begun = True
+                    frames[:0] = [event(opening) for opening in shape.opening(self._prompt_logprobs)]
             if frames:
+                await events.open()
                 await events.write(*frames)
-            if output is not None and output.text:
-                self._delivered = self._produced
-        closing = [event(shape.closing(finish_reason))]
+            if found is not None and shown:
+                self._choices.mark_delivered(index)
+        usage = self._choices.produced
         if self._work.include_usage:
-            closing.append(event(shape.usage_chunk(self._produced)))
-        await events.write(*closing)
-        await self._settled_soon(self._produced, finish_reason)
+            await events.write(event(shape.usage_chunk(usage)))
+        await self._settled_soon(usage, _reason_of_all(reasons.values()))
         await events.close()
 
-    async def _next(self, timeout_s: float | None) -> TokenOutput | None:
-        """The next output; None when there was none for `timeout_s`.
+    async def _next(self, timeout_s: float | None) -> tuple[int, TokenOutput] | None:
+        """The next output and whose it is; None when there was none for `timeout_s`.
 
         Raises ClientGoneError, TenantInactiveError or EngineGoneError.
         """
-        assert self._generation is not None
         assert self._gone is not None
         if self._pull is None:
-            self._pull = asyncio.create_task(self._generation.__anext__())
+            self._pull = asyncio.create_task(self._choices.next())
         assert self._dismissal is not None
         awaited = {self._pull, self._gone, self._dismissal}
         await asyncio.wait(awaited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -228,18 +243,14 @@ class Exchange:
             raise TenantInactiveError
         return self._pulled() if self._pull.done() else None
 
-    def _pulled(self) -> TokenOutput:
+    def _pulled(self) -> tuple[int, TokenOutput]:
         assert self._pull is not None
-        output, self._pull = self._pull.result(), None
-        self._produced = Usage(
-            num_prompt_tokens=output.num_prompt_tokens,
-            num_cached_tokens=output.num_cached_tokens,
-            num_completion_tokens=output.num_completion_tokens,
-        )
-        if output.text and not self._first_text:
+        found, self._pull = self._pull.result(), None
+        self._prompt_logprobs += found[1].prompt_logprobs
+        if found[1].text and not self._first_text:
             self._first_text = True
             self._services.metrics.first_text(self._elapsed_s())
-        return output
+        return found
 
     def _elapsed_s(self) -> float:
         return (self._services.world.monotonic_ns() - self._started_ns) / 1e9
@@ -248,31 +259,33 @@ class Exchange:
 
     async def _client_left(self, reason: str) -> None:
         """The client's doing: stop the engine, learn the exact counts, charge what was produced."""
-        finish_reason: str | None = None
+        complete: str | None = None
         try:
             self._stop_engine()
             with suppress(TimeoutError, EngineGoneError):
                 async with asyncio.timeout(FINAL_COUNTS_S):
-                    finish_reason = await self._last_output()
+                    complete = await self._last_outputs()
         finally:
-            self._settle(self._produced, finish_reason if finish_reason in COMPLETE else reason)
+            self._settle(self._choices.produced, complete or reason)
 
-    async def _last_output(self) -> str | None:
-        """Read on to the last frame, which may have been taken by a pull that nobody has looked at yet."""
-        while True:
+    async def _last_outputs(self) -> str | None:
+        """Read on to each last frame, which may have been taken by a pull that nobody has looked at yet. The finish
+        reason, if nothing was cut off by our stopping."""
+        reasons: list[str | None] = []
+        while self._pull is not None or not self._choices.finished:
             if self._pull is None:
-                if self._generation is None or self._generation.finished:
-                    return None
-                self._pull = asyncio.create_task(self._generation.__anext__())
+                self._pull = asyncio.create_task(self._choices.next())
             await asyncio.wait({self._pull})
-            output = self._pulled()
+            _, output = self._pulled()
             if output.finish_reason is not None:
-                return output.finish_reason
+                reasons.append(output.finish_reason)
+        complete = bool(reasons) and COMPLETE.issuperset(reasons) and not self._choices.cut
+        return _reason_of_all(reasons) if complete else None
 
     async def _broken(self, error: Exception, reason: str) -> None:
         """Our doing: charge only what was delivered, and tell the client in the way that is still open."""
         self._stop_engine()
-        await self._settled_soon(self._delivered, reason)
+        await self._settled_soon(self._choices.delivered, reason)
         if not self._events.opened:
             raise error
         problem = problem_of(error)
@@ -284,8 +297,7 @@ class Exchange:
             await self._events.close()
 
     def _stop_engine(self) -> None:
-        if self._generation is not None and not self._generation.finished:
-            self._client.abort(self._generation.sequence_id)
+        self._choices.abort()
 
     def _settle(self, usage: Usage, reason: str) -> asyncio.Task[None]:
         """Start the settlement; only the first call counts."""
@@ -294,7 +306,7 @@ class Exchange:
         if usage.num_completion_tokens == 0 and reason not in COMPLETE:
             usage = NOTHING
         num_quota_tokens = usage.num_prompt_tokens + usage.num_completion_tokens
-        if reason in ("client_gone", "client_slow") and self._generation is not None:
+        if reason in ("client_gone", "client_slow") and self._choices.started:
             # The prompt may have been computed: leaving early must not make prompts free of the rate limit.
             num_quota_tokens = max(num_quota_tokens, self._admission.num_prompt_tokens)
         outcome = Outcome(usage, reason, self._services.world.now_ns(), num_quota_tokens)
@@ -315,7 +327,7 @@ class Exchange:
             num_prompt_tokens=usage.num_prompt_tokens,
             num_cached_tokens=usage.num_cached_tokens,
             num_completion_tokens=usage.num_completion_tokens,
-            num_produced_tokens=self._produced.num_completion_tokens,
+            num_produced_tokens=self._choices.produced.num_completion_tokens,
         )
         return self._settlement
 
@@ -345,6 +357,11 @@ def _checked_reason(output: TokenOutput) -> str | None:
     if output.finish_reason is None or output.finish_reason in COMPLETE:
         return output.finish_reason
     raise EngineRefusedError(output.error or output.finish_reason)
+
+
+def _reason_of_all(reasons: Collection[str | None]) -> str:
+    """Of a request whose answers are all complete: `length` if one was cut there."""
+    return "length" if "length" in reasons else "stop"
 
 
 async def _cancel(*tasks: asyncio.Task[Any] | None) -> None:

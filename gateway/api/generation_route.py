@@ -13,7 +13,7 @@ from engine.protocol import Ready
 from gateway.api.admission import show_limits
 from gateway.api.auth import authenticated
 from gateway.api.exchange import serve
-from gateway.api.problems import ModelNotFoundError
+from gateway.api.problems import ModelNotFoundError, TierNotAllowedError
 from gateway.api.settlement import Settler
 from gateway.api.shapes import Frame, Shape, fingerprint
 from gateway.api.translation import Work
@@ -48,6 +48,8 @@ class GenerationRoute(Generic[RequestT]):
             request = self._parse(await Request(scope, receive).body())
             if not caller.principal.rules.allows_model(request.model):
                 raise ModelNotFoundError(request.model)
+            if request.tier == "priority" and not services.settings.may_use_priority(caller.principal.tenant_name):
+                raise TierNotAllowedError(request.tier)
             client = services.engine.client()  # before anything is reserved
             work = await self._translate(request, client.ready)
         except Exception:
@@ -57,8 +59,8 @@ class GenerationRoute(Generic[RequestT]):
         frame = Frame(
             id=self._id_prefix + request_id.removeprefix("req_"),
             created=services.world.now_ns() // 1_000_000_000,
-            model=work.model,
             fingerprint=fingerprint(client.ready),
-            include_usage=work.include_usage,
+            work=work,
+            token_bytes=services.tokenizer.token_bytes,
         )
         await serve(services, self._settler, client, caller, work, self._shape(frame), scope, receive, send)

@@ -10,6 +10,7 @@ waiting cannot cure says so, and one that waiting cures says how long.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from http import HTTPStatus
 from traceback import extract_tb
 from typing import Any
@@ -22,6 +23,7 @@ from gateway.database import DatabaseUnavailableError
 from gateway.engine_link import EngineUnavailableError
 from tenancy.closing import TenantInactiveError
 from tenancy.keys import InvalidApiKeyError
+from tenancy.ledger import Limiter
 from tenancy.prices import PriceMissingError
 from tenancy.quota import QuotaUnavailableError
 
@@ -65,6 +67,10 @@ class ModelNotFoundError(Exception):
     """`model` is not served here."""
 
 
+class TierNotAllowedError(Exception):
+    """The tenant may not use this service tier."""
+
+
 class MissingScopeError(Exception):
     """The key is valid but may not do this."""
 
@@ -106,12 +112,11 @@ class NeverFitsError(Exception):
 
 
 class CreditExhaustedError(Exception):
-    """The tenant's credit does not cover the prompt and one token (integer nano-USD)."""
+    """`limiter`, the tenant's credit or a hard budget, does not cover the prompt and one token."""
 
-    def __init__(self, available_nano_usd: int, needed_nano_usd: int, in_flight_nano_usd: int = 0) -> None:
+    def __init__(self, limiter: Limiter, needed_nano_usd: int) -> None:
         super().__init__(needed_nano_usd)
-        self.available_nano_usd, self.needed_nano_usd = available_nano_usd, needed_nano_usd
-        self.in_flight_nano_usd = in_flight_nano_usd  # held by requests that run now; part of it will come back
+        self.limiter, self.needed_nano_usd = limiter, needed_nano_usd
 
 
 class EngineRefusedError(Exception):
@@ -190,14 +195,20 @@ def _never_fits(error: NeverFitsError) -> Problem:
 
 
 def _credit_exhausted(error: CreditExhaustedError) -> Problem:
+    limiter, is_credit = error.limiter, error.limiter.name == "credit"
+    available_nano_usd = max(0, limiter.available_nano_usd)
     message = (
-        f"You exceeded your current credit: this request needs at least {error.needed_nano_usd} nano-USD, "
-        f"{error.available_nano_usd} nano-USD are available."
+        f"You exceeded your current {'credit' if is_credit else f'budget ({limiter.name})'}: this request needs at "
+        f"least {error.needed_nano_usd} nano-USD, {available_nano_usd} nano-USD are available."
     )
-    if error.available_nano_usd + error.in_flight_nano_usd >= error.needed_nano_usd:
+    named: Headers = (("x-bulkhead-budget", f"{limiter.name}; max_tokens=0"),)
+    if limiter.available_nano_usd + limiter.held_nano_usd >= error.needed_nano_usd:
         message += " More may come back when requests in flight have ended."
-        return Problem(429, "insufficient_quota", message, None, "credit_on_hold", retry_after(1_000))
-    return Problem(429, "insufficient_quota", message, None, "insufficient_quota", FINAL)
+        code = "credit_on_hold" if is_credit else "budget_on_hold"
+        return Problem(429, "insufficient_quota", message, None, code, named + retry_after(1_000))
+    if limiter.ends_ns is not None:
+        message += f" Its period ends at {datetime.fromtimestamp(limiter.ends_ns // 10**9, UTC):%Y-%m-%d %H:%M} UTC."
+    return Problem(429, "insufficient_quota", message, None, "insufficient_quota", named + FINAL)
 
 
 def _engine_refused(error: EngineRefusedError) -> Problem:
@@ -244,6 +255,12 @@ def _too_large(what: str, status: int, code: str) -> Callable[[Any], Problem]:
 
 TABLE: tuple[tuple[type[BaseException], Callable[[Any], Problem]], ...] = (
     (InvalidApiKeyError, _invalid_key),
+    (
+        TierNotAllowedError,
+        lambda error: _invalid(
+            403, f"This account may not use the service tier {error}.", "service_tier_not_allowed", "service_tier"
+        ),
+    ),
     (MissingScopeError, lambda _: _invalid(403, "This key may not use this route.", "missing_scope")),
     (InvalidRequestError, lambda error: _invalid(400, error.message, error.code, error.param)),
     (ModelNotFoundError, _model_not_found),

@@ -24,7 +24,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from audit.entry import Entry
 from audit.outbox import append
 from gateway.api.admission import Admission, Claim
+from gateway.api.choices import NOTHING
 from gateway.api.problems import bug_report
+from gateway.budget_alerts import append_alerts
 from gateway.database import DatabaseUnavailableError
 from gateway.services import Services
 from tenancy.ledger import HoldSettledError, capture, get_hold, void
@@ -47,9 +49,6 @@ class Outcome:
     finish_reason: str  # stop, length, or what broke it: client_gone, client_slow, engine_gone, deadline, shutdown, ...
     finished_ns: int
     num_quota_tokens: int  # what really counts against tokens per minute
-
-
-NOTHING = Usage(num_prompt_tokens=0, num_cached_tokens=0, num_completion_tokens=0)
 
 
 class Settler:
@@ -200,7 +199,8 @@ async def write_settlement(
     if usage == NOTHING:
         await void(conn, admission.hold_id, at_ns)
     else:
-        await capture(conn, admission.hold_id, amount_nano_usd, at_ns)
+        settled = await capture(conn, admission.hold_id, amount_nano_usd, at_ns)
+        await append_alerts(conn, settled.alerts, at_ns, entropy=entropy)
     entry = settled_entry(
         admission.request_id,
         principal.tenant_id,

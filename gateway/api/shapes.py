@@ -4,36 +4,58 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from engine.protocol import Ready
+from engine.protocol import Ready, TokenLogprob
+from gateway.api.logprobs import TokenBytes, prompt_logprobs
+from gateway.api.translation import Work
 from tenancy.meter import Usage
 
 Json = dict[str, Any]
+Logprobs = tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of a request's answers, whole."""
+
+    text: str
+    logprobs: Logprobs
+    finish_reason: str
 
 
 class Shape(Protocol):
-    """OpenAI's objects for one route. Streams: `opening`, then `delta` as often as there is text, then `closing`."""
+    """OpenAI's objects for one route. Streams: `opening`, then `delta` as often as there is output, for each answer a
+    `closing`. ``index`` says which answer. ``prompt``: log probabilities of its tokens from the second on, if asked."""
 
-    def opening(self) -> list[Json]: ...
-    def delta(self, text: str) -> Json: ...
-    def closing(self, finish_reason: str) -> Json: ...
+    def opening(self, prompt: Logprobs) -> list[Json]: ...
+    def delta(self, index: int, text: str, logprobs: Logprobs) -> Json: ...
+    def closing(self, index: int, finish_reason: str) -> Json: ...
     def usage_chunk(self, usage: Usage) -> Json: ...
-    def whole(self, text: str, finish_reason: str, usage: Usage) -> Json: ...
+    def whole(self, choices: list[Choice], prompt: Logprobs, usage: Usage) -> Json: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The fields around every object of one answer."""
+    """The fields around every object of one answer, and what the client asked to see."""
 
     id: str
     created: int  # seconds since the epoch, UTC
-    model: str
     fingerprint: str
-    include_usage: bool
+    work: Work
+    token_bytes: TokenBytes
+
+    @property
+    def tells_logprobs(self) -> bool:
+        return self.work.sampling.logprobs >= 0
+
+    def vllm_prompt_logprobs(self, prompt: Logprobs) -> Json:
+        """The field `prompt_logprobs` if it was asked for."""
+        num_top = self.work.prompt_logprobs
+        return {"prompt_logprobs": prompt_logprobs(prompt, num_top, self.token_bytes)} if num_top >= 0 else {}
 
     def chunk(self, kind: str, choices: list[Json]) -> Json:
         """A chunk of a stream; with include_usage every chunk but the last says `usage: null`, as OpenAI's do."""
         chunk = self.whole(kind, choices)
-        if self.include_usage:
+        if self.work.include_usage:
             chunk["usage"] = None
         return chunk
 
@@ -42,8 +64,9 @@ class Frame:
             "id": self.id,
             "object": kind,
             "created": self.created,
-            "model": self.model,
+            "model": self.work.model,
             "system_fingerprint": self.fingerprint,
+            "service_tier": self.work.tier,
             "choices": choices,
         }
 

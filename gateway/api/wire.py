@@ -10,26 +10,47 @@ one counts), no lone surrogates.
 import json
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
+from engine.protocol import (
+    BIAS_MAX,
+    LOGPROBS_MAX,
+    PENALTY_MAX,
+    PROMPT_LOGPROBS_MAX,
+    REPETITION_PENALTY_MAX,
+    REPETITION_PENALTY_MIN,
+)
 from gateway.api.problems import InvalidRequestError
+from gateway.api.structure import Structured
 
 MESSAGES_MAX = 4_096
 PARTS_MAX = 1_024  # content parts of one message
 STOP_MAX = 4  # OpenAI's limit
 STOP_CHARS_MAX = 256
 CACHE_SALT_CHARS_MAX = 256
+N_MAX = 8  # answers to one request
+COMPLETION_LOGPROBS_MAX = 5  # OpenAI's
+LOGIT_BIAS_MAX = 1_024  # tokens with a bias
+STOP_TOKEN_IDS_MAX = 64
+TOKEN_ID_DIGITS_MAX = 10
 ROLES = frozenset({"system", "developer", "user", "assistant"})
 
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 TopP = Annotated[float, Meta(gt=0, le=1)]
+TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]  # 0 and -1 keep all, as in vLLM
+MinP = Annotated[float, Meta(ge=0, le=1)]
+RepetitionPenalty = Annotated[float, Meta(ge=REPETITION_PENALTY_MIN, le=REPETITION_PENALTY_MAX)]
+Penalty = Annotated[float, Meta(ge=-PENALTY_MAX, le=PENALTY_MAX)]
+Bias = Annotated[float, Meta(ge=-BIAS_MAX, le=BIAS_MAX)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
 CacheSalt = Annotated[str, Meta(max_length=CACHE_SALT_CHARS_MAX)]
+ServiceTier = Literal["auto", "default", "flex", "priority", "batch"]
 StopText = Annotated[str, Meta(min_length=1, max_length=STOP_CHARS_MAX)]
 
 
@@ -49,17 +70,30 @@ class Message(Struct, frozen=True):
     function_call: Any = None
 
 
-class Common(Struct, frozen=True, kw_only=True):
+class Common(Structured, frozen=True, kw_only=True):
     """The fields that both completion routes share."""
 
     model: ModelName
     max_tokens: Count | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
+    n: Annotated[int, Meta(ge=1, le=N_MAX)] | None = None
     stop: str | list[StopText] | None = None
     seed: Seed | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Bias] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=STOP_TOKEN_IDS_MAX)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=PROMPT_LOGPROBS_MAX)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    service_tier: ServiceTier | None = None
     cache_salt: Annotated[str, Meta(max_length=CACHE_SALT_CHARS_MAX)] | None = (
         None  # subdivides the tenant's prefix cache
     )
@@ -71,13 +105,35 @@ class Common(Struct, frozen=True, kw_only=True):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def tier(self) -> str:
+        """The service tier that is asked for; ``auto`` is the default one."""
+        return "default" if self.service_tier in (None, "auto") else self.service_tier
+
+    @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """(token id, bias). Raises InvalidRequestError where a name is no token id, or one has two spellings."""
+        found: dict[int, float] = {}
+        for name, bias in (self.logit_bias or {}).items():
+            if not name.isascii() or not name.isdigit() or len(name) > TOKEN_ID_DIGITS_MAX or int(name) in found:
+                raise InvalidRequestError(f"{name[:32]!r} is not a token id of its own", "logit_bias")
+            found[int(name)] = bias
+        return tuple(found.items())
 
 
 class ChatRequest(Common, frozen=True, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MESSAGES_MAX)]
     max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
+
+    @property
+    def num_logprobs(self) -> int:
+        """As SamplingParams has it: -1 for none at all."""
+        return self.top_logprobs or 0 if self.logprobs else -1
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -86,6 +142,12 @@ class ChatRequest(Common, frozen=True, kw_only=True):
 
 class CompletionRequest(Common, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
+    logprobs: Annotated[int, Meta(ge=0, le=COMPLETION_LOGPROBS_MAX)] | None = None
+    echo: bool | None = None
+
+    @property
+    def num_logprobs(self) -> int:
+        return -1 if self.logprobs is None else self.logprobs
 
 
 RequestT = TypeVar("RequestT", bound=Common)
@@ -99,6 +161,8 @@ def parse_chat(body: bytes) -> ChatRequest:
             f"it is {request.max_completion_tokens} and max_tokens is {request.max_tokens}: send only one of them",
             "max_completion_tokens",
         )
+    if request.top_logprobs is not None and not request.logprobs:
+        raise InvalidRequestError("top_logprobs needs logprobs: true", "top_logprobs")
     for index, message in enumerate(request.messages):
         _check_message(message, f"messages[{index}]")
     return request
@@ -141,7 +205,7 @@ def _parse(body: bytes, kind: type[RequestT]) -> RequestT:
     fields = strict_json(body)
     if not isinstance(fields, dict):
         raise InvalidRequestError("the body must be a JSON object", None, "invalid_type")
-    for name, accepts, supported in UNSUPPORTED:
+    for name, accepts, supported in UNSUPPORTED + (UNSUPPORTED_IN_CHAT if kind is ChatRequest else ()):
         value = fields.get(name)
         if value is not None and not accepts(value):
             raise InvalidRequestError(f"{name} is not supported: {supported}", name, "unsupported_value")
@@ -150,6 +214,12 @@ def _parse(body: bytes, kind: type[RequestT]) -> RequestT:
     except msgspec.ValidationError as error:
         raise _named(error) from error
     _check_stop(request)
+    if len(request.biases) > LOGIT_BIAS_MAX:
+        raise InvalidRequestError(f"logit_bias names more than {LOGIT_BIAS_MAX} tokens", "logit_bias")
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidRequestError(
+            "prompt_logprobs are not sent in a stream: leave out stream", "prompt_logprobs", "unsupported_value"
+        )
     if request.stream_options is not None and not request.stream:
         raise InvalidRequestError("stream_options needs stream: true", "stream_options")
     return request
@@ -196,7 +266,7 @@ def _named(error: msgspec.ValidationError) -> InvalidRequestError:
     """msgspec's message with its JSON path turned into OpenAI's `param`."""
     text = str(error)
     found = _PATH.search(text)
-    param = found["path"].lstrip(".") if found else ""
+    param = found["path"].lstrip(".").replace("[...]", "") if found else ""
     reason = text[: found.start()] if found else text
     missing = _MISSING.search(reason)
     if missing:
@@ -259,52 +329,31 @@ def _empty(value: Any) -> bool:
     return value in ([], {}, "") and not isinstance(value, bool)
 
 
-def _plain_text(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("type") == "text"
-
-
 _NO_TOOLS = "tools are not served"
-_ONE = "exactly one answer is served, so 1 is the only value"
-_ZERO = "penalties are not applied, so 0 is the only value"
-_TEXT_ONLY = 'the answer is plain text; only {"type": "text"} is accepted'
 
 # (field, accepts(value) for a value that changes nothing, what is supported)
 UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("n", _number(1), _ONE),
-    ("best_of", _number(1), _ONE),
+    ("best_of", _number(1), "no answer is thrown away: use n"),
     ("use_beam_search", _one_of(False), "sampling is the only method"),
     ("tools", _empty, _NO_TOOLS),
     ("tool_choice", _one_of("none", "auto"), _NO_TOOLS),
     ("functions", _empty, _NO_TOOLS),
     ("function_call", _one_of("none", "auto"), _NO_TOOLS),
-    ("logprobs", _one_of(False), "log probabilities are not returned"),
-    ("top_logprobs", _number(0), "log probabilities are not returned"),
-    ("prompt_logprobs", _one_of(False), "log probabilities are not returned"),
-    ("response_format", _plain_text, _TEXT_ONLY),
-    ("guided_json", _empty, _TEXT_ONLY),
-    ("guided_regex", _empty, _TEXT_ONLY),
-    ("guided_choice", _empty, _TEXT_ONLY),
-    ("guided_grammar", _empty, _TEXT_ONLY),
-    ("structured_outputs", _empty, _TEXT_ONLY),
-    ("presence_penalty", _number(0), _ZERO),
-    ("frequency_penalty", _number(0), _ZERO),
-    ("repetition_penalty", _number(1), "penalties are not applied, so 1 is the only value"),
-    ("logit_bias", _empty, "biases are not applied"),
-    ("top_k", _number(0, -1), "use top_p"),
-    ("min_p", _number(0), "use top_p"),
-    ("min_tokens", _number(0), "an answer ends where the model ends it"),
-    ("ignore_eos", _one_of(False), "an answer ends where the model ends it"),
-    ("stop_token_ids", _empty, "use stop"),
+    ("guided_grammar", _empty, "use structured_outputs.grammar"),
+    ("structural_tag", _empty, "use structured_outputs"),
+    ("bad_words", _empty, "use logit_bias"),
+    ("allowed_token_ids", _empty, "use logit_bias"),
     ("suffix", _empty, "text is only continued, not filled in"),
-    ("echo", _one_of(False), "the prompt is not repeated"),
     ("modalities", lambda value: value == ["text"], "text is the only modality"),
     ("audio", _empty, "text is the only modality"),
     ("web_search_options", _empty, "the web is not searched"),
     ("reasoning_effort", _one_of("none"), "the model does not reason before it answers"),
-    ("service_tier", _one_of("auto", "default"), "there is one tier"),
     ("store", _one_of(False), "answers are not stored"),
     ("continue_final_message", _one_of(False), "an answer is always a new message"),
     ("add_generation_prompt", _one_of(True), "an answer is always a new message"),
     ("chat_template", _empty, "the model's own template is used"),
     ("chat_template_kwargs", _empty, "the model's own template is used"),
+)
+UNSUPPORTED_IN_CHAT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("echo", _one_of(False), "only a completion repeats its prompt"),
 )

@@ -16,6 +16,7 @@ from audit.keyring import Keyring, load_keyring
 from audit.log import publish, sequence
 from audit.outbox import append
 from audit.tables import log_leaf, log_opening
+from gateway.commands.bench_process import speak
 from gateway.commands.session import CommandError, Session, in_transaction, open_session
 from gateway.host.folders import FolderError, only_server
 from tenancy.directory import list_tenants
@@ -126,6 +127,23 @@ def audit_report(
     bring_log_up_to(session, keyring, report.head.size)
     typer.echo(written.dsse_path)
     typer.echo(written.pdf_path)
+
+
+@app.command("kill-matrix")
+def audit_kill_matrix(
+    seeds: Annotated[int, typer.Option(min=1, max=1_000, help="random loads for each fault")] = 8,
+    clean_steps: Annotated[int, typer.Option(min=1, help="audited steps of the clean engine, at least")] = 20_000,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the whole table here")] = None,
+) -> None:
+    """Plant known faults in the engine, on a small model, and show which of them the run-time auditor catches."""
+    numbers = ("--seeds", str(seeds), "--clean-steps", str(clean_steps))
+    found = speak("gateway.faults", *numbers)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=1))
+    for row in found["faults"]:
+        verdict = "caught" if row["detected"] else "MISSED"
+        typer.echo(f"{row['id']} {verdict} {row['severity']:<10} {row['name']}: {', '.join(row['detectors'][:3])}")
+    typer.echo(f"{found['baselines']}; {found['false_alarms']} false alarms in {found['steps_audited']} clean steps")
 
 
 @app.command("verify")

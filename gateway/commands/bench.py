@@ -1,4 +1,5 @@
-"""bulkhead bench: load on a running server, measured from outside. Bounded in count and time; stops by itself."""
+"""bulkhead bench gateway: load on a running server, measured from outside. Bounded in count and time; stops by
+itself."""
 
 import http.client
 import json
@@ -17,9 +18,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from gateway.commands.bench_engine import bench_engine
+from gateway.commands.bench_isolation import bench_isolation
+from gateway.commands.bench_scheduling import bench_fairness, bench_policies
 from gateway.commands.session import CommandError
 
-app = typer.Typer(no_args_is_help=True, help="Measure a running server.")
+app = typer.Typer(no_args_is_help=True, help="Measure a running server, or the engine alone.")
+app.command("engine")(bench_engine)
+app.command("policies")(bench_policies)
+app.command("fairness")(bench_fairness)
+app.command("isolation")(bench_isolation)
 
 PROMPT = "Write a short story about a lighthouse keeper and the sea. Part {number}."
 REQUEST_TIMEOUT_S = 300

@@ -76,7 +76,7 @@ def tenant_create(
 
 @tenant_app.command("list")
 def tenant_list() -> None:
-    """List tenants with credit, held money and limits."""
+    """List tenants with credit, held money, limits and weight."""
     session = open_session()
 
     async def work(conn: AsyncConnection) -> list[tuple[str, ...]]:
@@ -97,11 +97,12 @@ def tenant_list() -> None:
                     tenant.status,
                     *(format_nano_usd(amount) for amount in amounts),
                     *("-" if limit is None else f"{limit:,}" for limit in limits),
+                    str(rule.weight if rule else 1),
                 )
             )
         return rows
 
-    columns = ("tenant", "id", "status", "credit", "held", "billed", "req/min", "tok/min", "at once")
+    columns = ("tenant", "id", "status", "credit", "held", "billed", "req/min", "tok/min", "at once", "weight")
     print_table(columns, in_transaction(session, work), numbers_from=3)
 
 

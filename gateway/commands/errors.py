@@ -11,7 +11,9 @@ from gateway.host.port import PortError
 from gateway.host.supervisor import ChildFailedError
 from gateway.host.tls import TlsError
 from gateway.settings import SettingsError
+from tenancy.budgets import BudgetError
 from tenancy.closing import MoneyHeldError
+from tenancy.corrections import CorrectionError
 from tenancy.directory import DuplicateNameError, TenantStatusError, UnknownIdError
 from tenancy.ids import InvalidNameError
 from tenancy.key_rules import KeyRuleError
@@ -24,8 +26,10 @@ from tenancy.prices import PriceConflictError
 from tenancy.rotation import RotationError
 
 KNOWN_ERRORS = (
+    BudgetError,
     ChildFailedError,
     CommandError,
+    CorrectionError,
     DuplicateNameError,
     DuplicateOperatorError,
     InvalidNameError,

@@ -8,6 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gateway.commands.directory import clerk, find_tenant
 from gateway.commands.session import CommandError, in_transaction, open_session
 from tenancy.directory import get_organisation_by_name
+from tenancy.limits import WEIGHT_MAX
 
 limits_app = typer.Typer(no_args_is_help=True, help="Limits per minute and at once.")
 
@@ -24,8 +25,9 @@ def limits_set(
     requests_per_minute: Annotated[int | None, typer.Option(min=0)] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=0)] = None,
     concurrency: Annotated[int | None, typer.Option(min=0, help="requests at the same time")] = None,
+    weight: Annotated[int, typer.Option(min=1, max=WEIGHT_MAX, help="a tenant's share of the engine")] = 1,
 ) -> None:
-    """Replace the limits of one scope: what is left out is not limited there."""
+    """Replace the limits of one scope: what is left out is not limited there, and its weight is 1."""
     session = open_session()
 
     async def work(conn: AsyncConnection) -> None:
@@ -37,7 +39,9 @@ def limits_set(
             if found is None:
                 raise CommandError(f"there is no organisation {of!r}")
             scope_id = found.organisation_id
-        await clerk(session, conn).set_limits(scope, scope_id, requests_per_minute, tokens_per_minute, concurrency)
+        await clerk(session, conn).set_limits(
+            scope, scope_id, requests_per_minute, tokens_per_minute, concurrency, weight
+        )
 
     in_transaction(session, work)
     typer.echo(f"limits of {scope} {of} are set")

@@ -55,10 +55,17 @@ def ensure_demo_model(folder: Path, say: Callable[[str], None] = print) -> Path:
         say("checking its SHA-256")
         check_digest(gguf)
         say("converting it to safetensors (once)")
-        _run([sys.executable, "-m", "engine.convert", str(gguf), str(folder)], "the model could not be converted")
+        convert_gguf(gguf, folder)
     if not model_is_present(folder):
         raise ModelError(f"the conversion left no model in {folder}")
     return folder
+
+
+def convert_gguf(gguf: Path, folder: Path, tokenizer: Path | None = None) -> None:
+    """Write `folder` from a GGUF file, whole or not at all. Raises ModelError."""
+    paths = [gguf, folder] if tokenizer is None else [gguf, folder, tokenizer]
+    command = [sys.executable, "-m", "engine.convert", *map(str, paths)]
+    _run(command, "the model could not be converted")
 
 
 def check_digest(gguf: Path) -> None:

@@ -154,8 +154,12 @@ def worker_config(settings: Settings, folders: Folders) -> dict[str, str | int]:
         "block_size": settings.block_size,
         "kv_cache_bytes": settings.kv_cache_bytes,
         "scheduling": settings.scheduling,
+        "wait_max_tokens": settings.wait_max_tokens,
         "kernels": settings.kernels,
+        "products": settings.products,
         "prefix_cache": settings.prefix_cache,
+        "cache_floor_percent": settings.cache_floor_percent,
+        "cache_ceiling_percent": settings.cache_ceiling_percent,
     }
     return config | {"num_threads": settings.num_threads or max(1, (os.cpu_count() or 2) - 1)}
 

@@ -12,6 +12,7 @@ from gateway.host.background import Loop
 from gateway.host.engine_host import EngineHost
 from gateway.host.folders import Folders
 from gateway.host.overdue import settle_abandoned
+from gateway.sequences import usage_by_request
 from gateway.services import Services
 from tenancy.closing import inactive_among
 from tenancy.ledger import due_holds
@@ -68,7 +69,7 @@ class Housekeeping:
             holds = await due_holds(conn, services.world.now_ns(), REAP_BATCH_MAX)
         if not holds:
             return
-        journals = await asyncio.to_thread(read_journals, self._folders.journal)
+        journals = usage_by_request(await asyncio.to_thread(read_journals, self._folders.journal))
         for hold in holds:
             async with services.database.transaction() as conn:
                 await settle_abandoned(conn, services, hold, journals.get(hold.request_id))

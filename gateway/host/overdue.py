@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from audit.entry import Entry
 from audit.outbox import append
 from audit.tables import log_leaf, log_opening, outbox
-from engine.journal import JournalRecord
+from gateway.budget_alerts import append_alerts
 from gateway.services import Services
 from tenancy.keys import get_key
 from tenancy.ledger import Hold, capture, claim_pending, expire, void
@@ -25,18 +25,21 @@ from tenancy.prices import charge_nano_usd, get_price
 FINISH_REASON = "gateway_lost"
 
 
-async def settle_abandoned(conn: AsyncConnection, services: Services, hold: Hold, record: JournalRecord | None) -> int:
-    """Settle one hold, with its usage row and log entry, unless another was quicker; the nano-USD charged here."""
+async def settle_abandoned(conn: AsyncConnection, services: Services, hold: Hold, counted: Usage | None) -> int:
+    """Settle one hold, with its usage row and log entry, unless another was quicker; the nano-USD charged here.
+
+    ``counted``: what the journals say of its request.
+    """
     if not await claim_pending(conn, hold.hold_id):
         return 0
     now_ns = services.world.now_ns()
     admitted = await _admitted(conn, hold)
     usage, amount, outcome = Usage(0, 0, 0), 0, "voided"
-    if record is not None and record.num_completion_tokens > 0 and admitted is not None:
-        usage = Usage(record.num_prompt_tokens, record.num_cached_tokens, record.num_completion_tokens)
-        outcome = "recovered"
+    if counted is not None and counted.num_completion_tokens > 0 and admitted is not None:
+        usage, outcome = counted, "recovered"
         amount = charge_nano_usd(await get_price(conn, hold.price_id), usage)
-        await capture(conn, hold.hold_id, amount, now_ns)
+        settled = await capture(conn, hold.hold_id, amount, now_ns)
+        await append_alerts(conn, settled.alerts, now_ns, entropy=services.world.entropy)
         await record_usage(conn, await _usage_record(conn, hold, admitted, usage, amount, now_ns))
     elif hold.expires_ns <= now_ns:
         outcome = "expired"

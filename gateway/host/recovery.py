@@ -11,6 +11,7 @@ import structlog
 from engine.journal import prune, read_journals
 from gateway.host.folders import Folders
 from gateway.host.overdue import settle_abandoned
+from gateway.sequences import usage_by_request
 from gateway.services import Services
 from tenancy.ledger import pending_holds
 
@@ -29,14 +30,14 @@ async def recover(services: Services, folders: Folders, epoch: str) -> Recovered
 
     One transaction per hold, so that a crash in here only leaves work for the next start.
     """
-    journals = read_journals(folders.journal)
+    journals = usage_by_request(read_journals(folders.journal))
     async with services.database.read() as conn:
         holds = await pending_holds(conn)
     num_captured = num_voided = amount = 0
     for hold in holds:
-        record = journals.get(hold.request_id)
+        counted = journals.get(hold.request_id)
         async with services.database.transaction() as conn:
-            charged = await settle_abandoned(conn, services, hold, record)
+            charged = await settle_abandoned(conn, services, hold, counted)
         amount += charged
         num_captured += charged > 0
         num_voided += charged == 0

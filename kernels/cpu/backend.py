@@ -1,7 +1,12 @@
 """The native ops behind kernels/backend.py's face. Sizes are checked here, once a step; the library checks every block
 id and owner itself.
 
-Two facts make rows exact: the library's rule (src/isa.cpp) and kernels/slabs.py. Bits are promised per instruction set.
+The library's rule (src/isa.cpp) makes rows exact. Bits are promised per instruction set.
+
+Whose matrix products: one rule for all numbers of rows, by the processor's flags and never by a stopwatch, so that a
+restart computes the same bits. The library's own are exact by construction and read the weights once; where the
+processor multiplies bfloat16 itself, oneDNN uses that and the library does not yet, so there a layer's products are
+oneDNN's, in slabs (kernels/slabs.py). The head is float32 and always our own. ``products`` overrides the rule.
 """
 
 import ctypes
@@ -13,9 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.backend import KernelError, OwnershipError, StepTables
-from kernels.cpu.library import AttentionArgs, NormArgs, RopeArgs, SiluArgs, load
+from kernels.cpu.library import DTYPES, AttentionArgs, NormArgs, RopeArgs, SiluArgs, load, optional_pointer, pointer
+from kernels.cpu.product import NativeProduct
+from kernels.memory import Arena
+from kernels.products import Head, Product
+from kernels.slabs import SlabLinear
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ITEM_TOKENS_MAX = 16  # new tokens of a row that share one walk over its keys
 FLAGS = {1: "a block id out of range", 2: "a block of another owner"}
 
@@ -27,7 +35,8 @@ class Plan:
     tables: StepTables
     items: NDArray[np.int32]  # [I, 3] row, first and end of a range of its new tokens
     token_tags: NDArray[np.int64]  # [T]
-    flags: NDArray[np.int32]  # [1]
+    flags: NDArray[np.int32]  # [T] what was refused to the token
+    refused: NDArray[np.int64]  # [T] and one of the blocks
     rope: RopeArgs
     attention: AttentionArgs
 
@@ -37,14 +46,16 @@ class NativeBackend:
 
     exact = True
 
-    def __init__(self, isa: str = "", num_threads: int = 1) -> None:
+    def __init__(self, isa: str = "", num_threads: int = 1, products: str = "auto") -> None:
         self._library = load()
         isas = self._library.isas()
         if isa and isa not in isas:
             raise KernelError(f"this machine's native kernels are {', '.join(isas)}, not {isa}")
         self.isa = isa or next(iter(isas))
-        self.name = f"native-{self.isa}"
         self._isa = isas[self.isa]
+        self._arena = Arena()
+        self._slabs = products == "onednn" or (products == "auto" and self._library.has_bfloat16_units())
+        self.name = f"native-{self.isa}" + ("+onednn" if self._slabs else "")
         self._library.set_num_threads(num_threads)
 
     def plan(self, tables: StepTables) -> Plan:
@@ -63,10 +74,12 @@ class NativeBackend:
         cost = (items[:, 2] - items[:, 1]) * tables.kv_lens[rows].astype(np.int64)
         items = np.ascontiguousarray(items[np.argsort(-cost, kind="stable")])  # long ones first: threads end together
         token_tags = np.repeat(tables.row_tags, num_new)
-        flags = np.zeros(1, dtype=np.int32)
+        flags = np.zeros(num_tokens, dtype=np.int32)
+        refused = np.full(num_tokens, -1, dtype=np.int64)
         common = {
             "block_tags": address(tables.block_tags, np.int64),
             "flags": address(flags, np.int32),
+            "refused": address(refused, np.int64),
             "num_blocks": len(tables.block_tags),
             "block_size": tables.block_size,
         }
@@ -87,7 +100,15 @@ class NativeBackend:
             item_tokens_max=ITEM_TOKENS_MAX,
             **common,
         )
-        return Plan(tables, items, token_tags, flags, rope, attention)
+        return Plan(tables, items, token_tags, flags, refused, rope, attention)
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Product:
+        if self._slabs:
+            return SlabLinear(weight, bias)
+        return NativeProduct(self._library, self._isa, self._arena, weight, bias)
+
+    def head(self, weight: Tensor) -> Head:
+        return NativeProduct(self._library, self._isa, self._arena, weight, head=True)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
@@ -130,14 +151,17 @@ class NativeBackend:
     def attend(
         self,
         qkv: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         key_cache: Tensor,
         value_cache: Tensor,
         *,
         num_heads: int,
         plan: Plan,
         scale: float,
+        window: int = 0,
+        soft_cap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         num_tokens, all_heads, head_size = qkv.shape
         num_blocks, block_size, num_kv_heads, _ = key_cache.shape
@@ -148,31 +172,33 @@ class NativeBackend:
         assert head_size % 2 == 0
         assert num_tokens == len(plan.token_tags)
         assert qkv.dtype == key_cache.dtype == value_cache.dtype
-        assert cos.shape == sin.shape == (num_tokens, head_size // 2)
-        assert cos.dtype == sin.dtype == torch.float32
+        assert 0 <= window < 2**31
+        assert soft_cap >= 0
+        assert (cos is None) == (sin is None)
+        for angle in (cos, sin):
+            assert angle is None or (angle.shape == (num_tokens, head_size // 2) and angle.dtype == torch.float32)
+        assert sinks is None or (sinks.shape == (num_heads,) and sinks.dtype == torch.float32)
         out = torch.empty((num_tokens, num_heads, head_size), dtype=qkv.dtype)
         for args in (plan.rope, plan.attention):
             args.key_cache, args.value_cache = pointer(key_cache), pointer(value_cache)
             args.num_heads, args.num_kv_heads, args.head_size = num_heads, num_kv_heads, head_size
             args.dtype = DTYPES[qkv.dtype]
         plan.rope.qkv = plan.attention.query = pointer(qkv)
-        plan.rope.cos, plan.rope.sin = pointer(cos), pointer(sin)
+        plan.rope.cos, plan.rope.sin = optional_pointer(cos), optional_pointer(sin)
         plan.attention.out, plan.attention.scale = pointer(out), scale
+        plan.attention.window, plan.attention.soft_cap = window, soft_cap
+        plan.attention.sinks = optional_pointer(sinks)
         plan.attention.query_stride = all_heads * head_size
         self._library.rope_and_store(self._isa, ctypes.byref(plan.rope))
         self._library.attention(self._isa, ctypes.byref(plan.attention))
         return out
 
     def check(self, plan: Plan) -> None:
-        found = [text for bit, text in FLAGS.items() if plan.flags[0] & bit]
-        if found:
-            raise OwnershipError(f"a kernel met {' and '.join(found)}, and did not touch it")
-
-
-def pointer(tensor: Tensor) -> int:
-    assert tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
-    return tensor.data_ptr()
+        tokens = np.flatnonzero(plan.flags).tolist()
+        if tokens:
+            bits = int(np.bitwise_or.reduce(plan.flags))
+            found = " and ".join(text for bit, text in FLAGS.items() if bits & bit)
+            raise OwnershipError(f"a kernel met {found}, and did not touch it", tokens, int(plan.refused[tokens[0]]))
 
 
 def address(array: NDArray[np.generic], dtype: type[np.generic]) -> int:

@@ -5,10 +5,14 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from kernels.backend import KernelError
 
 PATH = Path(__file__).parent / "_native.so"
-ABI = 1
+ABI = 3
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class NormArgs(Structure):
@@ -46,6 +50,7 @@ class RopeArgs(Structure):
         ("token_tags", c_void_p),
         ("block_tags", c_void_p),
         ("flags", c_void_p),
+        ("refused", c_void_p),
         ("num_tokens", c_int64),
         ("num_blocks", c_int64),
         ("num_heads", c_int32),
@@ -69,9 +74,11 @@ class AttentionArgs(Structure):
         ("row_tags", c_void_p),
         ("block_tags", c_void_p),
         ("flags", c_void_p),
+        ("refused", c_void_p),
         ("query_stride", c_int64),
         ("num_blocks", c_int64),
         ("num_items", c_int64),
+        ("sinks", c_void_p),
         ("table_width", c_int32),
         ("num_heads", c_int32),
         ("num_kv_heads", c_int32),
@@ -79,7 +86,25 @@ class AttentionArgs(Structure):
         ("block_size", c_int32),
         ("dtype", c_int32),
         ("scale", c_float),
+        ("soft_cap", c_float),
         ("item_tokens_max", c_int32),
+        ("window", c_int32),
+    )
+
+
+class ProductArgs(Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("x_wide", c_void_p),
+        ("num_rows", c_int64),
+        ("num_inputs", c_int64),
+        ("num_outputs", c_int64),
+        ("x_dtype", c_int32),
+        ("weight_dtype", c_int32),
+        ("y_dtype", c_int32),
     )
 
 
@@ -102,11 +127,13 @@ class Library:
         self.silu_and_mul = loaded.bulkhead_silu_and_mul
         self.rope_and_store = loaded.bulkhead_rope_and_store
         self.attention = loaded.bulkhead_attention
+        self.product = loaded.bulkhead_product
         for function, args in (
             (self.rms_norm, NormArgs),
             (self.silu_and_mul, SiluArgs),
             (self.rope_and_store, RopeArgs),
             (self.attention, AttentionArgs),
+            (self.product, ProductArgs),
         ):
             function.argtypes = (ctypes.c_int, POINTER(args))
             function.restype = None
@@ -121,6 +148,14 @@ class Library:
             index += 1
         return found
 
+    def panel(self, isa: int) -> int:
+        """Columns of a panel of packed weights."""
+        return int(self._loaded.bulkhead_panel(isa))
+
+    def has_bfloat16_units(self) -> bool:
+        """Whether this processor multiplies bfloat16 itself (AVX-512-BF16 or AMX)."""
+        return bool(self._loaded.bulkhead_has_bfloat16_units())
+
     def set_num_threads(self, num_threads: int) -> None:
         self._loaded.bulkhead_set_num_threads(num_threads)
 
@@ -129,3 +164,13 @@ class Library:
 def load() -> Library:
     """Raises KernelError where it is not there or does not load."""
     return Library(PATH)
+
+
+def pointer(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    return tensor.data_ptr()
+
+
+def optional_pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else pointer(tensor)

@@ -191,6 +191,7 @@ def happenings(now_ns: int, steps: int, number: int) -> st.SearchStrategy[Entry]
 
 
 @example(entries=[worker_started("e1", at(0)), heartbeat("e1", 5, at(70), ok=False)], erased=set(), until=400)
+@example(entries=[worker_started("e1", at(0)), heartbeat("e1", 0, at(5)), settled("r", at(6))], erased=set(), until=400)
 @given(entries=histories(), erased=st.sets(st.integers(0, 29)), until=st.integers(1, 400))
 def test_the_verifier_counts_the_same_by_its_own_rules(entries: list[Entry], erased: set[int], until: int) -> None:
     scope = Scope(at(0), at(until), GAP_NS)
@@ -418,6 +419,7 @@ def test_the_pdf_repeats_byte_for_byte_and_shows_the_figures(
     [
         ("clean", "No violation found"),
         ("clean_with_gaps", "No violation found, with blind time"),
+        ("not_assessed", "Not assessed: answers without counted steps"),
         ("blind", "Blind: not audited"),
         ("no_activity", "No activity"),
     ],
@@ -428,6 +430,26 @@ def test_every_verdict_has_its_page(hour: tuple[Path, Report], keyring: Keyring,
     pdf = render_pdf(sign_report(report, keyring)[0], file_name="x")
     text = pypdf.PdfReader(io.BytesIO(pdf)).pages[0].extract_text()
     assert words in re.sub(r"\s+", " ", text)
+
+
+def test_answers_without_a_counted_step_are_never_called_clean(keyring: Keyring, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with open_world(f"sqlite+aiosqlite:///{tmp_path / 'audit.db'}", keyring, tmp_path / "log") as world:
+            await world.land(
+                worker_started("e1", at(1)),
+                heartbeat("e1", 0, at(5)),
+                admitted("r", at(6)),
+                settled("r", at(7)),
+                Entry("worker.lost", "", at(8), {"epoch": "e1", "reason": "killed"}),
+            )
+            report = await report_of(world)
+            assert report.figures.verdict == "not_assessed"
+            assert "no violation" not in report.result
+            assert "says nothing about isolation" in report.result
+            await world.land(worker_started("e2", at(10)), heartbeat("e2", 1, at(11)))
+            assert (await report_of(world)).figures.verdict == "clean"
+
+    asyncio.run(scenario())
 
 
 def test_an_empty_period_and_an_empty_log_are_refused(keyring: Keyring, tmp_path: Path) -> None:

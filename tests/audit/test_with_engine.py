@@ -13,7 +13,7 @@ from engine.batch import Batch
 from engine.block_pool import Block, BlockPool, BlockState
 from engine.core import EngineCore
 from engine.prefix_index import Prefix
-from gateway.worker import AuditObserver
+from gateway.audit_observer import AuditObserver
 from tests.engine.test_core_properties import Load, loads
 from tests.strategies.integer_model import continuation, integer_core, submit
 
@@ -38,7 +38,7 @@ def run(core: EngineCore, load: Load) -> tuple[dict[str, list[int]], dict[str, s
             break
         for name, arrival in arrivals.items():
             if arrival.step == step:
-                core.add(submit(name, arrival.prompt, arrival.max_tokens, domain=arrival.domain))
+                core.add(submit(name, arrival.prompt, arrival.max_tokens, domain=arrival.domain, tier=arrival.tier))
             if arrival.abort_step == step:
                 core.abort(name)
         result = core.step()
@@ -57,6 +57,7 @@ def test_the_clean_engine_raises_no_alarm(load: Load) -> None:
         max_batched_tokens=load.max_batched_tokens,
         max_num_seqs=load.max_num_seqs,
         scheduling=load.scheduling,
+        wait_max_tokens=load.wait_max_tokens,
     )
     _, errors, incidents = run(core, load)
     counters = observer.counters()

@@ -13,13 +13,17 @@ from numpy.typing import NDArray
 from engine.batch import Batch
 from engine.core import EngineCore
 from engine.events import NullObserver
-from engine.model import LlamaModel, ModelConfig
-from engine.model_runner import DTYPES, ModelRunner
-from engine.protocol import SamplingParams, Submit
+from engine.model_runner import ModelRunner
+from engine.models.llama import LlamaModel
+from engine.models.llama_config import ModelConfig
+from engine.models.load import DTYPES
+from engine.protocol import SamplingParams, Submit, TokenOutput
+from engine.tiers import TIERS
 from engine.tokenizer import read_json
 from engine.weights import load_weights
 from kernels.cpu.backend import NativeBackend
 from tests.kernels.native import every_isa, isas
+from tests.strategies.tiny_model import write_tiny_model
 
 needs_native = pytest.mark.skipif(
     not isas(),
@@ -40,6 +44,7 @@ class Schedule:
 
 
 ALONE = Schedule()
+TIERS_IN_TURN = (TIERS["batch"], TIERS["flex"], TIERS["priority"], TIERS["default"])
 
 
 class Recording(ModelRunner):
@@ -57,18 +62,28 @@ class Recording(ModelRunner):
 
     def logits(self, batch: Batch) -> NDArray[np.float32]:
         logits = super().logits(batch)
-        for row, index, position in zip(logits, batch.sampled_index, batch.sampled_positions.tolist(), strict=True):
+        for row, index, position in zip(logits, batch.sampled_index, batch.sampled_positions.tolist(), strict=False):
             self.seen[batch.evidence.sequence_ids[index], position] = row.copy()
+        rows = [part.index for part in batch.scored for _ in part.next_token_ids]
+        places = batch.positions[batch.scored_tokens].tolist()
+        for row, index, place in zip(logits[len(batch.sampled_index) :], rows, places, strict=True):
+            self.seen[batch.evidence.sequence_ids[index], place + 1] = row.copy()
         return logits
 
 
 def play(
-    model: LlamaModel, submits: list[Submit], schedule: Schedule, aborted: frozenset[str] = frozenset()
-) -> tuple[dict[str, list[int]], Recording, int]:
-    """Tokens by sequence, the recording and the number of preemptions. Arrivals and aborts fall where the seed says."""
+    model: LlamaModel,
+    submits: list[Submit],
+    schedule: Schedule,
+    aborted: frozenset[str] = frozenset(),
+    note: Callable[[TokenOutput], None] = lambda output: None,
+) -> tuple[dict[str, list[int]], Recording, tuple[int, int]]:
+    """Tokens by sequence, the recording and the number of preemptions without and with kept blocks. Arrivals and aborts
+    fall where the seed says."""
     chance = random.Random(schedule.seed)
     torch.set_num_threads(schedule.num_threads)
-    model.backend = NativeBackend(model.backend.name.removeprefix("native-"), schedule.num_threads)
+    assert isinstance(model.backend, NativeBackend)
+    model.backend = NativeBackend(model.backend.isa, schedule.num_threads)
     runner = Recording(model, schedule)
     core = EngineCore(
         runner,
@@ -91,12 +106,14 @@ def play(
         result = core.step()
         assert result.failure == ""
         for output in result.outputs:
+            note(output)
             tokens[output.sequence_id] += output.token_ids
             runner.num_cached_tokens = max(runner.num_cached_tokens, output.num_cached_tokens)
             if output.sequence_id in aborted and len(tokens[output.sequence_id]) > 3:
                 core.abort(output.sequence_id)
     torch.set_num_threads(1)
-    return tokens, runner, core.stats().num_preemptions
+    num_kept = core.scheduler.num_preemptions_kept
+    return tokens, runner, (core.scheduler.num_preemptions - num_kept, num_kept)
 
 
 def load(folder: Path, dtype: str, isa: str) -> LlamaModel:
@@ -115,8 +132,13 @@ def submits(vocab_size: int, lengths: list[int], num_tokens: int) -> list[Submit
             b"",
             (heads[index % 3] + [chance.randrange(3, vocab_size) for _ in range(length)])[:length],
             SamplingParams(
-                max_tokens=num_tokens + index % 5, temperature=0.8 * (index % 2), seed=index, ignore_eos=True
+                max_tokens=num_tokens + index % 5,
+                temperature=0.8 * (index % 2),
+                seed=index,
+                ignore_eos=True,
+                prompt_logprobs=0 if index % 3 == 1 else -1,
             ),
+            priority=TIERS_IN_TURN[index % 4],
         )
         for index, length in enumerate(lengths)
     ]
@@ -126,7 +148,7 @@ def same_as_alone(
     model: LlamaModel,
     work: list[Submit],
     schedules: list[Schedule],
-    note: Callable[[int, int], None] = lambda preempted, cached: None,
+    note: Callable[[tuple[int, int], int], None] = lambda preempted, cached: None,
 ) -> None:
     alone: dict[tuple[str, int], NDArray[np.float32]] = {}
     alone_tokens: dict[str, list[int]] = {}
@@ -158,16 +180,32 @@ def test_random_schedules_change_no_bit(tiny_model_dir: Path, dtype: str, isa: s
             block_size=size,
             num_blocks=chance.choice([-(-130 // size), -(-260 // size)]),
             max_batched_tokens=chance.choice([8, 17, 33, 256]),
-            max_num_seqs=chance.choice([2, 5, 8]),
+            max_num_seqs=2 if index == 2 else chance.choice([2, 5, 8]),
             num_threads=1 + index % 2,
             seed=index,
         )
         for index, size in enumerate([1, 16, 7, 33])
     ]
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[tuple[int, int], int]] = []
     same_as_alone(model, work, schedules, lambda preempted, cached: seen.append((preempted, cached)))
-    assert sum(preempted for preempted, _ in seen) > 0, "the schedules must preempt"
+    assert sum(released for (released, _), _ in seen) > 0, "the schedules must preempt for blocks"
+    assert sum(kept for (_, kept), _ in seen) > 0, "and for rows"
     assert max(cached for _, cached in seen) > 0, "and find prefixes"
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["qwen3", "mistral, window"])
+def test_what_the_family_adds_changes_no_bit(name: str, tmp_path: Path) -> None:
+    window = 24 if "window" in name else 0
+    write_tiny_model(tmp_path, name.split(",")[0], **({"sliding_window": window} if window else {}))
+    model = load(tmp_path, "bfloat16", isas()[0])
+    assert model.is_exact()
+    assert {layer.window for layer in model.config.layers} == {window}
+    schedules = [
+        Schedule(block_size=7, num_blocks=37, max_batched_tokens=17, max_num_seqs=5, num_threads=2, seed=1),
+        Schedule(block_size=16, num_blocks=17, max_batched_tokens=33, seed=2),
+    ]
+    same_as_alone(model, submits(320, [3, 31, 33, 90], 9), schedules)
 
 
 @needs_native

@@ -1,5 +1,6 @@
 """The pool against a model of a few dictionaries, under any order of calls."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.block_pool import BlockPool, BlockState
+from engine.cache_shares import CacheShares
 from engine.errors import OutOfBlocksError
 from engine.events import EngineEvent
 from engine.prefix_index import Prefix
@@ -30,9 +32,16 @@ class PoolMachine(RuleBasedStateMachine):
         self.step = 0
         self.num_made = 0
 
-    @initialize(num_blocks=st.integers(1, 12))
-    def make(self, num_blocks: int) -> None:
-        self.pool = BlockPool(num_blocks, scrub=self.scrub, on_event=self.hear)
+    @initialize(
+        num_blocks=st.integers(1, 12),
+        floor_percent=st.sampled_from([0, 0, 25, 50]),
+        ceiling_percent=st.sampled_from([100, 100, 50, 20, 1]),
+        kept_free=st.integers(0, 6),
+    )
+    def make(self, num_blocks: int, floor_percent: int, ceiling_percent: int, kept_free: int) -> None:
+        self.floor_percent, self.ceiling_percent, self.kept_free = floor_percent, ceiling_percent, kept_free
+        shares = CacheShares(floor_percent, ceiling_percent, kept_free)
+        self.pool = BlockPool(num_blocks, scrub=self.scrub, on_event=self.hear, shares=shares)
 
     def scrub(self, block_ids: list[int]) -> None:
         assert not self.held() & set(block_ids), "scrubbed a block in use"
@@ -49,13 +58,37 @@ class PoolMachine(RuleBasedStateMachine):
         if event.kind == "evict":
             del self.published[event.block_id]
 
+    def cached(self) -> dict[str, int]:
+        """How many published blocks of each domain nobody reads."""
+        idle = set(self.published) - self.held() - self.fenced - self.quarantined
+        return dict(Counter(self.published[block].domain for block in idle))
+
+    def floor(self, domain: str) -> int:
+        num_usable = self.pool.num_blocks - len(self.quarantined)
+        reserved = max(0, min(num_usable * self.floor_percent // 100, num_usable - self.kept_free))
+        users = {owner for owner, blocks in self.holdings.values() if blocks} | set(self.cached()) | {domain}
+        return reserved // len(users)
+
+    def num_available(self, domain: str) -> int:
+        floor = self.floor(domain)
+        return self.num_free() - sum(min(num, floor) for other, num in self.cached().items() if other != domain)
+
+    def check_floors(self, domain: str, floor: int, before: dict[str, int]) -> None:
+        """What an allocation of ``domain`` must not have done to the others."""
+        after = self.cached()
+        for other, num in before.items():
+            assert other == domain or after.get(other, 0) >= min(num, floor), "evicted below the floor"
+
     def num_free(self) -> int:
         return self.pool.num_blocks - len(self.held()) - len(self.fenced) - len(self.quarantined)
 
     @rule(num_blocks=st.integers(0, 6), domain=DOMAINS)
     def allocate(self, num_blocks: int, domain: str) -> None:
         name, self.num_made = f"s{self.num_made}", self.num_made + 1
-        if num_blocks > self.num_free():
+        assert self.pool.num_available(domain) == self.num_available(domain)
+        assert self.num_available(domain) + len(self.held()) + len(self.fenced) >= self.pool.num_promised
+        floor, cached = self.floor(domain), self.cached()
+        if num_blocks > self.num_available(domain):
             before = [(block.state, block.generation) for block in self.pool.blocks]
             with pytest.raises(OutOfBlocksError):
                 self.pool.allocate(num_blocks, domain=domain, sequence_id=name)
@@ -72,6 +105,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.content[block] = domain
             self.generation[block] = self.pool.blocks[block].generation
         self.holdings[name] = (domain, blocks)
+        self.check_floors(domain, floor, cached)
 
     @precondition(lambda self: self.holdings)
     @rule(data=st.data())
@@ -112,7 +146,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.find(replace(prefix, domain="stranger")) is None
         assert self.pool.find(replace(prefix, token_ids=(-1,))) is None
         generation, content = self.pool.blocks[block].generation, self.content[block]
-        num_free_after = self.num_free() - (block not in self.held())
+        num_free_after = self.num_available(prefix.domain) - (block not in self.held())
+        floor, cached = self.floor(prefix.domain), self.cached()
         if num_blocks > num_free_after:
             with pytest.raises(OutOfBlocksError):
                 self.pool.allocate(num_blocks, domain=prefix.domain, sequence_id=name, shared=[block])
@@ -128,6 +163,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.content[other] = prefix.domain
             self.generation[other] = self.pool.blocks[other].generation
         self.holdings[name] = (prefix.domain, blocks)
+        self.check_floors(prefix.domain, floor, cached)
 
     @precondition(lambda self: self.holdings)
     @rule(data=st.data())
@@ -182,6 +218,10 @@ class PoolMachine(RuleBasedStateMachine):
             return
         assert self.pool.num_free == self.num_free(), "a leak"
         assert self.pool.num_published == len(self.published)
+        assert self.pool.num_usable == self.pool.num_blocks - len(self.quarantined)
+        assert self.pool.num_cached_by_domain == self.cached()
+        for num in self.cached().values():  # quarantines lower a ceiling without evicting anything
+            assert num <= self.pool.num_blocks * self.ceiling_percent // 100, "above the ceiling"
         by_domain: dict[str, set[int]] = {}
         for domain, blocks in self.holdings.values():
             if blocks:

@@ -173,4 +173,5 @@ def test_sampling_parameters_stay_with_their_row() -> None:
     while core.has_work:
         core.step()
         for sequence in core.scheduler.running:
-            assert runner.rows[sequence.row] is sequence.sampling
+            assert runner.rows[sequence.row].sampling is sequence.sampling
+            assert runner.rows[sequence.row].token_ids is sequence.token_ids

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.order import POLICIES, WAIT_MAX_TOKENS
 from engine.protocol import TokenOutput
+from engine.tiers import BATCH, TIERS
 from tests.strategies.integer_model import VOCAB_SIZE, Watcher, continuation, decode, integer_core, submit
 
 
@@ -16,6 +18,7 @@ class Arrival:
     domain: str
     step: int
     abort_step: int | None
+    tier: str = "default"
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Load:
     max_batched_tokens: int
     max_num_seqs: int
     scheduling: str
+    wait_max_tokens: int = WAIT_MAX_TOKENS
 
 
 def prompts() -> st.SearchStrategy[list[int]]:
@@ -44,6 +48,7 @@ def loads(draw: st.DrawFn) -> Load:
         domain=st.sampled_from("abc"),
         step=st.integers(0, 15),
         abort_step=st.one_of(st.none(), st.none(), st.integers(0, 30)),
+        tier=st.sampled_from(["default", *TIERS]),
     )
     return Load(
         arrivals=draw(st.lists(arrival, min_size=1, max_size=10)),
@@ -51,7 +56,8 @@ def loads(draw: st.DrawFn) -> Load:
         block_size=draw(st.integers(1, 5)),
         max_batched_tokens=draw(st.integers(1, 24)),
         max_num_seqs=draw(st.integers(1, 6)),
-        scheduling=draw(st.sampled_from(["fair", "fcfs", "round_robin"])),
+        scheduling=draw(st.sampled_from(sorted(POLICIES))),
+        wait_max_tokens=draw(st.sampled_from([1, 8, 30, 100, WAIT_MAX_TOKENS, WAIT_MAX_TOKENS])),
     )
 
 
@@ -68,6 +74,7 @@ def test_every_sequence_gets_exactly_its_own_tokens(load: Load) -> None:
         max_batched_tokens=load.max_batched_tokens,
         max_num_seqs=load.max_num_seqs,
         scheduling=load.scheduling,
+        wait_max_tokens=load.wait_max_tokens,
         observer=watcher,
     )
     arrivals = {f"s{index}": arrival for index, arrival in enumerate(load.arrivals)}
@@ -78,22 +85,36 @@ def test_every_sequence_gets_exactly_its_own_tokens(load: Load) -> None:
     while core.has_work or step <= last_step:
         for name, arrival in arrivals.items():
             if arrival.step == step:
-                refusal = core.add(submit(name, arrival.prompt, arrival.max_tokens, domain=arrival.domain))
+                refusal = core.add(
+                    submit(name, arrival.prompt, arrival.max_tokens, domain=arrival.domain, tier=arrival.tier)
+                )
                 if refusal is not None:
                     assert refusal.error == "too_long"
                     refused.add(name)
             if arrival.abort_step == step and (ending := core.abort(name)) is not None:
                 received[name].append(ending)
-        was_preempted = set(core.scheduler.preempted)
+        was_preempted = {sequence.rank for sequence in core.scheduler.preempted}
         was_waiting = set(core.scheduler.waiting)
         result = core.step()
         assert result.failure == ""
         for output in result.outputs:
             received[output.sequence_id].append(output)
-        overtook = was_waiting & set(core.scheduler.running)
-        assert not (overtook and was_preempted & set(core.scheduler.preempted)), (
-            "a waiting one overtook a preempted one"
-        )
+        still_preempted = [sequence.rank for sequence in core.scheduler.preempted if sequence.rank in was_preempted]
+        for entered in was_waiting & set(core.scheduler.running):
+            assert entered.rank > max(still_preempted, default=BATCH - 1), "it overtook a preempted one of its rank"
+        for sequence in [*core.scheduler.running, *core.scheduler.preempted]:
+            # The only waste: what is left of the last block. Blocks are held for known tokens and for no others.
+            num_slots = len(sequence.block_ids) * load.block_size
+            assert not num_slots or 0 <= num_slots - max(sequence.num_computed_tokens, sequence.num_tokens - 1) < (
+                load.block_size + 1
+            )
+        now = core.stats()
+        filled = {}
+        for sequence in [*core.scheduler.running, *core.scheduler.preempted]:
+            for index, block_id in enumerate(sequence.block_ids):
+                here = max(0, min(load.block_size, sequence.num_computed_tokens - index * load.block_size))
+                filled[block_id] = max(filled.get(block_id, 0), here)
+        assert (now.num_slots_held, now.num_slots_filled) == (len(filled) * load.block_size, sum(filled.values()))
         step += 1
         assert step < 2000, "no progress"
 
@@ -118,6 +139,8 @@ def test_every_sequence_gets_exactly_its_own_tokens(load: Load) -> None:
             assert arrival.abort_step is not None
             assert last.num_prompt_tokens <= len(arrival.prompt)
         assert last.num_cached_tokens <= max(0, last.num_prompt_tokens - 1)
+    assert core.stats().num_batch_tokens == sum(len(evidence.slot_mapping) for evidence in watcher.evidence)
+    assert core.stats().num_batch_rows == sum(len(evidence.sequence_ids) for evidence in watcher.evidence)
     for outputs in received.values():
         if outputs:
             total_prompt += outputs[-1].num_prompt_tokens

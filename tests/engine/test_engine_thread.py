@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.engine_thread import Connection, EngineThread, Received
 from engine.journal import Journal, read_journals
 from engine.protocol import FrameReader, FromWorker, Incident, TokenOutput, decode_from_worker
-from engine.worker import Connection, EngineThread, Received
 from tests.strategies.integer_model import IntegerRunner, Watcher, integer_core, submit
 
 

@@ -1,17 +1,20 @@
 """The model code against transformers, on random models: chunked, paged and packed, the logits are the same."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from engine.batch import build_batch
 from engine.errors import ConfigError
-from engine.model import ModelConfig
 from engine.model_runner import ModelRunner
+from engine.models.llama import LlamaModel
+from engine.models.llama_config import ARCHITECTURES, HONOURED, NO_EFFECT, ModelConfig, NotOurs
 from engine.protocol import SamplingParams
-from engine.scheduler import ScheduledRow
+from engine.schedule import ScheduledRow
 from engine.sequence import Sequence
 from kernels.backend import choose
 from tests.strategies.tiny_model import write_tiny_model
@@ -24,6 +27,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+HALF_SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+GRANITE = {
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 5.0,
+}
 FAMILY: dict[str, dict[str, Any]] = {
     "grouped heads": {},
     "one key head": {"num_key_value_heads": 1},
@@ -32,8 +43,26 @@ FAMILY: dict[str, dict[str, Any]] = {
     "odd head size": {"head_dim": 14},
     "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     "llama3 rope": {"rope_parameters": LLAMA3},
+    "yarn rope": {"rope_parameters": YARN},
     "large theta, epsilon": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rms_norm_eps": 1e-2},
+    "mistral, window": {"model_type": "mistral", "sliding_window": 6},
+    "mistral, no window": {"model_type": "mistral", "sliding_window": None},
+    "ministral": {"model_type": "ministral", **HALF_SLIDING},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2, window": {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 6},
+    "qwen3": {"model_type": "qwen3", "attention_bias": True},
+    "qwen3, window": {"model_type": "qwen3", "use_sliding_window": True, **HALF_SLIDING},
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+    "smollm3, window": {"model_type": "smollm3", "use_sliding_window": True, **HALF_SLIDING},
+    "seed_oss": {"model_type": "seed_oss", "attention_bias": True, "attention_out_bias": False},
+    "granite": {"model_type": "granite", **GRANITE},
 }
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES.values())
+def test_every_field_of_a_config_class_is_honoured_or_known_to_have_no_effect(model_type: str) -> None:
+    declared = {field.name for field in fields(CONFIG_MAPPING[model_type])}
+    assert not declared - HONOURED - NO_EFFECT
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
@@ -43,6 +72,7 @@ def test_packed_chunks_give_the_logits_of_transformers(name: str, kernels: str, 
     theirs = write_tiny_model(folder, **FAMILY[name])
     backend = choose(kernels, 1, lambda line: None)
     runner = ModelRunner.load(folder, dtype="float32", block_size=4, max_num_seqs=4, num_blocks=40, backend=backend)
+    assert isinstance(runner.model, LlamaModel)
     generator = torch.Generator().manual_seed(5)
     lengths, chunk_sizes = (3, 21, 40), (1, 5, 7)
     sequences = []
@@ -61,7 +91,7 @@ def test_packed_chunks_give_the_logits_of_transformers(name: str, kernels: str, 
                 rows.append(ScheduledRow(sequence, num_new))
         if not rows:
             break
-        batch = build_batch(step, rows, block_size=4)
+        batch = build_batch(step, rows, 4, runner.state_of)
         logits = runner.logits(batch)
         for row in rows:
             row.sequence.num_computed_tokens += row.num_new_tokens
@@ -73,29 +103,46 @@ def test_packed_chunks_give_the_logits_of_transformers(name: str, kernels: str, 
     assert compared == len(lengths)
 
 
+GOOD = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "vocab_size": 8,
+    "max_position_embeddings": 8,
+    "rms_norm_eps": 1e-5,
+}
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "error", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
-        ({"hidden_size": None}, "config.json lacks"),
+        ({"architectures": ["GPT2LMHeadModel"]}, NotOurs, "GPT2LMHeadModel"),
+        ({"hidden_act": "gelu"}, NotOurs, "gelu"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, NotOurs, "dynamic"),
+        ({"partial_rotary_factor": 0.5}, NotOurs, "partial_rotary_factor"),
+        ({"quantization_config": {"bits": 4}}, ConfigError, "quantised"),
+        ({"hidden_size": None}, ConfigError, "hidden_size"),
+        ({"sliding_window": 8}, ConfigError, "sliding_window, which LlamaForCausalLM does not know"),
+        ({"attn_logit_softcapping": 30.0}, ConfigError, "attn_logit_softcapping"),
+        ({"architectures": ["Qwen3ForCausalLM"], "layer_types": ["chunked_attention"]}, NotOurs, "chunked_attention"),
+        ({"architectures": ["Qwen3ForCausalLM"], "layer_types": ["sliding_attention"]}, ConfigError, "no sliding_wi"),
     ],
 )
-def test_what_the_model_code_cannot_honour_is_refused(changes: dict[str, Any], message: str) -> None:
-    good = {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "vocab_size": 8,
-        "max_position_embeddings": 8,
-        "rms_norm_eps": 1e-5,
-    }
-    ModelConfig.from_json(good)
-    with pytest.raises(ConfigError, match=message):
-        ModelConfig.from_json(good | changes)
+def test_what_the_model_code_cannot_honour_is_refused(
+    changes: dict[str, Any], error: type[ConfigError], message: str
+) -> None:
+    ModelConfig.from_json(GOOD)
+    with pytest.raises(ConfigError, match=message) as caught:
+        ModelConfig.from_json(GOOD | changes)
+    assert type(caught.value) is error
+
+
+def test_what_a_config_leaves_out_is_what_its_class_says() -> None:
+    mistral = ModelConfig.from_json(GOOD | {"architectures": ["MistralForCausalLM"], "num_key_value_heads": 1})
+    assert mistral.layers[0].window == 4096
+    assert not ModelConfig.from_json(GOOD | {"architectures": ["Qwen2ForCausalLM"]}).layers[0].window
 
 
 def test_a_missing_or_surplus_weight_is_named(tmp_path: Path) -> None:

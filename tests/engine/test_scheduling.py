@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from engine import order
 from engine.core import EngineCore
 from engine.order import POLICIES
+from engine.output_lengths import DOMAINS_MAX, OutputLengths
 from engine.protocol import SamplingParams, Submit
 from gateway.settings import SCHEDULING
 from tests.strategies.integer_model import Watcher, integer_core, submit
@@ -51,6 +52,13 @@ def test_backlogged_domains_are_served_alike(shapes: dict[str, tuple[int, int, i
     assert widest(flood(core, shapes, 120)) <= 2 * NUM_SLOTS
 
 
+def test_a_weight_of_three_is_served_three_times_as_much() -> None:
+    core, _ = integer_core(num_blocks=NUM_SLOTS // 2)
+    served = flood(core, {"three": (6, 6, 3), "one": (6, 6, 1)}, 600)[-1]
+    assert served["one"] > 10 * NUM_SLOTS
+    assert 2.7 <= 3 * served["three"] / served["one"] <= 3.3
+
+
 def test_the_bound_is_not_kept_by_other_policies() -> None:
     shapes = {"large": (20, 12, 1), "small": (1, 1, 1)}
     for scheduling in ("fcfs", "round_robin"):
@@ -89,21 +97,20 @@ def test_short_prompts_go_first_and_long_ones_after_them() -> None:
 
 @given(wait_max=st.integers(0, 60))
 def test_nobody_of_its_domain_overtakes_whoever_waited_too_long(wait_max: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order, "WAIT_MAX_TOKENS", wait_max)
-        core, _ = integer_core(max_num_seqs=1, num_blocks=64)
-        core.add(submit("first", [1], 2))
+    core, _ = integer_core(max_num_seqs=1, num_blocks=64)
+    core.scheduler.outlook.wait_max_tokens = wait_max  # of the policy alone: nobody is rescued
+    core.add(submit("first", [1], 2))
+    core.step()
+    core.add(submit("long", [2] * 20, 1))
+    came_at = core.scheduler.served.total
+    for index in range(150):
+        core.add(submit(f"s{index}", [3], 2))
         core.step()
-        core.add(submit("long", [2] * 20, 1))
-        came_at = core.scheduler.served.total
-        for index in range(150):
-            core.add(submit(f"s{index}", [3], 2))
-            core.step()
-            if all(sequence.sequence_id != "long" for sequence in core.scheduler.waiting):
-                break
-            assert core.scheduler.served.total - came_at <= wait_max + 4, "one short one may be under way"
-        else:
-            raise AssertionError("it waits for ever")
+        if all(sequence.sequence_id != "long" for sequence in core.scheduler.waiting):
+            break
+        assert core.scheduler.served.total - came_at <= wait_max + 4, "one short one may be under way"
+    else:
+        raise AssertionError("it waits for ever")
 
 
 def test_a_long_prompt_leaves_the_decodes_their_tokens() -> None:
@@ -135,3 +142,129 @@ def test_the_same_arrivals_are_always_served_in_the_same_order(
 
 def test_the_setting_knows_the_engines_policies() -> None:
     assert set(SCHEDULING) == set(POLICIES)
+
+
+# ---------------------------------------------------------------- shortest answers first
+
+
+def ends(core: EngineCore) -> list[str]:
+    """Names in the order in which they come to their end."""
+    return [
+        output.sequence_id
+        for _ in range(2000)
+        if core.has_work
+        for output in core.step().outputs
+        if output.finish_reason
+    ]
+
+
+def learned(core: EngineCore, lengths: dict[str, int]) -> None:
+    """Every domain finishes one answer of that length."""
+    for domain, num_tokens in lengths.items():
+        core.add(submit(f"lesson {domain}", [1], num_tokens, domain=domain))
+        ends(core)
+
+
+@pytest.mark.parametrize("scheduling", ["sjf", "bounded"])
+def test_who_tends_to_answer_briefly_goes_first(scheduling: str) -> None:
+    core, _ = integer_core(max_num_seqs=1, num_blocks=64, scheduling=scheduling)
+    learned(core, {"talks": 40, "brief": 3})
+    core.add(submit("running", [1], 2))
+    core.step()
+    core.add(submit("t", [1], 50, domain="talks"))
+    core.add(submit("unknown", [1], 45, domain="new"))
+    core.add(submit("b", [1], 50, domain="brief"))
+    core.add(submit("hint", [1], 2, domain="talks"))
+    assert ends(core) == ["running", "hint", "b", "t", "unknown"]
+
+
+def test_bounded_lets_nobody_pass_whoever_waited_too_long() -> None:
+    ended = {}
+    for scheduling in ("sjf", "bounded"):
+        core, _ = integer_core(max_num_seqs=1, num_blocks=64, scheduling=scheduling)
+        core.scheduler.outlook.wait_max_tokens = 20  # the bound is no larger; nobody is rescued that early
+        core.add(submit("running", [1], 2))
+        core.step()
+        core.add(submit("long", [1], 90, domain="b"))
+        for index in range(12):
+            core.add(submit(f"s{index}", [1], 4))
+        ended[scheduling] = ends(core)
+    assert ended["sjf"].index("long") == 13
+    assert 3 < ended["bounded"].index("long") < 7
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("bc"), st.integers(1, 500)), max_size=30),
+    st.lists(st.integers(1, 500), max_size=10),
+    st.integers(1, 500),
+)
+def test_what_others_generate_moves_no_prediction(others: list[tuple[str, int]], own: list[int], hint: int) -> None:
+    alone, among = OutputLengths(), OutputLengths()
+    for num_tokens in own:
+        alone.learn("a", num_tokens)
+    for domain, num_tokens in others:
+        among.learn(domain, num_tokens)
+    for num_tokens in own:
+        among.learn("a", num_tokens)
+    for domain, num_tokens in others:
+        among.learn(domain, num_tokens)
+    assert among.predict("a", hint) == alone.predict("a", hint) <= hint
+
+
+def test_the_table_of_lengths_is_bounded_and_nobody_is_pushed_out() -> None:
+    lengths = OutputLengths()
+    for index in range(DOMAINS_MAX + 5):
+        lengths.learn(str(index), 7)
+    assert lengths.predict("0", 100) == 7
+    assert lengths.predict(str(DOMAINS_MAX + 1), 100) == 100
+
+
+def test_only_answers_that_came_to_their_end_are_learned() -> None:
+    core, _ = integer_core(num_blocks=64, scheduling="sjf")
+    core.add(submit("left", [1], 50))
+    core.step()
+    core.abort("left")
+    assert core.scheduler.outlook.lengths.predict("a", 99) == 99
+    learned(core, {"a": 5})
+    assert core.scheduler.outlook.lengths.predict("a", 99) == 5
+
+
+# ---------------------------------------------------------------- who finds no room
+
+
+def test_a_small_one_passes_a_large_one_that_finds_no_room_but_not_for_ever() -> None:
+    core, _ = integer_core(num_blocks=16, block_size=2, max_num_seqs=4, max_batched_tokens=40, scheduling="fcfs")
+    core.add(submit("running", [1] * 5, 24))  # keeps some blocks for a long time
+    core.step()
+    core.add(submit("large", [2] * 28, 2))
+    passed: set[str] = set()
+    for index in range(60):
+        core.add(submit(f"s{index}", [3], 2))
+        core.step()
+        running = {sequence.sequence_id for sequence in core.scheduler.running}
+        if "large" in running:
+            break
+        passed |= running - {"running"}
+    assert len(passed) == core._sequences["large"].num_skipped == order.SKIPPED_MAX, "then nobody passes any more"
+
+
+def test_gaps_that_large_requests_leave_do_not_become_another_domains_share() -> None:
+    """Here large requests find no room all the time, and small ones pass them."""
+    core, _ = integer_core(num_blocks=NUM_SLOTS // 2)
+    history = flood(core, {"large": (40, 12, 1), "small": (1, 5, 1)}, 600)
+    assert widest(history) <= 4 * NUM_SLOTS
+
+
+def test_under_fair_nobody_passes_who_is_further_ahead_than_the_pool_is_large() -> None:
+    core, _ = integer_core()
+    for name, domain in (("head", "behind"), ("same", "behind"), ("other", "ahead")):
+        core.add(submit(name, [1], 1, domain=domain))
+    head, same, other = core.scheduler.waiting
+    outlook = core.scheduler.outlook
+    assert outlook.num_slots == 32
+    outlook.served.charge(0, "ahead", 32, 1)
+    assert order.may_pass(other, head, order.fair, outlook)
+    outlook.served.charge(0, "ahead", 1, 1)
+    assert not order.may_pass(other, head, order.fair, outlook)
+    assert order.may_pass(same, head, order.fair, outlook)
+    assert order.may_pass(other, head, order.fcfs, outlook), "fcfs keeps no counters between domains"

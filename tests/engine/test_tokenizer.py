@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from engine.convert import split_digits, undo_permutation
 from engine.errors import ConfigError, TokenizerError
@@ -98,3 +99,19 @@ def test_permuting_rows_as_llama_cpp_does_is_undone() -> None:
     permuted = weight.reshape(2, 2, 4, 3).swapaxes(1, 2).reshape(16, 3)  # convert_hf_to_gguf.py, LlamaModel.permute
     assert not np.array_equal(permuted, weight)
     np.testing.assert_array_equal(undo_permutation(permuted, 2), weight)
+
+
+@pytest.mark.parametrize("text", ["The cat", "naïve 🌲 café", "a\n\tb  c", "<|im_end|>"])
+def test_the_bytes_of_tokens_are_the_bytes_of_the_text(tiny_model_dir: Path, text: str) -> None:
+    tokenizer = Tokenizer.load(tiny_model_dir)
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+
+
+def test_bytes_of_a_sentencepiece_tokenizer(tiny_model_dir: Path) -> None:
+    vocab = {"<0xF0>": 0, "\u2581cat": 1, "s": 2}
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    raw.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    tokenizer = Tokenizer(
+        raw, chat_template=None, special_tokens={}, eos_token_ids=frozenset(), context_max=9, model_id="m"
+    )
+    assert [tokenizer.token_bytes(token_id) for token_id in range(4)] == [b"\xf0", b" cat", b"s", b""]

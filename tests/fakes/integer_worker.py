@@ -22,6 +22,7 @@ from engine.protocol import (
     Ready,
     Stats,
     Submit,
+    TokenLogprob,
     TokenOutput,
     decode_to_worker,
     encode_frame,
@@ -55,6 +56,16 @@ class IntegerModel:
 
 def text_of(token: int) -> str:
     return "" if token == EOS else f"t{token} "
+
+
+def logprob_of(token: int, offset: int, num_top: int) -> TokenLogprob:
+    """Pretended, and told apart by token and place."""
+    own = -(token % 8) / 8
+    return TokenLogprob(token, own, ((token, own), (1, -9.0), (2, -10.0))[:num_top], offset)
+
+
+def prompt_logprobs_of(prompt: list[int], num_top: int) -> list[TokenLogprob]:
+    return [replace(logprob_of(token, 0, num_top), rank=1 + token % 3) for token in prompt[1:]]
 
 
 @dataclass(frozen=True)
@@ -154,7 +165,12 @@ class IntegerWorker:
     async def _generate(self, submit: Submit, script: Script, counts: Counts, writer: asyncio.StreamWriter) -> None:
         tokens, reason = self.model.answer(submit.prompt_token_ids, submit.sampling.seed, submit.sampling.max_tokens)
         aborted = self._aborts[submit.sequence_id]
-        withheld = ""
+        withheld, offset, told = "", 0, []
+        owed = prompt_logprobs_of(submit.prompt_token_ids, submit.sampling.prompt_logprobs)
+        if submit.sampling.prompt_logprobs >= 0 and len(owed) > 1:  # as a long prompt's come: in parts
+            part = self._output(submit, counts, "", (), None)
+            self._send(writer, replace(part, prompt_logprobs=tuple(owed[:1])))
+            owed = owed[1:]
         for index, token in enumerate(tokens):
             if script.delay_s:
                 with suppress(TimeoutError):
@@ -177,13 +193,20 @@ class IntegerWorker:
             counts.num_completion_tokens += 1
             last = index == len(tokens) - 1
             withheld += text_of(token)
+            if submit.sampling.logprobs >= 0 and token != EOS:
+                told.append(logprob_of(token, offset, submit.sampling.logprobs))
+            offset += len(text_of(token))
             hold_back = script.withhold and (index + 1) % script.withhold and not last
             text = "" if hold_back else withheld
+            logprobs = () if hold_back else tuple(told)
             if not hold_back:
-                withheld = ""
+                withheld, told = "", []
             if last:
                 counts.finish_reason = reason
-            self._send(writer, self._output(submit, counts, text, (token,), reason if last else None))
+            output = self._output(submit, counts, text, (token,), reason if last else None)
+            if submit.sampling.prompt_logprobs >= 0:
+                output, owed = replace(output, prompt_logprobs=tuple(owed)), []
+            self._send(writer, replace(output, logprobs=logprobs))
             if self.on_token is not None:
                 self.on_token(submit.sequence_id, counts.num_completion_tokens)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine import grammar
+from engine.protocol import SamplingParams
+from engine.tiers import TIERS
 from gateway.api.streaming import event
+from gateway.clerk import Clerk
 from tenancy.limits import set_limits
 from tests.fakes.asgi import Answer
 from tests.fakes.hall import USD, Hall, chat_body
@@ -69,6 +74,39 @@ def test_a_whole_chat_answer(hall: Hall, worker: IntegerWorker, runner: asyncio.
     }
 
 
+@pytest.mark.parametrize(
+    ("asked", "served_as"),
+    [(None, "default"), ("auto", "default"), ("default", "default"), ("flex", "flex"), ("batch", "batch")],
+)
+def test_the_tier_that_is_asked_for_reaches_the_engine_and_is_told(
+    hall: Hall, worker: IntegerWorker, runner: asyncio.Runner, asked: str | None, served_as: str
+) -> None:
+    whole = runner.run(hall.chat("hello", max_tokens=3, service_tier=asked)).json()
+    assert whole["service_tier"] == served_as
+    assert worker.submits[-1].priority == TIERS[served_as]
+    *chunks, _ = runner.run(hall.chat("hello", max_tokens=3, service_tier=asked, stream=True)).events()
+    assert {chunk["service_tier"] for chunk in chunks} == {served_as}
+
+
+def test_nobody_goes_before_all_others_unless_the_operator_says_so(
+    hall: Hall, worker: IntegerWorker, runner: asyncio.Runner, served: tuple[Hall, IntegerWorker]
+) -> None:
+    num_before = len(worker.submits)
+    answer = runner.run(hall.chat("hello", max_tokens=3, service_tier="priority"))
+    assert (answer.status, answer.json()["error"]["code"]) == (403, "service_tier_not_allowed")
+    assert answer.json()["error"]["param"] == "service_tier"
+    assert len(worker.submits) == num_before, "and nothing was asked of the engine"
+
+
+def test_the_operator_names_who_may_use_priority(shared_stage: Stage, runner: asyncio.Runner) -> None:
+    hall, worker = shared_stage.make(priority_tenants="acme, somebody")
+    answer = runner.run(hall.chat("hello", max_tokens=3, service_tier="priority"))
+    assert (answer.status, answer.json()["service_tier"]) == (200, "priority")
+    assert worker.submits[-1].priority == TIERS["priority"]
+    answer = runner.run(hall.chat("hello", tenant="globex", max_tokens=3, service_tier="priority"))
+    assert answer.status == 403
+
+
 def test_a_streamed_chat_answer(hall: Hall, worker: IntegerWorker, runner: asyncio.Runner) -> None:
     answer = runner.run(hall.chat("hello", max_tokens=9, seed=5, stream=True, stream_options={"include_usage": True}))
     *chunks, done = answer.events()
@@ -109,6 +147,62 @@ def test_completions_take_text_and_token_ids(
     assert chunks[-1]["choices"][0]["finish_reason"] == reason
 
 
+def test_every_sampling_parameter_reaches_the_engine(hall: Hall, worker: IntegerWorker, runner: asyncio.Runner) -> None:
+    fields = {
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "top_p": 0.75,
+        "seed": 3,
+        "stop": "x",
+        "ignore_eos": True,
+        "top_k": 7,
+        "min_p": 0.25,
+        "repetition_penalty": 1.5,
+        "presence_penalty": -1.5,
+        "frequency_penalty": 0.5,
+        "logit_bias": {"5": -100, "6": 2.5},
+        "stop_token_ids": [8, 9],
+        "min_tokens": 2,
+        "include_stop_str_in_output": True,
+    }
+    runner.run(hall.chat(**fields))
+    expected = fields | {"stop": ("x",), "logit_bias": ((5, -100.0), (6, 2.5)), "stop_token_ids": (8, 9)}
+    expected["include_stop"] = expected.pop("include_stop_str_in_output")
+    assert worker.submits[-1].sampling == SamplingParams(**expected)
+    runner.run(hall.chat(max_tokens=5, structured_outputs={"regex": "[ab]"}))
+    assert worker.submits[-1].sampling.grammar == grammar.of_regex("[ab]")
+    runner.run(hall.chat(max_tokens=5, response_format={"type": "json_object"}, structured_outputs={}))
+    assert worker.submits[-1].sampling.grammar == grammar.of_schema({"type": "object"})
+    runner.run(hall.chat(max_tokens=5, seed=3, top_k=-1))
+    assert worker.submits[-1].sampling == SamplingParams(max_tokens=5, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"logit_bias": {"258": 1}}, "logit_bias"),
+        ({"stop_token_ids": [258]}, "stop_token_ids"),
+        ({"min_tokens": 6}, "min_tokens"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objekt"}}}},
+            "response_format",
+        ),
+        ({"structured_outputs": {"regex": "[a-"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"grammar": "start: missing"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"choice": ["é" * 10_000]}}, "structured_outputs.choice"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_json": "[]"}, "guided_json"),
+        ({"guided_json": {"unknownWord": 3, "not": {}}}, "guided_json"),
+        ({"guided_json": {"type": "object"}, "guided_regex": "a"}, "guided_regex"),
+    ],
+)
+def test_what_only_the_model_can_refuse(hall: Hall, runner: asyncio.Runner, change: dict[str, Any], param: str) -> None:
+    answer = runner.run(hall.chat(**({"max_tokens": 5} | change)))
+    assert (answer.status, answer.json()["error"]["param"]) == (400, param)
+
+
 def test_the_books_agree_with_the_engine(hall: Hall, worker: IntegerWorker, runner: asyncio.Runner) -> None:
     worker.num_cached_tokens = 3
     answer = runner.run(hall.chat("count me", max_tokens=7, tenant="globex", stream=True))
@@ -144,7 +238,7 @@ def test_tenants_are_domains_with_salts_of_their_own(hall: Hall, worker: Integer
 
 def test_without_a_seed_each_request_has_its_own(hall: Hall, worker: IntegerWorker, runner: asyncio.Runner) -> None:
     async def twice() -> None:
-        await asyncio.gather(hall.chat(max_tokens=1), hall.chat(max_tokens=1))
+        await asyncio.gather(hall.chat(max_tokens=1, seed=None), hall.chat(max_tokens=1, seed=None))
 
     runner.run(twice())
     assert len({submit.sampling.seed for submit in worker.submits[-2:]}) == 2
@@ -181,7 +275,7 @@ def problem(answer: Answer) -> tuple[int, str | None, str | None]:
             {"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
             (400, "messages", "invalid_value"),
         ),
-        ({"n": 3}, (400, "n", "unsupported_value")),
+        ({"n": 9}, (400, "n", "invalid_value")),
     ],
 )
 def test_bad_chat_requests(
@@ -307,6 +401,21 @@ def test_limits_refuse_and_say_when(shared_stage: Stage, runner: asyncio.Runner)
     assert problem(shut) == (429, None, "rate_limit_exceeded")
     assert shut.headers["x-should-retry"] == "false"
     runner.run(hall.check_books())
+
+
+def test_a_tenants_weight_reaches_the_engine(shared_stage: Stage, runner: asyncio.Runner) -> None:
+    hall, worker = shared_stage.make()
+
+    async def weigh(weight: int) -> None:
+        async with hall.services.database.transaction() as conn:
+            clerk = Clerk(conn, os.urandom, 1)
+            await clerk.set_limits("tenant", hall.accounts["acme"].tenant_id, None, None, None, weight)
+
+    runner.run(weigh(3))
+    assert runner.run(hall.chat(max_tokens=2, n=2)).status == 200
+    assert runner.run(hall.chat(max_tokens=2, tenant="globex")).status == 200
+    assert [submit.weight for submit in worker.submits[-3:]] == [3, 3, 1]
+    assert [entry["weight"] for entry in runner.run(hall.outbox("limits.changed"))] == [3]
 
 
 def test_concurrency_has_its_own_code(shared_stage: Stage, runner: asyncio.Runner) -> None:

@@ -135,11 +135,13 @@ def test_reaper_and_recovery_settle_a_hold_alike(stage: Stage, runner: asyncio.R
         folders = open_folders(tmp_path / f"{settle}-{counted}" / "data")
         # The gateway dies: nobody settles.
         hall.settler._settle = lambda *_: asyncio.sleep(0)  # type: ignore[method-assign]
-        answer = await hall.chat(max_tokens=5, seed=1)
+        answer = await hall.chat(max_tokens=5, seed=1, n=2)
         request_id = answer.headers["x-request-id"]
         if counted:
             journal = Journal(folders.journal, "epoch-1")
-            journal.append([JournalRecord(request_id, answer.json()["usage"]["prompt_tokens"], 3, None)])
+            num_prompt = answer.json()["usage"]["prompt_tokens"]
+            journal.append([JournalRecord(request_id, num_prompt, 1, None)])
+            journal.append([JournalRecord(request_id + ".1", num_prompt, 2, "stop", num_prompt - 1)])
             journal.close()
         await asyncio.sleep(1.1)
         keeper = Housekeeping(hall.services, folders, cast(Any, None), cast(Any, SimpleNamespace(heartbeat=None)))
@@ -157,6 +159,8 @@ def test_reaper_and_recovery_settle_a_hold_alike(stage: Stage, runner: asyncio.R
         assert balance.held_nano_usd == 0
         assert settled["request_id"] == request_id
         assert int(settled["amount_nano_usd"]) == hold.captured_nano_usd == balance.captured_nano_usd
+        if counted:  # the prompt once, as it was first read
+            assert (settled["num_prompt_tokens"], settled["num_cached_tokens"]) == (num_prompt, 0)
         return settled["outcome"], settled["num_completion_tokens"], hold.state, hold.captured_nano_usd, len(rows)
 
     async def hall_hold(conn: Any) -> str:

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import math
+import re
 import ssl
 import subprocess
 import sys
@@ -132,6 +134,7 @@ def test_two_tenants_at_once_streamed_and_whole(site: Site, runner: asyncio.Runn
 
     runner.run(site.hall.check_books())
     rows, journal = runner.run(site.hall.usage_rows()), read_journals(site.journal_dir)
+    rows = {request_id: row for request_id, row in rows.items() if request_id + ".1" not in journal}
     assert {row.tenant_id for row in rows.values()} == {a.tenant_id for a in site.hall.accounts.values()}
     for request_id, row in rows.items():
         record = journal[request_id]
@@ -163,6 +166,125 @@ def test_completions_models_and_stop(site: Site, runner: asyncio.Runner) -> None
     runner.run(site.hall.check_books())
 
 
+def test_logprobs_of_several_answers_streamed_and_whole(site: Site, runner: asyncio.Runner) -> None:
+    """Every token's text is where its offset says, probabilities are those of the distribution that was drawn from."""
+
+    async def scenario() -> None:
+        async with site.client() as client:
+            how: dict[str, Any] = question("The cat") | {"max_tokens": 24, "n": 2, "top_p": 0.9}
+            how |= {"logprobs": True, "top_logprobs": 20, "extra_body": {"top_k": 5, "ignore_eos": True}}
+            whole = await client.chat.completions.create(**how)
+            told: dict[int, list[Any]] = {0: [], 1: []}
+            texts = {0: "", 1: ""}
+            async for chunk in await client.chat.completions.create(**how, stream=True):
+                for choice in chunk.choices:
+                    texts[choice.index] += choice.delta.content or ""
+                    if choice.logprobs is not None:
+                        told[choice.index] += choice.logprobs.content or []
+            assert whole.choices[0].message.content != whole.choices[1].message.content
+            for choice in whole.choices:
+                assert choice.message.content == texts[choice.index]
+                assert choice.logprobs is not None
+                content = choice.logprobs.content or []
+                assert [entry.model_dump() for entry in content] == [e.model_dump() for e in told[choice.index]]
+                assert len(content) == 24
+                for entry in content:
+                    assert 1 <= len(entry.top_logprobs) <= 5, "no more than top_k keeps"
+                    assert math.fsum(math.exp(top.logprob) for top in entry.top_logprobs) == pytest.approx(1)
+                    assert (entry.token, entry.logprob) in [(top.token, top.logprob) for top in entry.top_logprobs]
+            plain = await client.completions.create(
+                model=MODEL, prompt="The cat", max_tokens=30, temperature=0, logprobs=2, extra_body={"ignore_eos": True}
+            )
+            logprobs, text = plain.choices[0].logprobs, plain.choices[0].text
+            assert logprobs is not None
+            for token, offset in zip(logprobs.tokens or [], logprobs.text_offset or [], strict=True):
+                assert "\ufffd" in token or token.startswith("<|") or text[offset:].startswith(token)
+            assert [max(top.values()) for top in logprobs.top_logprobs or []] == logprobs.token_logprobs
+
+    runner.run(scenario())
+    runner.run(site.hall.check_books())
+
+
+def test_an_answer_read_as_a_prompt_has_the_bits_that_it_had_as_an_answer(site: Site, runner: asyncio.Runner) -> None:
+    async def scenario() -> None:
+        async with site.client() as client:
+            how: dict[str, Any] = question("The cat") | {"max_tokens": 24, "temperature": 0, "logprobs": True}
+            answer = await client.chat.completions.create(**how, extra_body={"ignore_eos": True, "prompt_logprobs": 0})
+            assert answer.choices[0].logprobs is not None
+            content = answer.choices[0].logprobs.content or []
+            tokenizer = site.hall.services.tokenizer
+            id_of = {tokenizer.token_bytes(token_id): token_id for token_id in reversed(range(tokenizer.vocab_size))}
+            prompt = tokenizer.encode_chat(how["messages"])
+            whole = prompt + [id_of[bytes(entry.bytes or [])] for entry in content]
+            read = await client.completions.create(model=MODEL, prompt=whole, max_tokens=1, echo=True, logprobs=2)
+            told = read.choices[0].logprobs
+            assert told is not None
+            values = told.token_logprobs or []
+            assert values[0] is None
+            assert values[len(prompt) : len(whole)] == [entry.logprob for entry in content]
+            scores = (answer.model_extra or {})["prompt_logprobs"]
+            assert values[1 : len(prompt)] == [
+                one[str(token_id)]["logprob"] for one, token_id in zip(scores[1:], prompt[1:], strict=True)
+            ]
+            assert read.usage is not None
+            assert read.usage.prompt_tokens_details is not None
+            assert (read.usage.prompt_tokens, read.usage.prompt_tokens_details.cached_tokens) == (len(whole), 0)
+
+    runner.run(scenario())
+    runner.run(site.hall.check_books())
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "legs": {"type": "integer", "minimum": 0, "maximum": 8},
+        "tame": {"type": "boolean"},
+    },
+    "required": ["name", "legs", "tame"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_has_the_form_that_was_asked_for(site: Site, runner: asyncio.Runner) -> None:
+    """From a random model, which would not hit any form by chance."""
+
+    async def scenario() -> None:
+        async with site.client() as client:
+            how = question("The cat") | {"max_tokens": 200}
+            form: Any = {"type": "json_schema", "json_schema": {"name": "pet", "schema": SCHEMA, "strict": True}}
+            pets = await client.chat.completions.create(
+                **how, response_format=form, n=3, logprobs=True, top_logprobs=20
+            )
+            for choice in pets.choices:
+                assert choice.finish_reason == "stop"
+                pet = json.loads(choice.message.content or "")
+                assert pet.keys() == SCHEMA["properties"].keys()
+                assert len(pet["name"]) <= 6
+                assert 0 <= pet["legs"] <= 8
+                assert pet["tame"] in (True, False)
+                assert choice.logprobs is not None
+                first = (choice.logprobs.content or [])[0]
+                assert all(top.token.startswith("{") for top in first.top_logprobs), "of what the form allows only"
+            streamed = ""
+            async for chunk in await client.chat.completions.create(**how, response_format=form, stream=True):
+                streamed += "".join(choice.delta.content or "" for choice in chunk.choices)
+            assert streamed == pets.choices[0].message.content
+            for extra, pattern in (
+                ({"structured_outputs": {"regex": "[a-c]{3}-[0-9]{2}"}}, "[a-c]{3}-[0-9]{2}"),
+                ({"structured_outputs": {"choice": ["a (b", "é\n|"]}}, re.escape("a (b") + "|" + re.escape("é\n|")),
+                ({"structured_outputs": {"grammar": 'start: "x"+ "y"'}, "max_tokens": 9}, "x+y?"),
+                ({"guided_regex": "(ab){2}", "min_tokens": 50}, "abab"),
+                ({"guided_choice": ["yes", "no"], "ignore_eos": True}, "yes|no"),
+            ):
+                body = how | {"extra_body": extra}
+                text = (await client.chat.completions.create(**body)).choices[0].message.content or ""
+                assert re.fullmatch(pattern, text), (extra, text)
+
+    runner.run(scenario())
+    runner.run(site.hall.check_books())
+
+
 def test_errors_are_the_clients_own_classes(site: Site, runner: asyncio.Runner) -> None:
     async def scenario() -> None:
         async with site.client(max_retries=0) as client:
@@ -172,7 +294,7 @@ def test_errors_are_the_clients_own_classes(site: Site, runner: asyncio.Runner) 
             assert missing.value.request_id
             assert missing.value.request_id.startswith("req_")
             with pytest.raises(openai.BadRequestError) as bad:
-                await client.chat.completions.create(**question("x"), n=2)
+                await client.chat.completions.create(**question("x"), n=9)
             assert bad.value.param == "n"
         async with site.client(api_key="bk-wrong", max_retries=0) as stranger:
             with pytest.raises(openai.AuthenticationError):

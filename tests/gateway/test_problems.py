@@ -16,13 +16,20 @@ from gateway.database import DatabaseUnavailableError
 from gateway.engine_link import EngineUnavailableError
 from tenancy.closing import TenantInactiveError
 from tenancy.keys import InvalidApiKeyError
+from tenancy.ledger import Limiter
 from tenancy.prices import PriceMissingError
 from tenancy.quota import QuotaUnavailableError
+
+
+def out_of(limiter: str, held_nano_usd: int) -> problems.CreditExhaustedError:
+    return problems.CreditExhaustedError(Limiter(limiter, 1, held_nano_usd, ends_ns=10**18), 2)
+
 
 # error -> status, type, code, and whether a client should try again: never, later (Retry-After), or as it likes
 ROWS: list[tuple[Callable[[], Exception], int, str, str | None, str]] = [
     (InvalidApiKeyError, 401, "invalid_request_error", "invalid_api_key", "open"),
     (lambda: problems.MissingScopeError("x"), 403, "invalid_request_error", "missing_scope", "open"),
+    (lambda: problems.TierNotAllowedError("t"), 403, "invalid_request_error", "service_tier_not_allowed", "open"),
     (lambda: problems.InvalidRequestError("m", "f"), 400, "invalid_request_error", "invalid_value", "open"),
     (lambda: problems.ModelNotFoundError("m"), 404, "invalid_request_error", "model_not_found", "open"),
     (problems.SlowBodyError, 408, "invalid_request_error", "request_timeout", "never"),
@@ -33,8 +40,24 @@ ROWS: list[tuple[Callable[[], Exception], int, str, str | None, str]] = [
     (lambda: problems.RateLimitedError("requests", 0), 429, "requests", "rate_limit_exceeded", "never"),
     (lambda: problems.RateLimitedError("concurrency", 5), 429, "concurrency", "concurrency_limit_exceeded", "later"),
     (lambda: problems.NeverFitsError(9, 5), 400, "invalid_request_error", "request_never_fits", "open"),
-    (lambda: problems.CreditExhaustedError(1, 2), 429, "insufficient_quota", "insufficient_quota", "never"),
-    (lambda: problems.CreditExhaustedError(1, 2, 1), 429, "insufficient_quota", "credit_on_hold", "later"),
+    (
+        lambda: problems.CreditExhaustedError(Limiter("credit", 1, 0), 2),
+        429,
+        "insufficient_quota",
+        "insufficient_quota",
+        "never",
+    ),
+    (
+        lambda: problems.CreditExhaustedError(Limiter("credit", 1, 1), 2),
+        429,
+        "insufficient_quota",
+        "credit_on_hold",
+        "later",
+    ),
+    (lambda: out_of("credit", 0), 429, "insufficient_quota", "insufficient_quota", "never"),
+    (lambda: out_of("credit", 1), 429, "insufficient_quota", "credit_on_hold", "later"),
+    (lambda: out_of("project-day", 0), 429, "insufficient_quota", "insufficient_quota", "never"),
+    (lambda: out_of("project-day", 1), 429, "insufficient_quota", "budget_on_hold", "later"),
     (TenantInactiveError, 403, "invalid_request_error", "account_inactive", "never"),
     (lambda: problems.EngineRefusedError("busy"), 503, "server_error", "engine_busy", "later"),
     (lambda: problems.EngineRefusedError("draining"), 503, "server_error", "draining", "later"),

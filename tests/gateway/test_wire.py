@@ -63,26 +63,59 @@ def refused(parse: Any, body: Any) -> InvalidRequestError:
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"cache_salt": "x" * 257}, "cache_salt"),
-        ({"n": 2}, "n"),
+        ({"n": 9}, "n"),
         ({"n": 0}, "n"),
         ({"n": True}, "n"),
         ({"n": "1"}, "n"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{}]}, "functions"),
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 1}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        ({"prompt_logprobs": 6}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": True}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"echo": True}, "echo"),
         ({"response_format": "text"}, "response_format"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"frequency_penalty": -1}, "frequency_penalty"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"top_k": 5}, "top_k"),
-        ({"min_p": 0.1}, "min_p"),
+        ({"response_format": {}}, "response_format.type"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": 3}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": 3}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"guided_choice": [""]}, "guided_choice[0]"),
+        ({"guided_regex": ""}, "guided_regex"),
+        ({"guided_grammar": "start: x"}, "guided_grammar"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 101}, "repetition_penalty"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 1, "05": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"logit_bias": {str(n): 1 for n in range(wire.LOGIT_BIAS_MAX + 1)}}, "logit_bias"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": list(range(wire.STOP_TOKEN_IDS_MAX + 1))}, "stop_token_ids"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"include_stop_str_in_output": "yes"}, "include_stop_str_in_output"),
+        ({"bad_words": ["a"]}, "bad_words"),
+        ({"allowed_token_ids": [1]}, "allowed_token_ids"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
-        ({"service_tier": "flex"}, "service_tier"),
+        ({"service_tier": "scale"}, "service_tier"),
         ({"store": True}, "store"),
     ],
 )
@@ -106,9 +139,11 @@ def test_a_bad_chat_request_names_its_field(change: dict[str, Any], param: str) 
         ({"prompt": {"text": "a"}}, "prompt"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "end"}, "suffix"),
-        ({"echo": True}, "echo"),
-        ({"logprobs": 0}, "logprobs"),
-        ({"logprobs": 1}, "logprobs"),
+        ({"echo": "yes"}, "echo"),
+        ({"max_tokens": 0, "echo": True}, "max_tokens"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
     ],
 )
 def test_a_bad_completion_request_names_its_field(change: dict[str, Any], param: str) -> None:
@@ -172,7 +207,7 @@ def test_values_that_change_nothing_and_unknown_fields_are_accepted() -> None:
     assert wire.parse_chat(json.dumps(CHAT | quiet).encode()).max_new_tokens == 5
 
 
-@pytest.mark.parametrize("row", wire.UNSUPPORTED, ids=lambda row: str(row[0]))
+@pytest.mark.parametrize("row", wire.UNSUPPORTED + wire.UNSUPPORTED_IN_CHAT, ids=lambda row: str(row[0]))
 def test_null_always_means_not_given(row: tuple[str, Any, str]) -> None:
     wire.parse_chat(json.dumps(CHAT | {row[0]: None}).encode())
 
@@ -196,9 +231,24 @@ def test_content_parts_are_joined() -> None:
     assert wire.content_text(wire.parse_chat(json.dumps(body).encode()).messages[0]) == "ab"
 
 
-NAMES = sorted({"messages", "prompt", "stop", "seed", "stream", "stream_options", "max_tokens", "top_p"}) + [
-    row[0] for row in wire.UNSUPPORTED
-]
+NAMES = sorted(
+    {
+        "response_format",
+        "structured_outputs",
+        "guided_json",
+        "logit_bias",
+        "n",
+        "top_k",
+        "messages",
+        "prompt",
+        "stop",
+        "seed",
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "top_p",
+    }
+) + [row[0] for row in wire.UNSUPPORTED]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES) | st.text(), inner, max_size=6),

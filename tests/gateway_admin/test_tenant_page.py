@@ -1,17 +1,21 @@
 """One tenant's page: its own figures only, every request once, never a secret."""
 
 import html
+import os
 import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import update
+from sqlalchemy import select, update
 
+from audit.tables import outbox
 from gateway.admin.tenant_page import REQUESTS_PER_PAGE, parse_cursor
+from gateway.clerk import Clerk
+from tenancy.budgets import set_budget
 from tenancy.keys import revoke_key
 from tenancy.money import BIGINT_MAX
-from tenancy.tables import account
+from tenancy.tables import account, hold
 from tests.gateway_admin.house import House
 from tests.gateway_admin.reading import busy
 
@@ -28,7 +32,7 @@ async def test_the_tenant_page(house: House) -> None:
         other = (await browser.get(f"/admin/tenants/{globex.tenant_id}")).text
     assert "Agrees to the nano-USD" in text
     assert acme.secret_text not in text
-    assert acme.secret_text.split("-")[2] not in text
+    assert acme.secret_text.split("-", 2)[2] not in text
     assert f"bk-{acme.secret_text.split('-')[1]}-…" in text
     assert "revoked 2026-11-23 12:00:00 UTC" in text
     assert "inference usage" in text
@@ -37,6 +41,41 @@ async def test_the_tenant_page(house: House) -> None:
     assert acme.tenant_id not in other
     rows = re.findall(r"<code>(req_[0-9a-f]{32})</code>", text)
     assert len(rows) == len(set(rows)) == 5, "four requests and one hold"
+
+
+async def test_budgets_are_shown_with_use_and_alert(house: House) -> None:
+    acme = await house.add_tenant("acme")
+    async with house.services.database.transaction() as conn:
+        for scope_kind, scope_id, hard in (("tenant", acme.tenant_id, True), ("key", acme.key_id, False)):
+            await set_budget(conn, scope_kind, scope_id, "day", hard=hard, limit_nano_usd=10**9, now_ns=house.clock())
+    await house.serve(acme, 100, 0, 100)
+    async with house.visitor() as browser:
+        quiet = (await browser.get(f"/admin/tenants/{acme.tenant_id}")).text
+        async with house.services.database.transaction() as conn:
+            await set_budget(conn, "tenant", acme.tenant_id, "day", hard=True, limit_nano_usd=1, now_ns=house.clock())
+        full = (await browser.get(f"/admin/tenants/{acme.tenant_id}")).text
+    assert quiet.count("below 50 %") == 2
+    assert f"<td>key {acme.key_id}</td><td>day</td><td>soft</td>" in quiet
+    assert "<td>tenant</td><td>day</td><td>hard</td>" in full
+    assert '<span class="tag" data-state="bad">100 % reached</span>' in full
+
+
+async def test_a_refund_is_shown_and_the_books_still_agree(house: House) -> None:
+    acme = await house.add_tenant("acme")
+    await house.serve(acme, 100, 0, 100)
+    async with house.services.database.transaction() as conn:
+        request_id = str(await conn.scalar(select(hold.c.request_id)))
+        clerk = Clerk(conn, os.urandom, house.clock())
+        for _ in range(2):  # a repeat changes and logs nothing
+            await clerk.refund(request_id, 1, transfer_id="trf_1", reason="sorry")
+            await clerk.grant_credit(acme.tenant_id, 5, transfer_id="trf_2", memo="x")
+            await clerk.adjust_credit(acme.tenant_id, -5, transfer_id="trf_3", corrects_id="trf_2", reason="typo")
+        kinds = (await conn.execute(select(outbox.c.kind).where(outbox.c.kind.like("credit.%")))).scalars().all()
+        assert sorted(kinds) == ["credit.adjusted", "credit.granted", "credit.refunded"]
+    async with house.visitor() as browser:
+        text = (await browser.get(f"/admin/tenants/{acme.tenant_id}")).text
+    assert "$0.000000001 of it refunded" in text
+    assert "Agrees to the nano-USD" in text
 
 
 async def test_a_ledger_that_does_not_agree_is_shown(house: House) -> None:

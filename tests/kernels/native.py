@@ -113,17 +113,33 @@ def make_step(shape: Shape, rows: list[Row], parts: list[tuple[int, int]], seed:
     )
 
 
-def run(backend: NativeBackend, shape: Shape, step: Step, *, check: bool = True) -> Tensor:
+@dataclass(frozen=True)
+class Features:
+    """What a model may want of attention beside the plain thing."""
+
+    window: int = 0
+    soft_cap: float = 0.0
+    sinks: Tensor | None = None
+    rotate: bool = True  # False: queries and keys come already rotated
+
+
+PLAIN = Features()
+
+
+def run(backend: NativeBackend, shape: Shape, step: Step, *, check: bool = True, features: Features = PLAIN) -> Tensor:
     plan = backend.plan(step.tables)
     out = backend.attend(
         step.qkv.clone(),
-        step.cos,
-        step.sin,
+        step.cos if features.rotate else None,
+        step.sin if features.rotate else None,
         step.key_cache,
         step.value_cache,
         num_heads=shape.num_heads,
         plan=plan,
         scale=shape.head_size**-0.5,
+        window=features.window,
+        soft_cap=features.soft_cap,
+        sinks=features.sinks,
     )
     if check:
         backend.check(plan)

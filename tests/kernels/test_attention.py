@@ -24,6 +24,9 @@ class Case:
     rows: tuple[tuple[int, int], ...]  # (new tokens, tokens in the cache with them)
     dtype: torch.dtype
     seed: int
+    window: int = 0
+    soft_cap: float = 0.0
+    has_sinks: bool = False
 
 
 @st.composite
@@ -43,6 +46,9 @@ def cases(draw: st.DrawFn) -> Case:
         rows=tuple(rows),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
         seed=draw(st.integers(0, 2**31)),
+        window=draw(st.sampled_from([0, 0, 1, block_size, 7])),
+        soft_cap=draw(st.sampled_from([0.0, 0.0, 0.5, 30.0])),
+        has_sinks=draw(st.booleans()),
     )
 
 
@@ -56,6 +62,7 @@ class Inputs:
     block_tables: Tensor
     keys: list[Tensor]
     values: list[Tensor]
+    sinks: Tensor | None
 
 
 def build(case: Case) -> Inputs:
@@ -89,6 +96,7 @@ def build(case: Case) -> Inputs:
         block_tables=torch.from_numpy(tables),
         keys=keys,
         values=values,
+        sinks=torch.randn(heads, generator=generator) if case.has_sinks else None,
     )
 
 
@@ -98,12 +106,17 @@ def dense(case: Case, inputs: Inputs, scale: float) -> Tensor:
     start = 0
     for row, (num_new, kv_len) in enumerate(case.rows):
         for index in range(num_new):
-            num_seen = kv_len - num_new + index + 1
+            position = kv_len - num_new + index
+            seen = [j for j in range(kv_len) if j <= position and (not case.window or position - case.window < j)]
             for head in range(case.num_kv_heads * case.group_size):
-                key = inputs.keys[row][:num_seen, head // case.group_size].double()
-                value = inputs.values[row][:num_seen, head // case.group_size].double()
-                weights = torch.softmax(key @ inputs.query[start + index, head].double() * scale, dim=0)
-                out.append(weights @ value)
+                key = inputs.keys[row][seen, head // case.group_size].double()
+                value = inputs.values[row][seen, head // case.group_size].double()
+                scores = key @ inputs.query[start + index, head].double() * scale
+                if case.soft_cap:
+                    scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
+                weights = scores.exp()
+                sink = 0.0 if inputs.sinks is None else inputs.sinks[head].double().exp()
+                out.append(weights @ value / (weights.sum() + sink))
         start += num_new
     return torch.stack(out).view(inputs.query.shape) if out else inputs.query.double()
 
@@ -117,11 +130,11 @@ def test_both_twins_match_dense_attention(case: Case) -> None:
     plan = torch_cpu.plan_attention(**tables, block_size=case.block_size)
     assert len(plan.decode_tokens) == sum(num_new == 1 for num_new, _ in case.rows)
     assert len(plan.chunks) == sum(num_new > 1 for num_new, _ in case.rows)
+    rule = {"scale": scale, "window": case.window, "soft_cap": case.soft_cap, "sinks": inputs.sinks}
+    tensors = (inputs.query, inputs.key_cache, inputs.value_cache)
     results = {
-        "reference": reference.paged_attention(
-            inputs.query, inputs.key_cache, inputs.value_cache, scale=scale, **tables
-        ),
-        "torch": torch_cpu.paged_attention(inputs.query, inputs.key_cache, inputs.value_cache, plan=plan, scale=scale),
+        "reference": reference.paged_attention(*tensors, **tables, **rule),
+        "torch": torch_cpu.paged_attention(*tensors, plan=plan, **rule),
     }
     for name, result in results.items():
         assert result.dtype == case.dtype

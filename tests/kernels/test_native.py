@@ -131,8 +131,10 @@ def test_a_block_that_is_not_the_rows_is_not_read_and_raises(isa: str, dtype: to
     out = run(backend, shape, broken, check=False)
     assert not out[0].any(), "nothing of the row leaves"
     assert torch.equal(bits(out[1:]), bits(good[1:])), "its neighbour is as it was"
-    with pytest.raises(OwnershipError, match="another owner" if fault == "owner" else "out of range"):
+    with pytest.raises(OwnershipError, match="another owner" if fault == "owner" else "out of range") as caught:
         run(backend, shape, broken)
+    assert caught.value.tokens == (0,), "the row's first token"
+    assert caught.value.block_id == tables[0, 1]
 
 
 @every_isa

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData, insert, text
@@ -102,8 +104,43 @@ def test_a_database_from_the_future_is_refused(url: str) -> None:
 
 
 def test_there_is_one_head() -> None:
-    from alembic.config import Config
-
     config = Config()
     config.set_main_option("script_location", "migrations:")
     assert len(ScriptDirectory.from_config(config).get_heads()) == 1
+
+
+# One of each row that a billed hold needs, without the columns of 0003.
+BILLED_HOLD = """
+INSERT INTO organisation (id, name, created_ns) VALUES ('org_1', 'o', 1);
+INSERT INTO tenant (id, organisation_id, name, status, created_ns) VALUES ('ten_1', 'org_1', 't', 'active', 1);
+INSERT INTO project (id, tenant_id, name, created_ns) VALUES ('proj_1', 'ten_1', 'p', 1);
+INSERT INTO api_key (id, project_id, public_id, secret_hmac, name, scopes, created_ns)
+    VALUES ('key_1', 'proj_1', 'public', '\\x00', 'k', 'inference', 1);
+INSERT INTO price (id, model, input_pico_usd, cached_input_pico_usd, output_pico_usd, request_nano_usd,
+    effective_from_ns, created_ns) VALUES ('price_1', 'm', 1, 1, 1, 1, 1, 1);
+INSERT INTO hold (id, tenant_id, request_id, price_id, amount_nano_usd, state, captured_nano_usd, created_ns,
+    expires_ns, settled_ns) VALUES ('hold_1', 'ten_1', 'req_1', 'price_1', 9, 'captured', 5, 1, 9, 2);
+INSERT INTO usage_record (request_id, tenant_id, project_id, key_id, model, num_prompt_tokens, num_cached_tokens,
+    num_completion_tokens, price_id, amount_nano_usd, started_ns, finished_ns, finish_reason, stream)
+    VALUES ('req_1', 'ten_1', 'proj_1', 'key_1', 'm', 1, 0, 1, 'price_1', 5, 1, 2, 'stop', true);
+"""
+
+
+def test_budgets_go_down_and_up_again(url: str) -> None:
+    """0003 with a billed hold in the database: its project and key are filled in again on the way up."""
+    migrate(url)
+
+    def fill(connection: Connection) -> None:
+        for statement in BILLED_HOLD.split(";")[:-1]:
+            connection.execute(text(statement))
+
+    def owners(connection: Connection) -> list[Any]:
+        return [tuple(row) for row in connection.execute(text("SELECT project_id, key_id FROM hold"))]
+
+    run(url, fill)
+    config = Config()
+    config.set_main_option("script_location", "migrations:")
+    config.attributes["url"] = url
+    command.downgrade(config, "0002")
+    command.upgrade(config, "head")
+    assert run(url, owners) == [("proj_1", "key_1")]

@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 
 from engine.batch import Batch
 from engine.core import EngineCore
-from engine.events import EngineEvent, Observer, StepEvidence, Violation
-from engine.protocol import SamplingParams, Submit
-from engine.sampler import NOT_FINITE
+from engine.events import EngineEvent, NullObserver, Observer, SamplingState, StepEvidence, Violation
+from engine.order import WAIT_MAX_TOKENS
+from engine.protocol import SamplingParams, Submit, TokenLogprob
+from engine.row import Row
+from engine.sampler import NOT_FINITE, Pick, Picks, pick, scored
+from engine.tiers import TIERS
 
 VOCAB_SIZE = 64
 EOS_TOKEN_ID = 0
@@ -50,31 +53,68 @@ class IntegerRunner:
         self.slots = np.zeros(num_blocks * block_size, dtype=np.int64)  # 0: zeroed, else token id + 1
         self.fail_steps: set[int] = set()
         self.broken_rows: set[int] = set()
-        self.rows: dict[int, SamplingParams] = {}
+        self.rows: dict[int, Row] = {}
 
-    def set_row(self, row: int, sampling: SamplingParams) -> None:
-        self.rows[row] = sampling
+    def set_row(self, index: int, row: Row) -> None:
+        self.rows[index] = row
+
+    def state_of(self, index: int) -> SamplingState:
+        return self.rows[index].state() if index in self.rows else SamplingState()
 
     def scrub(self, block_ids: list[int]) -> None:
         self.slots.reshape(-1, self.block_size)[block_ids] = 0
 
-    def execute(self, batch: Batch) -> NDArray[np.int64]:
+    def execute(self, batch: Batch) -> Picks:
         evidence = batch.evidence
         self.slots[evidence.slot_mapping] = batch.token_ids + 1
         if evidence.step in self.fail_steps:
             raise RuntimeError("the launch failed, half of it done")
-        tokens = []
+        picked = []
         for index, row in zip(batch.sampled_index, batch.sampled_rows.tolist(), strict=True):
             kv_len = int(evidence.kv_lens[index])
             blocks = evidence.block_tables[index, : -(-kv_len // self.block_size)]
             seen = self.slots.reshape(-1, self.block_size)[blocks].reshape(-1)[:kv_len]
             assert seen.all(), "a slot below kv_len was never written"
-            tokens.append(NOT_FINITE if row in self.broken_rows else next_token((seen - 1).tolist()))
-        return np.array(tokens, dtype=np.int64)
+            assert (seen - 1).tolist() == self.rows[row].token_ids, "the row holds another sequence's tokens"
+            picked.append(Pick(NOT_FINITE) if row in self.broken_rows else self.pick((seen - 1).tolist(), row))
+        return Picks(
+            np.array([one.token_id for one in picked], dtype=np.int64),
+            {index: one.logprob for index, one in enumerate(picked) if one.logprob is not None},
+            self.scores(batch),
+        )
+
+    def scores(self, batch: Batch) -> dict[int, tuple[TokenLogprob, ...] | None]:
+        """Of the prompt's tokens, from what the cache holds before each: the real arithmetic on invented logits."""
+        told: dict[int, tuple[TokenLogprob, ...] | None] = {}
+        places = iter(batch.positions[batch.scored_tokens].tolist())
+        for part in batch.scored:
+            blocks = batch.evidence.block_tables[part.index]
+            seen = (self.slots.reshape(-1, self.block_size)[blocks].reshape(-1) - 1).tolist()
+            num_top = self.rows[part.row].sampling.prompt_logprobs
+            scores = [scored(logits_of(seen[: next(places) + 1]), one, num_top) for one in part.next_token_ids]
+            broken = part.row in self.broken_rows
+            told[part.index] = None if broken else tuple(one for one in scores if one is not None)
+        return told
+
+    def pick(self, seen: list[int], row: int) -> Pick:
+        return Pick(next_token(seen))
+
+
+class LogitsRunner(IntegerRunner):
+    """Its logits are a hash of everything that it can see; the real sampler takes a token from them."""
+
+    def pick(self, seen: list[int], row: int) -> Pick:
+        return pick(logits_of(seen), self.rows[row], len(seen))
+
+
+def logits_of(token_ids: list[int]) -> NDArray[np.float32]:
+    """[VOCAB_SIZE], with ties, and now and then the end token on top."""
+    values = np.random.default_rng(token_ids).integers(-8, 9, VOCAB_SIZE) / 4
+    return values.astype(np.float32)
 
 
 @dataclass
-class Watcher:
+class Watcher(NullObserver):
     """An observer that keeps its own small ledger of owners and complains at once; it shares nothing with the pool."""
 
     max_batched_tokens: int
@@ -154,24 +194,32 @@ def integer_core(
     max_num_seqs: int = 4,
     max_waiting: int = 100,
     scheduling: str = "fair",
+    wait_max_tokens: int = WAIT_MAX_TOKENS,
     prefix_cache: bool = True,
+    context_max: int = 1000,
+    cache_floor_percent: int = 0,
+    cache_ceiling_percent: int = 100,
     model_digest: str = "integers",
     observer: Observer | None = None,
+    runner_class: type[IntegerRunner] = IntegerRunner,
 ) -> tuple[EngineCore, IntegerRunner]:
     """An engine on the integer model."""
-    runner = IntegerRunner(num_blocks, block_size)
+    runner = runner_class(num_blocks, block_size)
     core = EngineCore(
         runner,
         decode=decode,
         eos_token_ids=frozenset({EOS_TOKEN_ID}),
-        context_max=1000,
+        context_max=context_max,
         vocab_size=VOCAB_SIZE,
         max_batched_tokens=max_batched_tokens,
         max_num_seqs=max_num_seqs,
         max_waiting=max_waiting,
         observer=observer or Watcher(max_batched_tokens, max_num_seqs, block_size),
         scheduling=scheduling,
+        wait_max_tokens=wait_max_tokens,
         prefix_cache=prefix_cache,
+        cache_floor_percent=cache_floor_percent,
+        cache_ceiling_percent=cache_ceiling_percent,
         model_digest=model_digest,
     )
     return core, runner
@@ -185,5 +233,7 @@ def submit(
     domain: str = "a",
     stop: tuple[str, ...] = (),
     salt: bytes = b"salt",
+    tier: str = "default",
 ) -> Submit:
-    return Submit(sequence_id, domain, salt, prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=stop))
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=stop)
+    return Submit(sequence_id, domain, salt, prompt, sampling, priority=TIERS[tier])

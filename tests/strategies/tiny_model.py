@@ -1,4 +1,4 @@
-"""A whole model folder in a second: a random two-layer Llama and a byte-level tokenizer trained on three sentences."""
+"""A whole model folder in a second: a random two-layer model and a byte-level tokenizer trained on three sentences."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import tokenizers
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 EOS_TOKEN_ID = 2
@@ -32,7 +32,8 @@ def tiny_tokenizer() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def tiny_llama_config(**changes: Any) -> LlamaConfig:
+def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
+    """For the families that read Llama's names."""
     values: dict[str, Any] = {
         "vocab_size": 320,
         "hidden_size": 48,
@@ -47,25 +48,33 @@ def tiny_llama_config(**changes: Any) -> LlamaConfig:
         "bos_token_id": 1,
         "pad_token_id": None,
     }
-    return LlamaConfig(**(values | changes))
+    return CONFIG_MAPPING[model_type](**(values | changes))
 
 
-def random_llama(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama_config(**changes: Any) -> LlamaConfig:
+    return tiny_config("llama", **changes)
+
+
+def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Weights wide enough that a wrong mask, position or head moves the logits far more than rounding does."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.3 if parameter.dim() > 1 else 1.0)
     return model
 
 
-def write_tiny_model(folder: Path, **changes: Any) -> LlamaForCausalLM:
+def write_tiny_model(folder: Path, model_type: str = "llama", **changes: Any) -> PreTrainedModel:
     """Write config, weights, tokenizer and chat template; returns the model that was written."""
-    model = random_llama(tiny_llama_config(**changes))
+    model = random_model(tiny_config(model_type, **changes))
     model.save_pretrained(folder)
+    write_tiny_tokenizer(folder)
+    return model
+
+
+def write_tiny_tokenizer(folder: Path) -> None:
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
     extra = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(extra))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    return model

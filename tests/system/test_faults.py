@@ -125,14 +125,21 @@ def test_a_killed_gateway_leaves_nothing_and_loses_nothing(tmp_path: Path, model
         children = server.children()
         assert set(children) == {"worker", "valkey"}
         streams = [Stream(server, "acme") for _ in range(3)]
+        streams[0].body |= {"n": 2, "ignore_eos": True}
 
         def read(stream: Stream) -> None:
             with pytest.raises(httpx.TransportError):
                 stream.read()
 
+        def both_answers_run() -> bool:
+            return any(
+                '"index":1,"delta":{"content":"' in line and '"content":""' not in line for line in streams[0].lines
+            )
+
         with ThreadPoolExecutor(3) as pool:
             running = [pool.submit(read, stream) for stream in streams]
             wait_until(lambda: all(stream.started for stream in streams), 60, "three streams running")
+            wait_until(both_answers_run, 60, "the second answer of the first stream")
             server.kill()
             for future in running:
                 future.result(timeout=30)

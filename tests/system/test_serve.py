@@ -120,6 +120,33 @@ def test_readiness_tells_the_isolation_mode(server: Server) -> None:
     assert re.search(r"bitwise|relaxed", ready.text)
 
 
+def test_an_answer_follows_its_schema(server: Server) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "maxLength": 20},
+            "population": {"type": "integer", "minimum": 0, "maximum": 99_999_999},
+            "capital": {"type": "boolean"},
+        },
+        "required": ["city", "population", "capital"],
+        "additionalProperties": False,
+    }
+    client = server.openai("acme")
+    answer = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=[{"role": "user", "content": "Describe Paris."}],
+        max_tokens=80,
+        response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema, "strict": True}},
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    city = json.loads(answer.choices[0].message.content or "")
+    assert list(city) == ["city", "population", "capital"]
+    assert isinstance(city["city"], str)
+    assert len(city["city"]) <= 20
+    assert 0 <= city["population"] <= 99_999_999
+    assert isinstance(city["capital"], bool)
+
+
 def test_a_revoked_key_is_dead_at_once(server: Server) -> None:
     key = server.run("key", "create", "--tenant", "acme", "--name", "short-lived").splitlines()[0]
     headers = {"Authorization": f"Bearer {key}"}
@@ -130,6 +157,30 @@ def test_a_revoked_key_is_dead_at_once(server: Server) -> None:
         server.run("key", "revoke", key_id)
         assert http.get("/v1/models", headers=headers).status_code == 401
     assert key.split("-", 2)[2] not in listed
+
+
+def test_budgets_on_the_command_line(server: Server) -> None:
+    which = ("--scope", "tenant", "--of", "globex", "--period", "month", "--soft")
+    server.run("budget", "set", *which, "--usd", "12.5")
+    (row,) = [line for line in server.run("budget", "list", "--tenant", "globex").splitlines() if "month" in line]
+    assert row.split()[-1].lstrip("$") == "12.50"
+    assert "soft" in row
+    server.run("budget", "remove", *which)
+    assert "bulkhead budget list" in server.run("budget", "remove", *which, expect=1)
+    assert "month" not in server.run("budget", "list")
+
+
+def test_credit_is_corrected_on_the_command_line(server: Server) -> None:
+    grant = ("credit", "grant", "--tenant", "globex", "--usd", "5", "--transfer-id", "trf_system")
+    before = server.run(*grant)
+    assert server.run(*grant) == before  # a repeat
+    take = ("credit", "adjust", "--tenant", "globex", "--usd", "5", "--reason", "typo", "--take")
+    after = server.run(*take, "--corrects", "trf_system", "--transfer-id", "trf_system_fix")
+    assert after != before
+    assert "cannot be taken" in server.run(*take[:5], "999999", *take[6:], expect=1)
+    assert "nothing can be refunded" in server.run(
+        "credit", "refund", "--request", "req_none", "--reason", "x", expect=1
+    )
 
 
 def test_commands_say_what_is_wrong_in_one_line(server: Server) -> None:

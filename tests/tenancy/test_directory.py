@@ -4,7 +4,9 @@ import asyncio
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
+from tenancy import tables
 from tenancy.directory import (
     TENANT_MOVES,
     DuplicateNameError,
@@ -100,6 +102,32 @@ def test_a_request_is_counted_in_four_scopes(database_url: str) -> None:
             assert list(await get_limits(conn, [made.tenant_id, "key_x"])) == [made.tenant_id]
             with pytest.raises(LimitError, match="concurrency_max"):
                 await set_limits(conn, "key", made.key_id, concurrency_max=-1, now_ns=T0)
+
+    asyncio.run(run())
+
+
+def test_a_tenants_weight_is_its_principals(database_url: str) -> None:
+    async def run() -> None:
+        async with opened(database_url) as database, database.transaction() as conn:
+            made = await populate(conn, entropy=counting_entropy())
+
+            async def weight() -> int:
+                return (await authenticate(conn, made.secret_text, pepper=PEPPER, now_ns=T0)).weight
+
+            assert await weight() == 1
+            await set_limits(conn, "tenant", made.tenant_id, requests_per_minute=9, now_ns=T0)
+            assert await weight() == 1
+            await set_limits(conn, "tenant", made.tenant_id, weight=1_000, now_ns=T0)
+            assert await weight() == 1_000
+            assert (await get_limits(conn, [made.tenant_id]))[made.tenant_id].weight == 1_000
+            await conn.execute(update(tables.scope_limit).values(weight=None))  # a row from before
+            assert await weight() == (await get_limits(conn, [made.tenant_id]))[made.tenant_id].weight == 1
+            for wrong in (0, -1, 1_001):
+                with pytest.raises(LimitError, match="weight"):
+                    await set_limits(conn, "tenant", made.tenant_id, weight=wrong, now_ns=T0)
+            for kind, scope_id in (("key", made.key_id), ("organisation", made.organisation_id)):
+                with pytest.raises(LimitError, match="a tenant's"):
+                    await set_limits(conn, kind, scope_id, weight=2, now_ns=T0)
 
     asyncio.run(run())
 

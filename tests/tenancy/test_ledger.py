@@ -21,7 +21,6 @@ from tenancy.ledger import (
     HoldSettledError,
     InsufficientCredit,
     LedgerConflictError,
-    UnknownAccountError,
     UnknownHoldError,
     balance,
     capture,
@@ -37,6 +36,7 @@ from tenancy.ledger import (
 )
 from tenancy.ledger_check import check_ledger
 from tenancy.money import MoneyRangeError
+from tenancy.posting import UnknownAccountError
 from tests.tenancy.conftest import create_tables, opened
 from tests.tenancy.world import SECOND, T0, Populated, counting_entropy, populate
 

@@ -4,6 +4,7 @@
 // row only. Reductions run in a fixed tree over lanes and in absolute tiles of TILE keys from the sequence's start, so
 // that neither chunking nor company nor placement nor the number of threads can reorder a sum.
 #include "ops.h"
+#include "product.h"
 #include "vec.h"
 
 namespace {
@@ -18,8 +19,9 @@ inline int padded(int size) {
     return (size + PAD - 1) / PAD * PAD;
 }
 
-inline void raise(int32_t* flags, int32_t bit) {
-    __atomic_fetch_or(flags, bit, __ATOMIC_RELAXED);
+template <class Args> inline void refuse(const Args* a, int64_t token, int64_t block, int32_t bit) {
+    __atomic_store_n(a->refused + token, block, __ATOMIC_RELAXED);
+    __atomic_fetch_or(a->flags + token, bit, __ATOMIC_RELAXED);
 }
 
 inline int upto(int64_t left) {
@@ -81,23 +83,27 @@ template <class T> void rope_and_store(const RopeArgs* a, int64_t begin, int64_t
         T* query = (T*)a->qkv + token * width;
         const T* key = query + (int64_t)a->num_heads * size;
         const T* value = key + (int64_t)a->num_kv_heads * size;
-        const float *cos = a->cos + token * half, *sin = a->sin + token * half;
-        for (int head = 0; head < a->num_heads; head++)
+        const float* cos = a->cos ? a->cos + token * half : nullptr;
+        const float* sin = a->cos ? a->sin + token * half : nullptr;
+        for (int head = 0; cos && head < a->num_heads; head++)
             turn(query + (int64_t)head * size, query + (int64_t)head * size, cos, sin, half);
         const int64_t slot = a->slots[token];
         if (slot < 0 || slot / a->block_size >= a->num_blocks) {
-            raise(a->flags, FLAG_OUT_OF_RANGE);
+            refuse(a, token, slot < 0 ? -1 : slot / a->block_size, FLAG_OUT_OF_RANGE);
             continue;
         }
         if (a->block_tags && a->block_tags[slot / a->block_size] != a->token_tags[token]) {
-            raise(a->flags, FLAG_WRONG_OWNER);
+            refuse(a, token, slot / a->block_size, FLAG_WRONG_OWNER);
             continue;
         }
         T* key_slot = (T*)a->key_cache + slot * a->num_kv_heads * size;
         T* value_slot = (T*)a->value_cache + slot * a->num_kv_heads * size;
-        for (int head = 0; head < a->num_kv_heads; head++)
+        const size_t num_bytes = sizeof(T) * (size_t)a->num_kv_heads * (size_t)size;
+        for (int head = 0; cos && head < a->num_kv_heads; head++)
             turn(key + (int64_t)head * size, key_slot + (int64_t)head * size, cos, sin, half);
-        __builtin_memcpy(value_slot, value, sizeof(T) * (size_t)a->num_kv_heads * (size_t)size);
+        if (!cos)
+            __builtin_memcpy(key_slot, key, num_bytes);
+        __builtin_memcpy(value_slot, value, num_bytes);
     }
 }
 
@@ -113,10 +119,10 @@ template <class T> void widen(const T* from, float* to, int size, int stride) {
         store(to + i, vf{});
 }
 
-// One tile for R query heads that see its first n keys: softmax state m, l and the sums in `out` move on.
+// One tile for R query heads that see its keys low..n: softmax state m, l and the sums in `out` move on.
 template <int R>
-void tile_step(const float* query, float* out, float* m, float* l, const float* key, const float* value, int n,
-               int stride, float scale) {
+void tile_step(const float* query, float* out, float* m, float* l, const float* key, const float* value, int low, int n,
+               int stride, float scale, float soft_cap) {
     alignas(64) float weights[R][TILE];
     float correction[R];
     for (int r = 0; r < R; r++) {
@@ -124,7 +130,7 @@ void tile_step(const float* query, float* out, float* m, float* l, const float* 
         vf best = splat(-__builtin_inff());
         vf scores[TILE / W];
         for (int group = 0; group < TILE / W; group++) {
-            if (group * W >= n) {
+            if (group * W >= n || group * W + W <= low) {
                 scores[group] = splat(-__builtin_inff());
                 continue;
             }
@@ -132,13 +138,15 @@ void tile_step(const float* query, float* out, float* m, float* l, const float* 
             for (int c = 0; c < stride; c += W) {
                 const vf part = load(q + c);
                 for (int i = 0; i < W; i++)
-                    sums[i] += part * load(key + (group * W + i) * stride + c);
+                    sums[i] = fma(part, load(key + (group * W + i) * stride + c), sums[i]);
             }
             vi lane;
             for (int i = 0; i < W; i++)
                 lane[i] = group * W + i;
             vf score = sum_each<W>(sums) * scale;
-            scores[group] = lane < n ? score : splat(-__builtin_inff());
+            if (soft_cap > 0.0f)
+                score = tanh(score / soft_cap) * soft_cap;
+            scores[group] = (lane >= low) & (lane < n) ? score : splat(-__builtin_inff());
             best = scores[group] > best ? scores[group] : best;
         }
         const float highest = max_lanes(best);
@@ -159,12 +167,12 @@ void tile_step(const float* query, float* out, float* m, float* l, const float* 
         for (int r = 0; r < R; r++)
             for (int s = 0; s < SPAN; s++)
                 sums[r][s] = load(out + r * stride + c + s * W) * correction[r];
-        for (int j = 0; j < n; j++) {
+        for (int j = low; j < n; j++) {
             const float* v = value + j * stride + c;
             for (int s = 0; s < SPAN; s++) {
                 const vf part = load(v + s * W);
                 for (int r = 0; r < R; r++)
-                    sums[r][s] += part * weights[r][j];
+                    sums[r][s] = fma(part, splat(weights[r][j]), sums[r][s]);
             }
         }
         for (int r = 0; r < R; r++)
@@ -174,19 +182,20 @@ void tile_step(const float* query, float* out, float* m, float* l, const float* 
     for (; c < stride; c += W)
         for (int r = 0; r < R; r++) {
             vf sum = load(out + r * stride + c) * correction[r];
-            for (int j = 0; j < n; j++)
-                sum += load(value + j * stride + c) * weights[r][j];
+            for (int j = low; j < n; j++)
+                sum = fma(load(value + j * stride + c), splat(weights[r][j]), sum);
             store(out + r * stride + c, sum);
         }
 }
 
-// Keys and values of positions first..first+n of a row, as floats; false where a block may not be read.
+// Keys and values of positions first+low..first+n of a row, as floats; false where a block may not be read.
 template <class T>
-bool gather(const AttentionArgs* a, int row, int head, int64_t first, int n, float* key, float* value, int stride) {
+bool gather(const AttentionArgs* a, int64_t token, int row, int head, int64_t first, int low, int n, float* key, float* value,
+            int stride) {
     const int size = a->head_size;
     int64_t block = -1;
-    int index = (int)(first / a->block_size), offset = (int)(first % a->block_size);
-    for (int j = 0; j < n; j++, offset++) {
+    int index = (int)((first + low) / a->block_size), offset = (int)((first + low) % a->block_size);
+    for (int j = low; j < n; j++, offset++) {
         if (offset == a->block_size) {
             offset = 0;
             index++;
@@ -195,11 +204,11 @@ bool gather(const AttentionArgs* a, int row, int head, int64_t first, int n, flo
         if (block < 0) {
             block = index < a->table_width ? a->block_tables[(int64_t)row * a->table_width + index] : -1;
             if (block < 0 || block >= a->num_blocks) {
-                raise(a->flags, FLAG_OUT_OF_RANGE);
+                refuse(a, token, block, FLAG_OUT_OF_RANGE);
                 return false;
             }
             if (a->block_tags && a->block_tags[block] != a->row_tags[row]) {
-                raise(a->flags, FLAG_WRONG_OWNER);
+                refuse(a, token, block, FLAG_WRONG_OWNER);
                 return false;
             }
         }
@@ -207,9 +216,30 @@ bool gather(const AttentionArgs* a, int row, int head, int64_t first, int n, flo
         widen((const T*)a->key_cache + at, key + j * stride, size, stride);
         widen((const T*)a->value_cache + at, value + j * stride, size, stride);
     }
+    for (int i = 0; i < low * stride; i++)  // scored with the rest of their vector, then masked
+        key[i] = 0.0f;
     for (int i = n * stride; i < TILE * stride; i++)
-        key[i] = 0.0f;  // scored with the rest of their vector, then masked
+        key[i] = 0.0f;
     return true;
+}
+
+// Asks memory for what gather() will read of positions first..first+n; of a block that it would refuse, nothing.
+template <class T> void fetch(const AttentionArgs* a, int row, int head, int64_t first, int n) {
+    const int64_t bytes = (int64_t)sizeof(T) * a->head_size, step = bytes * a->num_kv_heads;
+    for (int64_t at = first, end = first + n; at < end;) {
+        const int64_t index = at / a->block_size, offset = at % a->block_size;
+        const int64_t left = end - at, in_block = a->block_size - offset, num = left < in_block ? left : in_block;
+        const int64_t block = index < a->table_width ? a->block_tables[(int64_t)row * a->table_width + index] : -1;
+        at += num;
+        if (block < 0 || block >= a->num_blocks || (a->block_tags && a->block_tags[block] != a->row_tags[row]))
+            continue;
+        const int64_t start = (block * a->block_size + offset) * step + head * bytes;
+        for (int64_t j = 0; j < num; j++)
+            for (int64_t line = 0; line < bytes; line += 64) {
+                __builtin_prefetch((const char*)a->key_cache + start + j * step + line);
+                __builtin_prefetch((const char*)a->value_cache + start + j * step + line);
+            }
+    }
 }
 
 template <class T> void attend(const AttentionArgs* a, int64_t piece, float* scratch) {
@@ -231,27 +261,36 @@ template <class T> void attend(const AttentionArgs* a, int64_t piece, float* scr
         widen((const T*)a->query + from, query + q * stride, size, stride);
         for (int i = 0; i < stride; i++)
             out[q * stride + i] = 0.0f;
-        m[q] = -__builtin_inff();
-        l[q] = 0.0f;
+        m[q] = a->sinks ? a->sinks[head * group_size + q % group_size] : -__builtin_inff();
+        l[q] = a->sinks ? 1.0f : 0.0f;
     }
+    // Below `unseen` lies nothing that a token of this item sees: neither read nor asked for.
+    const int64_t unseen = a->window && seen_first > a->window ? seen_first - a->window : 0;
     bool allowed = true;
-    for (int64_t first = 0; first < seen_last && allowed; first += TILE) {
+    fetch<T>(a, row, head, unseen, (int)(seen_last - unseen < TILE ? seen_last - unseen : TILE));
+    for (int64_t first = unseen / TILE * TILE; first < seen_last && allowed; first += TILE) {
         const int num_keys = (int)(seen_last - first < TILE ? seen_last - first : TILE);
-        allowed = gather<T>(a, row, head, first, num_keys, key, value, stride);
+        const int num_unseen = (int)(unseen > first ? unseen - first : 0);
+        allowed = gather<T>(a, token, row, head, first, num_unseen, num_keys, key, value, stride);
+        const int64_t left = seen_last - first - TILE;
+        fetch<T>(a, row, head, first + TILE, left < 0 ? 0 : (int)(left < TILE ? left : TILE));
         for (int t = 0; t < num_tokens && allowed; t++) {
             const int64_t seen = seen_first + t - first;
             if (seen <= 0)
                 continue;
             const int n = (int)(seen < TILE ? seen : TILE);
+            const int low = a->window && seen > a->window ? (int)(seen - a->window < TILE ? seen - a->window : TILE) : 0;
+            if (low == TILE)
+                continue;
             for (int g = 0; g < group_size; g += GROUP) {
                 const int q = t * group_size + g, left = group_size - g;
                 const float* qs = query + q * stride;
                 float* os = out + q * stride;
                 switch (left < GROUP ? left : GROUP) {
-                case 1: tile_step<1>(qs, os, m + q, l + q, key, value, n, stride, a->scale); break;
-                case 2: tile_step<2>(qs, os, m + q, l + q, key, value, n, stride, a->scale); break;
-                case 3: tile_step<3>(qs, os, m + q, l + q, key, value, n, stride, a->scale); break;
-                default: tile_step<4>(qs, os, m + q, l + q, key, value, n, stride, a->scale);
+                case 1: tile_step<1>(qs, os, m + q, l + q, key, value, low, n, stride, a->scale, a->soft_cap); break;
+                case 2: tile_step<2>(qs, os, m + q, l + q, key, value, low, n, stride, a->scale, a->soft_cap); break;
+                case 3: tile_step<3>(qs, os, m + q, l + q, key, value, low, n, stride, a->scale, a->soft_cap); break;
+                default: tile_step<4>(qs, os, m + q, l + q, key, value, low, n, stride, a->scale, a->soft_cap);
                 }
             }
         }
@@ -285,4 +324,4 @@ void attention_any(const AttentionArgs* a, int64_t begin, int64_t end, float* sc
 } // namespace
 
 extern const Ops OPS;
-const Ops OPS = {rms_norm_any, silu_and_mul_any, rope_and_store_any, attention_any};
+const Ops OPS = {rms_norm_any, silu_and_mul_any, rope_and_store_any, attention_any, widen_rows, product_any, PANEL};

@@ -1,4 +1,7 @@
 // The C ABI: which instruction set, how many threads, and each op cut into pieces for the pool.
+#if defined(BULKHEAD_X86)
+#include <cpuid.h>
+#endif
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -58,6 +61,7 @@ struct Scratch {
 };
 
 thread_local Scratch scratch;
+thread_local Scratch inputs;  // of the calling thread, read by all
 
 template <class Args> struct Job {
     const Args* args;
@@ -83,13 +87,15 @@ struct AttentionJob {
 };
 
 constexpr int64_t TOKENS_PER_PIECE = 8;
+constexpr int64_t PIECES_PER_THREAD = 8;     // so that threads end together
+constexpr int64_t PANELS_PER_PIECE_MIN = 2;  // some microseconds of work
 
 } // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int bulkhead_abi() {
-    return 1;
+    return 3;
 }
 
 // Name of the i-th instruction set that was built, best first; null beyond the last.
@@ -127,4 +133,37 @@ EXPORT void bulkhead_attention(int isa, const AttentionArgs* args) {
             j->ops->attention(j->args, piece, piece + 1, scratch.at_least(j->scratch_floats));
         },
         &job, args->num_items * args->num_kv_heads);
+}
+
+// Whether this processor multiplies bfloat16 itself: AVX-512-BF16 or AMX-BF16.
+EXPORT int bulkhead_has_bfloat16_units() {
+#if defined(BULKHEAD_X86)
+    unsigned eax, ebx, ecx, edx;
+    if (!__builtin_cpu_supports("avx512f"))
+        return 0;
+    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1))
+        return 1;
+    if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1))
+        return 1;
+#endif
+    return 0;
+}
+
+EXPORT int bulkhead_panel(int isa) {
+    return ISAS[isa].ops->panel;
+}
+
+EXPORT void bulkhead_product(int isa, const ProductArgs* args) {
+    const Ops* ops = ISAS[isa].ops;
+    ProductArgs all = *args;
+    if (all.x_dtype == FLOAT32) {
+        all.x_wide = const_cast<float*>(static_cast<const float*>(all.x));
+    } else {
+        all.x_wide = inputs.at_least(static_cast<size_t>(all.num_rows * all.num_inputs));
+        in_chunks(&all, ops->widen_rows, all.num_rows, TOKENS_PER_PIECE);
+    }
+    const int64_t num_panels = (all.num_outputs + ops->panel - 1) / ops->panel;
+    int64_t chunk = num_panels / (PIECES_PER_THREAD * pool().num_threads());
+    chunk = chunk < PANELS_PER_PIECE_MIN ? PANELS_PER_PIECE_MIN : chunk / PANELS_PER_PIECE_MIN * PANELS_PER_PIECE_MIN;
+    in_chunks(&all, ops->product, num_panels, chunk);
 }

@@ -6,7 +6,8 @@
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
-// Bits of `flags`: the host must look before any output leaves.
+// Bits of `flags`, at the token that asked (of an attention item: its first): the host must look before any output
+// leaves. `refused` holds a block that such a token asked for.
 enum { FLAG_OUT_OF_RANGE = 1, FLAG_WRONG_OWNER = 2 };
 
 struct NormArgs {
@@ -29,14 +30,15 @@ struct SiluArgs {
 
 struct RopeArgs {
     void* qkv;            // [T, Hq + 2 * Hkv, D]; the queries are turned in place
-    const float* cos;     // [T, D / 2]
+    const float* cos;     // [T, D / 2], or null: queries and keys come already turned
     const float* sin;
     void* key_cache;      // [N, block_size, Hkv, D]
     void* value_cache;
     const int64_t* slots;       // [T]
     const int64_t* token_tags;  // [T] tag of the token's domain, or null
     const int64_t* block_tags;  // [N] tag of the block's owner, or null
-    int32_t* flags;             // [1]
+    int32_t* flags;             // [T]
+    int64_t* refused;           // [T]
     int64_t num_tokens, num_blocks;
     int32_t num_heads, num_kv_heads, head_size, block_size, dtype;
 };
@@ -52,11 +54,23 @@ struct AttentionArgs {
     const int32_t* items;         // [num_items, 3] row and a range of its new tokens
     const int64_t* row_tags;      // [R] or null
     const int64_t* block_tags;    // [N] or null
-    int32_t* flags;
+    int32_t* flags;               // [T]
+    int64_t* refused;             // [T]
     int64_t query_stride, num_blocks, num_items;
+    const float* sinks;           // [Hq] one more logit in each head's denominator, or null
     int32_t table_width, num_heads, num_kv_heads, head_size, block_size, dtype;
-    float scale;
-    int32_t item_tokens_max;
+    float scale, soft_cap;        // 0: no cap
+    int32_t item_tokens_max, window;  // 0: no window
+};
+
+struct ProductArgs {
+    const void* x;       // [T, in]
+    const void* weight;  // packed: see product.h
+    const void* bias;    // [out] in the weight's dtype, or null
+    void* y;             // [T, out]
+    float* x_wide;       // [T, in]: x as floats, filled by the library; x itself where that is float32
+    int64_t num_rows, num_inputs, num_outputs;
+    int32_t x_dtype, weight_dtype, y_dtype;
 };
 
 // What one instruction set offers: each works on a range of independent pieces.
@@ -65,5 +79,8 @@ struct Ops {
     void (*silu_and_mul)(const SiluArgs*, int64_t begin, int64_t end);
     void (*rope_and_store)(const RopeArgs*, int64_t begin, int64_t end);
     void (*attention)(const AttentionArgs*, int64_t begin, int64_t end, float* scratch);
+    void (*widen_rows)(const ProductArgs*, int64_t begin, int64_t end);
+    void (*product)(const ProductArgs*, int64_t begin, int64_t end);  // panels
+    int32_t panel;  // columns
 };
 

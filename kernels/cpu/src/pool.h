@@ -23,6 +23,8 @@ class Pool {
             std::thread([this, index = num_started_] { serve(index); }).detach();
     }
 
+    int num_threads() const { return num_threads_; }
+
     void run(Work work, const void* context, int64_t num_pieces) {
         std::unique_lock<std::mutex> caller(calls_, std::try_to_lock);
         if (!caller.owns_lock() || num_threads_ == 1 || num_pieces <= 1 || num_pieces > INT32_MAX) {

@@ -5,8 +5,10 @@
 #include <stdint.h>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 #define W 16
 #elif defined(__AVX2__)
+#include <immintrin.h>
 #define W 8
 #else
 #define W 4
@@ -24,7 +26,18 @@ typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 
 inline vf splat(float x) {
-    return vf{} + x;
+    return x - vf{};  // keeps the sign of a zero, so that it is a broadcast and no addition
+}
+
+// a * b + c, rounded once where the instruction set has it. Not left to the compiler, which may fuse here and not there.
+inline vf fma(vf a, vf b, vf c) {
+#if W == 16
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif W == 8
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
 }
 
 inline vf load(const float* p) {
@@ -115,6 +128,18 @@ inline vf exp(vf x0) {
     result = x0 < low ? vf{} : result;
     result = x0 > high ? splat(__builtin_inff()) : result;
     return x0 != x0 ? x0 : result;
+}
+
+// Cephes' tanhf: a polynomial near zero, so that small numbers keep their digits; NaN for NaN.
+inline vf tanh(vf x) {
+    const vf z = x * x, size = x < vf{} ? -x : x;
+    vf p = splat(-5.70498872745e-3f);
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    const vf near = p * z * x + x, far = 1.0f - 2.0f / (exp(size + size) + 1.0f);
+    return size < 0.625f ? near : x < vf{} ? -far : far;
 }
 
 template <int... I> struct Lanes {};

@@ -1,0 +1,82 @@
+"""The auditor proves that it is awake: a synthetic violation must be flagged, and a clean step must not."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from audit.block_ledger import FREE, NOBODY, SEALED, WRITING, BlockLedger, Happening
+from audit.sampling_rows import SampledRow, SamplingFacts
+from audit.step_arrays import StepArrays
+
+
+class Named(Protocol):
+    @property
+    def kind(self) -> str: ...
+
+
+class Verdict(Protocol):
+    @property
+    def violations(self) -> Sequence[Named]: ...
+
+
+def passes(real: BlockLedger, check: Callable[[BlockLedger, StepArrays], Verdict]) -> bool:
+    """Two synthetic sequences in two domains; one reads its own block, then the other's, then a real tenant's; then the
+    other is given the first one's published block as if it were its own."""
+    ledger, size = real.copy(), real.block_size
+    live = np.nonzero((real.state == WRITING) | (real.state == SEALED))[0]
+    mine, other = [i for i in range(3) if not (len(live) and i == live[0])][:2] if len(real.state) > 2 else (0, 1)
+    tokens = tuple(range(size + 1))
+    facts = {name: SamplingFacts(name.encode()) for name in "ab"}
+
+    def event(kind: str, block_id: int, name: str) -> str:
+        generation = int(ledger.generation[block_id]) + (kind == "allocate")
+        owner = f"self-test/{name}"
+        problem = ledger.apply(Happening(kind, block_id, generation, owner, owner, tokens, b"", facts[name]))
+        return problem[0] if problem else ""
+
+    for block_id, name in ((mine, "a"), (other, "b")):
+        ledger.state[block_id], ledger.residue[block_id] = FREE, NOBODY
+        ledger.holders[block_id], ledger.published[block_id] = frozenset(), None
+        if event("begin", block_id, name) or event("allocate", block_id, name):
+            return False
+
+    def rules(table: list[int], kv_len: int, slot: int, state: str = "") -> set[str]:
+        sampled = SampledRow(0, 0, kv_len, 0, f"self-test/{state}", facts.get(state, facts["a"]), size + 1, tokens)
+        step = StepArrays(
+            ["self-test/a"],
+            ["self-test/a"],
+            np.array([kv_len - 1]),
+            np.array([0, 1]),
+            np.array([kv_len]),
+            np.array([table]),
+            np.array([slot]),
+            [sampled] if state else None,
+        )
+        return {violation.kind for violation in check(ledger, step).violations}
+
+    clean = rules([mine], 1, mine * size)
+    foreign_read = rules([other, mine], size + 1, mine * size)
+    foreign_write = rules([other], 1, other * size)
+    real_read = (
+        rules([int(live[0]), mine], size + 1, mine * size) if len(live) and len(real.state) > 2 else {"foreign_block"}
+    )
+    ledger.filled[mine] = size
+    ledger.state[other], ledger.filled[other] = WRITING, 0
+    ledger.sequences["self-test/a"].blocks.append(other)
+    ledger.domain[other] = ledger.domain[mine]
+    own_state = rules([mine, other], size + 1, other * size, "a")
+    foreign_state = rules([mine, other], size + 1, other * size, "b")
+    ledger.sequences["self-test/a"].blocks.remove(other)
+    published = event("seal", mine, "a") == event("publish", mine, "a") == ""
+    foreign_share = event("share", mine, "b")
+    return (
+        not clean
+        and "foreign_block" in foreign_read
+        and {"foreign_block", "foreign_write"} <= foreign_write
+        and "foreign_block" in real_read
+        and not own_state
+        and {"foreign_sampling_state", "foreign_parameters"} <= foreign_state
+        and published
+        and foreign_share == "foreign_share"
+    )

@@ -1,0 +1,117 @@
+"""A fixed number of clients, each with one job at a time: when one ends, its client's next job arrives at once.
+
+`continuous`: what has arrived is handed to the engine at once, and a row that ends makes room for the next.
+`static`:     what has arrived waits until the whole last batch has ended, as in engines that batch whole requests.
+
+Both run on the same EngineCore, so the difference is the batching and nothing else.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.bench.timeline import Timeline
+from engine.bench.workloads import Job
+from engine.core import EngineCore
+from engine.events import EngineEvent, NullObserver, Observer, StepEvidence, Violation
+from engine.protocol import SamplingParams, Submit, TokenOutput
+
+
+@dataclass(slots=True)
+class StepCounter:
+    """An observer that counts rows and tokens, and the seconds that the observer behind it takes."""
+
+    now: Callable[[], float]
+    observer: Observer = field(default_factory=NullObserver)
+    num_steps: int = 0
+    num_rows: int = 0
+    num_tokens: int = 0
+    observer_s: float = 0.0
+
+    def on_events(self, events: list[EngineEvent]) -> None:
+        started_s = self.now()
+        self.observer.on_events(events)
+        self.observer_s += self.now() - started_s
+
+    def before_launch(self, evidence: StepEvidence) -> list[Violation]:
+        self.num_steps += 1
+        self.num_rows += len(evidence.sequence_ids)
+        self.num_tokens += len(evidence.token_ids)
+        started_s = self.now()
+        violations = self.observer.before_launch(evidence)
+        self.observer_s += self.now() - started_s
+        return violations
+
+    def after_launch(self, step: int, token_ids: NDArray[np.int64]) -> None:
+        started_s = self.now()
+        self.observer.after_launch(step, token_ids)
+        self.observer_s += self.now() - started_s
+
+    def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:
+        started_s = self.now()
+        violations = self.observer.before_release(step, outputs)
+        self.observer_s += self.now() - started_s
+        return violations
+
+    def counters(self) -> dict[str, int]:
+        return self.observer.counters()
+
+    def forget(self) -> None:
+        """Start counting again."""
+        self.num_steps = self.num_rows = self.num_tokens = 0
+        self.observer_s = 0.0
+
+
+class JobFailedError(Exception):
+    """The engine refused a job or broke: there is nothing to measure."""
+
+
+def run(
+    core: EngineCore, jobs: Sequence[Job], *, concurrency: int, static: bool, now: Callable[[], float]
+) -> list[Timeline]:
+    """Every job from arrival to end. Raises JobFailedError."""
+    coming = deque(enumerate(jobs))
+    arrived: deque[int] = deque()
+    timelines: list[Timeline] = []
+    num_in_flight = 0
+
+    def arrive() -> None:
+        if coming:
+            index, _ = coming.popleft()
+            timelines.append(Timeline(now()))
+            arrived.append(index)
+
+    for _ in range(concurrency):
+        arrive()
+    while arrived or num_in_flight:
+        if not static or num_in_flight == 0:
+            while arrived:
+                _submit(core, arrived[0], jobs[arrived.popleft()])
+                num_in_flight += 1
+        result = core.step()
+        at_s = now()
+        for output in result.outputs:
+            if output.error:
+                raise JobFailedError(f"job {output.sequence_id} ended with {output.error}\n{result.failure}")
+            timelines[int(output.sequence_id)].token_times_s += [at_s] * len(output.token_ids)
+            if output.finish_reason is not None:
+                num_in_flight -= 1
+                arrive()
+    return timelines
+
+
+def _submit(core: EngineCore, index: int, job: Job) -> None:
+    refused = core.add(
+        Submit(
+            sequence_id=str(index),
+            domain="bench",
+            cache_salt=b"bench",
+            prompt_token_ids=job.prompt_token_ids,
+            sampling=SamplingParams(max_tokens=job.num_output_tokens, temperature=0.0, ignore_eos=True),
+        )
+    )
+    if refused is not None:
+        raise JobFailedError(f"job {index} was refused: {refused.error}")

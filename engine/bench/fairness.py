@@ -1,0 +1,123 @@
+"""What a flood of one tenant costs the others. In virtual time, see virtual_time.py.
+
+`domains` tenants always have more waiting than a step admits; the first of them floods: ten times as many requests, of
+longer prompts. One more tenant is quiet: it sends one short request now and then.
+
+gap_tokens_max       the most by which what two backlogged domains were served, over any time, differs
+bound_tokens         what VTC promises for it (arXiv 2401.00588, theorem 4.4): twice the tokens that may be in work
+jain                 Jain's index of what the backlogged domains were served: 1 is equal, 1/domains is one for all
+quiet_ttft_p99_ratio the quiet domain's 99th percentile of TTFT against the same requests with nobody else there
+throughput_ratio     tokens per second against `fcfs` under the same load
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.bench.timeline import percentile
+from engine.bench.virtual_time import BLOCK_SIZE, NUM_BLOCKS, VOCAB_SIZE, Arrival, StepCost, VirtualEngine
+
+NUM_WAITING = 4  # that each backlogged domain always has
+FLOOD_FACTOR = 10
+PROMPT_TOKENS = (64, 256)  # of the backlogged domains, uniform
+FLOOD_PROMPT_TOKENS = (256, 768)
+OUTPUT_TOKENS = (16, 128)
+QUIET_PROMPT_TOKENS, QUIET_OUTPUT_TOKENS = 64, 32
+QUIET_EVERY_STEPS = 40
+QUIET = "quiet"
+
+
+class Flood:
+    """Keeps every domain's line as long as it is to be. With no domain at all it does nothing."""
+
+    def __init__(self, engine: VirtualEngine, num_domains: int, seed: int) -> None:
+        self.engine = engine
+        self.names = [f"tenant-{index:02d}" for index in range(num_domains)]
+        self._random = np.random.default_rng(seed)
+        self._num_made = 0
+
+    def refill(self) -> None:
+        waiting = [sequence.domain for sequence in self.engine.core.scheduler.waiting]
+        for index, name in enumerate(self.names):
+            wanted = NUM_WAITING * (FLOOD_FACTOR if index == 0 else 1)
+            for _ in range(wanted - waiting.count(name)):
+                self._submit(name, FLOOD_PROMPT_TOKENS if index == 0 else PROMPT_TOKENS)
+
+    def _submit(self, name: str, prompt_tokens: tuple[int, int]) -> None:
+        num_output = int(self._random.integers(OUTPUT_TOKENS[0], OUTPUT_TOKENS[1] + 1))
+        num_prompt = int(self._random.integers(prompt_tokens[0], prompt_tokens[1] + 1))
+        self._num_made += 1
+        prompt = _prompt(self._num_made, num_prompt)
+        self.engine.submit(Arrival(self.engine.runner.now_s, name, prompt, num_output, num_output))
+
+
+def rows(
+    policies: Sequence[str], domain_counts: Sequence[int], *, num_steps: int, cost: StepCost, seed: int
+) -> list[dict[str, Any]]:
+    alone = quiet_ttft_p99_s(_run(policies[0], 0, num_steps=num_steps, cost=cost, seed=seed)[0])
+    found = []
+    for num_domains in domain_counts:
+        fcfs_rate = _rate(_run("fcfs", num_domains, num_steps=num_steps, cost=cost, seed=seed)[0])
+        for policy in policies:
+            engine, history = _run(policy, num_domains, num_steps=num_steps, cost=cost, seed=seed)
+            ttft = quiet_ttft_p99_s(engine)
+            found.append(
+                {
+                    "policy": policy,
+                    "domains": num_domains,
+                    "gap_tokens_max": widest_gap(history),
+                    "bound_tokens": 2 * NUM_BLOCKS * BLOCK_SIZE,
+                    "jain": round(jain(history[-1] - history[0]), 4),
+                    "quiet_ttft_p99_s": float(f"{ttft:.4g}"),
+                    "quiet_ttft_p99_ratio": round(ttft / alone, 3),
+                    "throughput_ratio": round(_rate(engine) / fcfs_rate, 4),
+                }
+            )
+    return found
+
+
+def _run(
+    policy: str, num_domains: int, *, num_steps: int, cost: StepCost, seed: int
+) -> tuple[VirtualEngine, NDArray[np.int64]]:
+    """The engine after the run, and what each backlogged domain had been served after each step [steps, domains]."""
+    engine = VirtualEngine(cost, policy)
+    flood = Flood(engine, num_domains, seed)
+    history = np.zeros((num_steps, num_domains), dtype=np.int64)
+    for step in range(num_steps):
+        flood.refill()
+        if step % QUIET_EVERY_STEPS == 0:
+            prompt = _prompt(-1 - step, QUIET_PROMPT_TOKENS)
+            engine.submit(Arrival(engine.runner.now_s, QUIET, prompt, QUIET_OUTPUT_TOKENS, QUIET_OUTPUT_TOKENS))
+        if engine.core.has_work:
+            engine.step()
+        history[step] = [engine.tokens[name] for name in flood.names]
+    return engine, history
+
+
+def _prompt(number: int, num_tokens: int) -> list[int]:
+    """No two numbers' prompts begin alike."""
+    return [number % VOCAB_SIZE, abs(number) // VOCAB_SIZE % VOCAB_SIZE, *([1] * (num_tokens - 2))]
+
+
+def _rate(engine: VirtualEngine) -> float:
+    return engine.tokens.total() / engine.runner.now_s
+
+
+def quiet_ttft_p99_s(engine: VirtualEngine) -> float:
+    ended = [one for one in engine.served.values() if one.arrival.domain == QUIET and one.timeline.token_times_s]
+    return percentile([one.timeline.ttft_s for one in ended], 99)
+
+
+def widest_gap(history: NDArray[np.int64]) -> int:
+    """Over all pairs of domains and all stretches of time, the largest difference of what they were served in it."""
+    differences = (history[:, a] - history[:, b] for a, b in combinations(range(history.shape[1]), 2))
+    return max((int(d.max() - d.min()) for d in differences), default=0)
+
+
+def jain(served: NDArray[np.int64]) -> float:
+    """(sum x)^2 / (n * sum x^2), Jain, Chiu and Hawe 1984."""
+    total = float(served.sum())
+    return total * total / (len(served) * float((served.astype(np.float64) ** 2).sum())) if total else 0.0

@@ -1,0 +1,90 @@
+"""From settings to an engine that is ready to step: tokenizer, kernels, model, cache, core."""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from engine.config import WorkerConfig
+from engine.core import EngineCore
+from engine.errors import ConfigError
+from engine.events import NullObserver, Observer
+from engine.matcher import Matchers
+from engine.model_runner import ModelRunner
+from engine.models.load import check_vocabulary
+from engine.order import POLICIES
+from engine.protocol import PROTOCOL_VERSION, Ready
+from engine.tokenizer import Tokenizer
+from engine.weights import model_digest
+from engine.worker_log import log
+from kernels.backend import choose
+
+MakeObserver = Callable[[int, int], Observer]
+
+
+def unobserved(num_blocks: int, block_size: int) -> Observer:
+    return NullObserver()
+
+
+def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") -> tuple[EngineCore, Ready]:
+    """Load everything; ``make_observer`` is called with the number of blocks and their size, once both are known.
+
+    Raises ConfigError, or KernelError, with one clear line.
+    """
+    if config.scheduling not in POLICIES:
+        raise ConfigError(f"scheduling must be one of {', '.join(POLICIES)}, not {config.scheduling!r}")
+    if not config.model_dir.is_dir():
+        raise ConfigError(f"there is no model folder at {config.model_dir}")
+    torch.set_num_threads(config.effective_num_threads)
+    tokenizer = Tokenizer.load(config.model_dir)
+    backend = choose(config.kernels, config.effective_num_threads, log, config.products)
+    runner = ModelRunner.load(
+        config.model_dir,
+        dtype=config.dtype,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        num_blocks=config.num_blocks,
+        kv_cache_bytes=config.kv_cache_bytes,
+        backend=backend,
+        log=log,
+    )
+    isolation = "bitwise" if runner.model.is_exact() else "relaxed"
+    if runner.model.backend.exact and isolation == "relaxed":
+        log("matrix products of this model depend on their company in the last bits: isolation is relaxed")
+    model = runner.model.config
+    check_vocabulary(tokenizer.vocab_size, model.vocab_size)
+    digest = model_digest(config.model_dir)
+    core = EngineCore(
+        runner,
+        decode=tokenizer.decode,
+        eos_token_ids=tokenizer.eos_token_ids,
+        context_max=model.context_max,
+        vocab_size=model.vocab_size,
+        max_batched_tokens=config.max_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_waiting=config.max_waiting,
+        observer=make_observer(runner.num_blocks, config.block_size),
+        scheduling=config.scheduling,
+        wait_max_tokens=config.wait_max_tokens,
+        prefix_cache=config.prefix_cache,
+        cache_floor_percent=config.cache_floor_percent,
+        cache_ceiling_percent=config.cache_ceiling_percent,
+        model_digest=digest,
+        matchers=Matchers(config.model_dir, model.vocab_size, tokenizer.eos_token_ids),
+    )
+    ready = Ready(
+        protocol_version=PROTOCOL_VERSION,
+        epoch=epoch,
+        pid=os.getpid(),
+        model_id=tokenizer.model_id,
+        model_digest=digest,
+        context_max=model.context_max,
+        vocab_size=model.vocab_size,
+        block_size=config.block_size,
+        num_blocks=runner.num_blocks,
+        dtype=config.dtype,
+        device="cpu",
+        kernels=runner.model.backend.name,
+        isolation=isolation,
+    )
+    return core, ready

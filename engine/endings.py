@@ -1,0 +1,40 @@
+"""Outputs that end a sequence without content: it was never taken in, or what it said may not leave."""
+
+from collections.abc import Collection
+from collections.abc import Sequence as Line
+
+from msgspec.structs import replace
+
+from engine.protocol import TokenOutput
+
+
+def refusal(sequence_id: str, error: str) -> TokenOutput:
+    """The only output of a sequence that was never taken in: nothing computed, nothing to charge."""
+    return TokenOutput(sequence_id, "", (), 0, 0, 0, "error", error)
+
+
+def withheld(output: TokenOutput) -> TokenOutput:
+    """The same sequence's ending, without content."""
+    return replace(
+        output,
+        text="",
+        token_ids=(),
+        logprobs=(),
+        prompt_logprobs=(),
+        finish_reason="error",
+        error="isolation_violation",
+    )
+
+
+def with_endings(outputs: Line[TokenOutput], named: Collection[str], endings: Line[TokenOutput]) -> list[TokenOutput]:
+    """A step's outputs when some may not leave: ``endings`` stand for whom they end, and the first output of anybody
+    else who is named becomes its ending."""
+    result = list(endings)
+    ended = {output.sequence_id for output in endings}
+    for output in outputs:
+        if output.sequence_id not in ended:
+            if output.sequence_id in named:
+                ended.add(output.sequence_id)
+                output = withheld(output)
+            result.append(output)
+    return result

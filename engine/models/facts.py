@@ -1,0 +1,57 @@
+"""What the engine asks of a model, whichever code computes it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kernels.backend import Backend
+
+if TYPE_CHECKING:
+    from engine.kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayer:
+    """What one layer keeps of a token: a key and a value of [num_kv_heads, head_size]."""
+
+    num_kv_heads: int
+    head_size: int
+
+
+class Facts(Protocol):
+    """What admission needs to know."""
+
+    @property
+    def context_max(self) -> int:
+        """Positions that the model was made for, in tokens."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class Model(Protocol):
+    backend: Backend
+    dtype: torch.dtype
+
+    @property
+    def config(self) -> Facts: ...
+
+    @property
+    def cache_layers(self) -> tuple[CacheLayer, ...]: ...
+
+    def forward(self, token_ids: Tensor, positions: Tensor, *, cache: "KVCache", plan: Any, wanted: Tensor) -> Tensor:
+        """token_ids, positions int64 [T], the backend's plan, wanted int64 [S] -> logits float32 [S, V].
+
+        Fills the cache. Raises OwnershipError where a kernel met a block that is not its row's.
+        """
+        ...
+
+    def is_exact(self) -> bool:
+        """Whether a sequence's bits are the same alone and in any company. False: isolation is relaxed."""
+        ...
+
+
+Log = Callable[[str], None]

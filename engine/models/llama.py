@@ -1,0 +1,189 @@
+"""The Llama family in plain torch: grouped heads, rotary embedding, RMS norm, SwiGLU, and what its members add (biases,
+windows, norms of queries and keys, layers without positions, Granite's four scales): see engine/models/llama_config.py.
+
+    x = embed(tokens)
+    each layer:  x = x + o(attention(rope(q), rope(k), v))   of rms_norm(x)
+                 x = x + down(silu(gate) * up)                of rms_norm(x)
+    logits = head(rms_norm(x))                                for the wanted tokens only
+
+Products are in the weights' dtype; the sum x is float32 throughout, and so is the head: a bfloat16 logit near 25 has
+steps of 0.125, which is wider than many a gap between the two best tokens. The queries, keys and values of a layer
+are one matrix, and so are gate and up: fewer, larger products.
+
+With exact kernels and exact products, a sequence's logits are the same bits alone and in any company;
+`is_exact` says whether that holds here.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.errors import ConfigError
+from engine.kv_cache import KVCache
+from engine.models.facts import CacheLayer
+from engine.models.llama_config import LayerConfig, ModelConfig
+from engine.models.rope import rope_tables
+from kernels.backend import Backend
+from kernels.products import Product
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    config: LayerConfig
+    qk_norms: tuple[Tensor, Tensor] | None  # [D] each
+    input_norm: Tensor
+    qkv: Product
+    output: Product
+    mlp_norm: Tensor
+    gate_up: Product
+    down: Product
+
+    @property
+    def linears(self) -> tuple[Product, ...]:
+        return (self.qkv, self.output, self.gate_up, self.down)
+
+
+class LlamaModel:
+    """Takes ``weights`` by their transformers names; raises ConfigError where one is missing or has a wrong shape."""
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], backend: Backend) -> None:
+        self.config = config
+        self.backend = backend
+        linear = backend.linear
+        take = _Taker(weights)
+        hidden, size = config.hidden_size, config.head_size
+        q_size, kv_size = config.num_heads * size, config.num_kv_heads * size
+        embedding = take("model.embed_tokens.weight", config.vocab_size, hidden)
+        self.norm = take("model.norm.weight", hidden)
+        self.dtype = embedding.dtype
+        self.head = backend.head(
+            embedding if config.tie_word_embeddings else take("lm_head.weight", config.vocab_size, hidden)
+        )
+        # Tied: the head's packed matrix holds the embeddings, too, and there is no second copy.
+        self._embed = self.head.rows if config.tie_word_embeddings else partial(F.embedding, weight=embedding)
+        self.layers = []
+        for index in range(config.num_layers):
+            attention, mlp = f"model.layers.{index}.self_attn.", f"model.layers.{index}.mlp."
+            q_k_v = ((f"{attention}q_proj", q_size), (f"{attention}k_proj", kv_size), (f"{attention}v_proj", kv_size))
+            halves = ((f"{mlp}gate_proj", config.intermediate_size), (f"{mlp}up_proj", config.intermediate_size))
+            self.layers.append(
+                Layer(
+                    config=config.layers[index],
+                    qk_norms=(
+                        (take(f"{attention}q_norm.weight", size), take(f"{attention}k_norm.weight", size))
+                        if config.qk_norm
+                        else None
+                    ),
+                    input_norm=take(f"model.layers.{index}.input_layernorm.weight", hidden),
+                    qkv=linear(
+                        torch.cat([take(f"{name}.weight", rows, hidden) for name, rows in q_k_v]),
+                        take.biases(config.qkv_bias, *q_k_v),
+                    ),
+                    output=linear(
+                        take(f"{attention}o_proj.weight", hidden, q_size),
+                        take.biases(config.output_bias, (f"{attention}o_proj", hidden)),
+                    ),
+                    mlp_norm=take(f"model.layers.{index}.post_attention_layernorm.weight", hidden),
+                    gate_up=linear(
+                        torch.cat([take(f"{name}.weight", rows, hidden) for name, rows in halves]),
+                        take.biases(config.mlp_bias, *halves),
+                    ),
+                    down=linear(
+                        take(f"{mlp}down_proj.weight", hidden, config.intermediate_size),
+                        take.biases(config.mlp_bias, (f"{mlp}down_proj", hidden)),
+                    ),
+                )
+            )
+        take.refuse_rest()
+        self.cos, self.sin = rope_tables(config.rope, size, config.context_max)
+
+    @property
+    def cache_layers(self) -> tuple[CacheLayer, ...]:
+        return self.config.cache_layers
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        *,
+        cache: KVCache,
+        plan: Any,
+        wanted: Tensor,
+    ) -> Tensor:
+        """See engine/models/facts.py."""
+        config, ops = self.config, self.backend
+        epsilon = config.rms_norm_epsilon
+        cos, sin = self.cos[positions], self.sin[positions]
+        residual: Tensor | None = None
+        x = _scaled(self._embed(token_ids), config.embedding_scale)
+        for index, layer in enumerate(self.layers):
+            key_cache, value_cache = cache.layer(index)
+            x, residual = ops.rms_norm(x, layer.input_norm, epsilon, residual)
+            qkv = layer.qkv(x).view(len(token_ids), -1, config.head_size)
+            if layer.qk_norms is not None:
+                self._norm_heads(qkv, *layer.qk_norms)
+            attended = ops.attend(
+                qkv,
+                cos if layer.config.rotates else None,
+                sin if layer.config.rotates else None,
+                key_cache,
+                value_cache,
+                num_heads=config.num_heads,
+                plan=plan,
+                scale=config.attention_scale,
+                window=layer.config.window,
+            )
+            x = _scaled(layer.output(attended.flatten(1)), config.residual_scale)
+            x, residual = ops.rms_norm(x, layer.mlp_norm, epsilon, residual)
+            x = _scaled(layer.down(ops.silu_and_mul(layer.gate_up(x))), config.residual_scale)
+        ops.check(plan)
+        assert residual is not None
+        x, _ = ops.rms_norm(x[wanted], self.norm, epsilon, residual[wanted])
+        return _scaled(self.head(x.float()), config.logits_scale)
+
+    def _norm_heads(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor) -> None:
+        """RMS norm of each query and key head in place; qkv [T, Hq + 2 * Hkv, D]."""
+        config = self.config
+        first, last = config.num_heads, config.num_heads + config.num_kv_heads
+        for heads, norm in ((qkv[:, :first], query_norm), (qkv[:, first:last], key_norm)):
+            rows = heads.reshape(-1, config.head_size)
+            heads.copy_(self.backend.rms_norm(rows, norm, config.rms_norm_epsilon)[0].view(heads.shape))
+
+    def is_exact(self) -> bool:
+        """Whether a row's bits depend on nothing but the row. The products are tried as well; one
+        layer's stand for the others', which have the same shapes."""
+        tried = (*self.layers[0].linears, self.head)
+        return self.backend.exact and all(product.is_exact() for product in tried)
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1.0 else x * scale
+
+
+class _Taker:
+    """Takes weights by name and checks shapes; what is left over at the end is an error, not a surprise."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self._weights = dict(weights)
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        tensor = self._weights.pop(name, None)
+        if tensor is None:
+            raise ConfigError(f"the weights lack {name}")
+        if tuple(tensor.shape) != shape:
+            raise ConfigError(f"the weight {name} has shape {tuple(tensor.shape)}, config.json wants {shape}")
+        return tensor
+
+    def biases(self, present: bool, *names: tuple[str, int]) -> Tensor | None:
+        return torch.cat([self(f"{name}.bias", rows) for name, rows in names]) if present else None
+
+    def refuse_rest(self) -> None:
+        stored_twice = {"lm_head.weight"}  # by some writers when tied
+        computed = {name for name in self._weights if name.endswith("rotary_emb.inv_freq")}  # by writers before 2023
+        rest = sorted(set(self._weights) - stored_twice - computed)
+        if rest:
+            raise ConfigError(f"the weights hold what this model code does not use: {', '.join(rest[:3])}")

@@ -1,0 +1,38 @@
+"""Rotary positions: the angles come from transformers, which knows every published way to stretch them.
+
+Two ways depend on the longest sequence of a batch (`dynamic`, `longrope`): one tenant's length would move another's
+numbers. Up to the length that the model was trained for they do not; engine/models/transformers_model.py serves them
+up to there, and the engine's own decoder not at all.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import ConfigError
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def rope_tables(config: Any, head_size: int, context_max: int) -> tuple[Tensor, Tensor]:
+    """cos and sin float32 [context_max, head_size / 2] of transformers' config object. Raises ConfigError."""
+    frequencies, factor = _frequencies(config, head_size)
+    angles = torch.arange(context_max).float()[:, None] * frequencies[None, :]
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def _frequencies(config: Any, head_size: int) -> tuple[Tensor, float]:
+    """float32 [head_size / 2] in radians per position, and the factor on both tables."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters or {}
+    kind = rope.get("rope_type", "default")
+    try:
+        if kind == "default":
+            exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
+            return 1.0 / (float(rope.get("rope_theta", 10_000.0)) ** exponents), 1.0
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"config.json lacks a usable {error} for rope type {kind!r}") from error
+    return frequencies.float(), float(factor)

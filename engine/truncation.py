@@ -1,0 +1,79 @@
+"""Which tokens a draw chooses from: min_p, then top_k, then top_p, each of what the last one left.
+
+The order among tokens is that of their logits, the smallest id first among equals, so that the kept set is a function
+of the row alone. The vocabulary is never sorted as a whole where a part of it will do.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOP_P_FIRST_TOKENS = 512  # top_p seldom needs more; sorting the whole vocabulary is slow
+
+Values = NDArray[np.float32] | NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Tokens in some fixed order, and their weights added up in it. ``ids`` None: all, in order of id."""
+
+    ids: NDArray[np.int64] | None
+    cumulative: NDArray[np.float64]
+
+    def at(self, point: float) -> int:
+        """The token whose share of the line 0..total holds ``point`` * total; ``point`` in [0, 1)."""
+        total = self.cumulative[-1]
+        index = int(self.cumulative.searchsorted(point * total, side="right"))
+        if index == len(self.cumulative):  # rounded up to the very end: the last token with any weight
+            index = int(self.cumulative.searchsorted(total, side="left"))
+        return index if self.ids is None else int(self.ids[index])
+
+
+def truncated(values: Values, weights: NDArray[np.float64], *, top_k: int, top_p: float, min_p: float) -> Kept:
+    """``values`` [V] give the order, ``weights`` [V] the shares; the largest weight is 1. ``top_k`` 0 keeps all.
+
+    top_p keeps the fewest likeliest tokens that hold that much of the weight (arXiv 1904.09751); min_p those with at
+    least that part of the largest weight (arXiv 2407.01082).
+    """
+    ids: NDArray[np.int64] | None = None
+    if min_p > 0.0:
+        ids = np.flatnonzero(weights >= min_p)
+        values, weights = values[ids], weights[ids]
+    if 0 < top_k < len(values):
+        order = largest(values, top_k)
+        ids = order if ids is None else ids[order]
+        cumulative = weights[order].cumsum()
+        if top_p < 1.0:
+            cumulative = cumulative[: _num_within(cumulative, top_p * cumulative[-1])]
+        return Kept(ids[: len(cumulative)], cumulative)
+    if top_p >= 1.0:
+        return Kept(ids, weights.cumsum())
+    wanted = top_p * weights.sum()
+    for num_tokens in (TOP_P_FIRST_TOKENS, len(values)):
+        order = largest(values, num_tokens)
+        cumulative = weights[order].cumsum()
+        if cumulative[-1] >= wanted:
+            break
+    order = order[: _num_within(cumulative, wanted)]
+    return Kept(order if ids is None else ids[order], cumulative[: len(order)])
+
+
+def largest(values: Values, count: int) -> NDArray[np.int64]:
+    """Indices of the ``count`` largest, the largest first; among equals the smallest index is larger."""
+    size = len(values)
+    if count <= 0:
+        return np.empty(0, dtype=np.int64)
+    if count < size:
+        least = np.partition(values, size - count)[size - count]
+        above = np.flatnonzero(values > least)
+        equal = np.flatnonzero(values == least)[: count - len(above)]
+        indices = np.sort(np.concatenate((above, equal)))
+    else:
+        indices = np.arange(size)
+    order: NDArray[np.int64] = indices[np.argsort(-values[indices], kind="stable")]
+    return order
+
+
+def _num_within(cumulative: NDArray[np.float64], wanted: float) -> int:
+    return min(int(cumulative.searchsorted(wanted, side="left")) + 1, len(cumulative))

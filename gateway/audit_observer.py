@@ -1,0 +1,161 @@
+"""The engine's Observer, backed by the isolation auditor.
+
+Translation only: engine evidence in, plain values to the auditor, plain findings back. Neither room knows the other.
+Digests of sampling parameters are made here, from the objects themselves: neither room makes the other's.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from audit.isolation import IsolationAuditor
+from audit.released_tokens import Output
+from audit.sampling_rows import SampledRow, SamplingFacts
+from engine.events import EngineEvent, SamplingState, StepEvidence, Violation
+from engine.protocol import SamplingParams, TokenOutput
+
+SELF_TEST_INTERVAL_STEPS = 256  # how often the auditor must prove that it is awake while the engine is busy
+SELF_TEST_INTERVAL_S = 5.0  # and at the latest after this long, so that an idle engine is covered too
+NUM_DIGESTS_KEPT = 4096  # of sampling parameters; the others' are made again
+
+
+class Digests:
+    """SHA-256 of sampling parameters, remembered by object. Parameters are frozen, and an object that is remembered is
+    kept alive, so that no other can take its place."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[SamplingParams, bytes]] = {}
+
+    def of(self, sampling: SamplingParams | None) -> bytes:
+        if sampling is None:
+            return b""
+        known = self._known.get(id(sampling))
+        if known is None:
+            if len(self._known) >= NUM_DIGESTS_KEPT:
+                self._known.clear()
+            known = sampling, hashlib.sha256(msgspec.msgpack.encode(sampling)).digest()
+            self._known[id(sampling)] = known
+        return known[1]
+
+
+def form_digest(grammar: str) -> bytes:
+    return hashlib.sha256(grammar.encode()).digest() if grammar else b""
+
+
+def bias_bytes(ids: NDArray[np.int64], values: NDArray[np.float64]) -> bytes:
+    return ids.tobytes() + values.tobytes()
+
+
+class AuditObserver:
+    """The engine's Observer, backed by the isolation auditor."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self._auditor = IsolationAuditor(num_blocks, block_size)
+        self._digests = Digests()
+        self._last_self_test_s = float("-inf")
+        self._steps_since_self_test = 0
+
+    def on_events(self, events: list[EngineEvent]) -> None:
+        for event in events:
+            self._auditor.on_event(
+                kind=event.kind,
+                step=event.step,
+                block_id=event.block_id,
+                generation=event.generation,
+                domain=event.domain,
+                sequence_id=event.sequence_id,
+                token_ids=event.token_ids,
+                cache_salt=event.cache_salt,
+                sampling=None if event.sampling is None else self._expected(event.sampling),
+            )
+
+    def before_launch(self, evidence: StepEvidence) -> list[Violation]:
+        violations = self._auditor.check_step(
+            step=evidence.step,
+            sequence_ids=evidence.sequence_ids,
+            domains=evidence.domains,
+            token_ids=evidence.token_ids,
+            cu_seqlens=evidence.cu_seqlens,
+            kv_lens=evidence.kv_lens,
+            block_tables=evidence.block_tables,
+            slot_mapping=evidence.slot_mapping,
+            sampled=self._sampled(evidence),
+        )
+        self._steps_since_self_test += 1
+        return [(v.kind, v.sequence_ids, v.domains, v.block_id, v.detail) for v in violations]
+
+    def after_launch(self, step: int, token_ids: NDArray[np.int64]) -> None:
+        self._auditor.on_sampled(step, token_ids.tolist())
+
+    def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:
+        violations = self._auditor.check_outputs(
+            step,
+            [
+                Output(
+                    output.sequence_id,
+                    output.token_ids,
+                    output.num_prompt_tokens,
+                    output.num_cached_tokens,
+                    output.num_completion_tokens,
+                    bool(output.error),
+                )
+                for output in outputs
+            ],
+        )
+        return [(v.kind, v.sequence_ids, v.domains, v.block_id, v.detail) for v in violations]
+
+    def _expected(self, sampling: SamplingParams) -> SamplingFacts:
+        """What the row of a sequence with these parameters must hold."""
+        ids = np.array([token_id for token_id, _ in sampling.logit_bias], dtype=np.int64)
+        values = np.array([bias for _, bias in sampling.logit_bias], dtype=np.float64)
+        penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+        has = (bool(sampling.grammar), bool(len(ids)), penalties != (1.0, 0.0, 0.0))
+        kind = (*has, not (any(has) or sampling.min_tokens))
+        return SamplingFacts(self._digests.of(sampling), form_digest(sampling.grammar), bias_bytes(ids, values), kind)
+
+    def _found(self, state: SamplingState) -> SamplingFacts:
+        bias = b""
+        if state.bias_ids is not None and state.bias_values is not None:
+            bias = bias_bytes(state.bias_ids, state.bias_values)
+        kind = (state.has_form, state.has_bias, state.has_penalties, state.plain)
+        return SamplingFacts(self._digests.of(state.sampling), form_digest(state.form), bias, kind)
+
+    def _sampled(self, evidence: StepEvidence) -> list[SampledRow]:
+        return [
+            SampledRow(
+                row,
+                token_index,
+                position,
+                stable_row,
+                state.sequence_id,
+                self._found(state),
+                state.num_prompt_tokens,
+                state.token_ids,
+                state.form_token_ids,
+                state.seen,
+                state.counts,
+                state.num_counted,
+            )
+            for row, token_index, position, stable_row, state in zip(
+                evidence.sampled_index,
+                evidence.sampled_tokens.tolist(),
+                evidence.sampled_positions.tolist(),
+                evidence.sampled_rows.tolist(),
+                evidence.sampling,
+                strict=True,
+            )
+        ]
+
+    def counters(self) -> dict[str, int]:
+        """The auditor's counts, after a self-test if one is due. Called by the worker once a second."""
+        now_s = time.monotonic()
+        due = now_s - self._last_self_test_s >= SELF_TEST_INTERVAL_S
+        if due or self._steps_since_self_test >= SELF_TEST_INTERVAL_STEPS:
+            self._auditor.self_test()
+            self._last_self_test_s = now_s
+            self._steps_since_self_test = 0
+        return self._auditor.counters()

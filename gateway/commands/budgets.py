@@ -1,0 +1,87 @@
+"""bulkhead budget: what a tenant, project or key may spend in a day, a month or in all."""
+
+from typing import Annotated
+
+import typer
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway.commands.directory import NANO_PER_USD, clerk, exact, find_tenant, print_table
+from gateway.commands.session import in_transaction, open_session
+from tenancy.budget_use import BudgetScope, budget_uses
+from tenancy.directory import list_tenants
+from tenancy.money import format_nano_usd
+from tenancy.periods import Period
+
+budget_app = typer.Typer(no_args_is_help=True, help="Budgets per day, month or in all.")
+
+Scope = Annotated[BudgetScope, typer.Option(help="what is limited")]
+Of = Annotated[str, typer.Option(help="a tenant's name, a project's or key's id")]
+PeriodOption = Annotated[Period, typer.Option(help="in UTC")]
+Hard = Annotated[bool, typer.Option("--hard/--soft", help="refuse and cut what it does not cover, or only alert")]
+
+
+@budget_app.command("set")
+def budget_set(
+    scope: Scope,
+    of: Of,
+    period: PeriodOption,
+    usd: Annotated[str, typer.Option(help="amount in USD, a decimal number")],
+    hard: Hard = True,
+) -> None:
+    """Set or change one budget. What was spent in the period before counts."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> None:
+        limit_nano_usd = exact(usd, NANO_PER_USD, "--usd")
+        scope_id = await find_scope(conn, scope, of)
+        await clerk(session, conn).set_budget(scope, scope_id, period, hard=hard, limit_nano_usd=limit_nano_usd)
+
+    in_transaction(session, work)
+    typer.echo(f"the {kind_of(hard)} {period} budget of {scope} {of} is {usd} USD")
+
+
+@budget_app.command("remove")
+def budget_remove(scope: Scope, of: Of, period: PeriodOption, hard: Hard = True) -> None:
+    """Remove one budget."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> None:
+        await clerk(session, conn).remove_budget(await find_scope(conn, scope, of), period, hard=hard)
+
+    in_transaction(session, work)
+    typer.echo(f"the {kind_of(hard)} {period} budget of {scope} {of} is removed")
+
+
+@budget_app.command("list")
+def budget_list(tenant: Annotated[str, typer.Option(help="only this tenant")] = "") -> None:
+    """List budgets with what is used and held in the period that runs, and the highest alert that was given."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> list[tuple[str, ...]]:
+        tenants = [await find_tenant(conn, tenant)] if tenant else await list_tenants(conn)
+        return [
+            (
+                one.name,
+                f"{use.budget.scope_kind} {use.budget.scope_id}",
+                use.budget.period,
+                kind_of(use.budget.hard),
+                f"{use.alerted_percent} %" if use.alerted_percent else "-",
+                *(
+                    format_nano_usd(amount)
+                    for amount in (use.used_nano_usd, use.held_nano_usd, use.budget.limit_nano_usd)
+                ),
+            )
+            for one in tenants
+            for use in await budget_uses(conn, one.tenant_id, session.world.now_ns())
+        ]
+
+    columns = ("tenant", "of", "period", "kind", "alerted", "used", "held", "limit")
+    print_table(columns, in_transaction(session, work), numbers_from=4)
+
+
+async def find_scope(conn: AsyncConnection, scope: BudgetScope, of: str) -> str:
+    return (await find_tenant(conn, of)).tenant_id if scope == "tenant" else of
+
+
+def kind_of(hard: bool) -> str:
+    return "hard" if hard else "soft"

@@ -1,0 +1,99 @@
+"""Each fault under random loads, once unwatched and once under the run-time auditor: was it reached, did it harm, who
+noticed and when."""
+
+from typing import Any
+
+from engine import core
+from gateway.faults.catalogue import FAULTS, Fault
+from gateway.faults.stage import Run, load, perform, prepare
+
+NOT_APPLICABLE = (
+    (
+        "faults of tiers below the cache, remote caches, speculative decoding, adapters, recurrent state, pictures and "
+        "device graphs: this engine has none of them"
+    ),
+    "a block given out while a launch still runs: the engine makes one step at a time",
+    "faults in HTTP, files and time: their own tests",
+)
+
+engine_core: Any = core
+
+
+def play(fault: Fault | None, seed: int, *, audited: bool) -> Run:
+    run = prepare(audited)
+    build = engine_core.build_batch
+    if fault is not None:
+        fault.plant(run)
+    change = run.change_batch
+    if change is not None:
+        engine_core.build_batch = lambda *arguments: change(build(*arguments))
+    try:
+        perform(run, load(seed))
+    finally:
+        engine_core.build_batch = build
+    return run
+
+
+def row_of(fault: Fault, num_seeds: int) -> dict[str, Any]:
+    """`detected`: by the auditor, in every load in which the fault was reached there and did harm unwatched."""
+    reached = infected = output_only = sum_only = before = False
+    caught, missed, released_wrong, step, late = set[str](), 0, 0, -1, 0
+    for seed in range(num_seeds):
+        bare, watched = play(fault, seed, audited=False), play(fault, seed, audited=True)
+        if bare.reached_step < 0:
+            continue
+        reached = True
+        harm = max(bare.wrong_output_step, bare.wrong_count_step) >= 0 or bare.wrong_end
+        infected |= harm
+        output_only |= bare.wrong_output_step >= 0
+        sum_only |= bare.wrong_sum_step >= 0
+        before |= harm or bool(bare.detectors)
+        if watched.detected_step >= 0:
+            caught |= set(watched.detectors)
+            step = watched.detected_step - watched.reached_step if step < 0 else step
+        elif harm:
+            missed += 1
+        released_wrong += watched.wrong_output_step >= 0
+        first = min((s for s in (bare.wrong_output_step, bare.wrong_count_step) if s >= 0), default=-1)
+        late += watched.detected_step > first >= 0
+    return {
+        "id": fault.fault_id,
+        "name": fault.name,
+        "severity": fault.severity,
+        "reached": reached,
+        "infected": infected,
+        "detected": bool(caught) and not missed,
+        "detectors": sorted(caught),
+        "step_of_detection": step,  # after the step in which it was reached; -1 never
+        "loads_missed": missed,
+        "loads_detected_after_harm": late,
+        "loads_with_a_wrong_byte_released": released_wrong,
+        "before_release": before,
+        "baselines": {
+            "output_comparison": output_only,
+            "accounting_sum": sum_only,
+            "salt": fault.fault_id in ("C01", "C02"),
+        },
+    }
+
+
+def kill_matrix(num_seeds: int) -> dict[str, Any]:
+    rows = [row_of(fault, num_seeds) for fault in FAULTS]
+    names = ("output_comparison", "accounting_sum", "salt")
+    return {
+        "faults": rows,
+        "not_applicable": list(NOT_APPLICABLE),
+        "baselines": {name: sum(row["baselines"][name] for row in rows) for name in names}
+        | {"auditor": sum(row["detected"] for row in rows), "faults": len(rows)},
+    }
+
+
+def clean_steps(num_steps: int) -> dict[str, Any]:
+    """The clean engine under the auditor: every detection is a false alarm."""
+    seed = audited = alarms = wrong = 0
+    while audited < num_steps:
+        run = play(None, 1_000_000 + seed, audited=True)
+        seed, audited = seed + 1, audited + run.num_steps
+        alarms += len(run.detectors)
+        wrong += run.wrong_output_step >= 0 or run.wrong_count_step >= 0 or run.wrong_end
+    return {"steps_audited": audited, "false_alarms": alarms, "clean_runs_wrong": wrong, "clean_runs": seed}

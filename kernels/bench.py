@@ -1,0 +1,267 @@
+"""`python -m kernels.bench`: how long each op takes on this machine, beside plain torch, as one JSON object.
+
+Every case exists in enough copies that they do not fit the caches together, as a model's layers do not; a figure is
+the best of several rounds over all copies, ours and the others' in turn, so that a busy neighbour hits them alike.
+The shapes are one layer of SmolLM2-135M.
+
+`bytes` is what must be read and written at least. `copy_share` compares with this machine's own copy of a large
+tensor in the same run; an op that mostly reads may exceed 1.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import KernelError, StepTables
+from kernels.cpu.backend import NativeBackend
+from kernels.products import Product
+from kernels.slabs import SlabLinear
+from kernels.torch_cpu import TorchBackend
+
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 576, 1536, 9, 3, 64, 49152
+BLOCK_SIZE = 32
+LAYER_PRODUCTS = {"qkv": (576, 960), "output": (576, 576), "gate_up": (576, 3072), "down": (1536, 576)}
+COPIES_MAX = 30  # as many as there are layers
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Times in microseconds."""
+
+    op: str
+    case: str
+    ours_us: float
+    twin_us: float  # kernels/torch_cpu.py; for products oneDNN in slabs (kernels/slabs.py)
+    torch_us: float  # torch's own op, promising nothing about bits
+    bytes: int
+    gb_per_s: float
+    copy_share: float
+    gflop_per_s: float
+
+
+class Bench:
+    def __init__(self, num_threads: int, num_rounds: int, working_set_bytes: int) -> None:
+        torch.set_num_threads(num_threads)
+        self.ours = NativeBackend("", num_threads, products="own")
+        self.plain = TorchBackend()
+        self._num_rounds = num_rounds
+        self._working_set_bytes = working_set_bytes
+        large = torch.zeros(max(1, working_set_bytes // 4), dtype=torch.float32)
+        target = large.clone()
+        self.copy_gb_per_s = 2 * 4 * len(large) / self._best_us([[lambda: target.copy_(large)]])[0] / 1e3
+        self.figures: list[Figure] = []
+
+    def _best_us(self, candidates: Sequence[Sequence[Call]]) -> list[float]:
+        best = [float("inf")] * len(candidates)
+        for _ in range(self._num_rounds):
+            for index, calls in enumerate(candidates):
+                started = time.perf_counter()
+                for call in calls:
+                    call()
+                best[index] = min(best[index], (time.perf_counter() - started) / len(calls) * 1e6)
+        return best
+
+    def num_copies(self, num_bytes: int) -> int:
+        return max(1, min(COPIES_MAX, -(-self._working_set_bytes // num_bytes)))
+
+    def measure(
+        self,
+        op: str,
+        case: str,
+        num_bytes: int,
+        flop: float,
+        ours: Sequence[Call],
+        twin: Sequence[Call],
+        plain: Sequence[Call],
+    ) -> None:
+        """Of each, one call for each copy of the case."""
+        ours_us, twin_us, torch_us = self._best_us((ours, twin, plain))
+        speed = num_bytes / ours_us / 1e3
+        self.figures.append(
+            Figure(
+                op=op,
+                case=case,
+                ours_us=round(ours_us, 1),
+                twin_us=round(twin_us, 1),
+                torch_us=round(torch_us, 1),
+                bytes=num_bytes,
+                gb_per_s=round(speed, 2),
+                copy_share=round(speed / self.copy_gb_per_s, 3),
+                gflop_per_s=round(flop / ours_us / 1e3, 1),
+            )
+        )
+
+    def products(self, rows: Sequence[int], dtype: torch.dtype) -> None:
+        for name, (num_inputs, num_outputs) in LAYER_PRODUCTS.items():
+            num_weights = num_inputs * num_outputs
+            copies = self.num_copies(num_weights * dtype.itemsize)
+            weights = [torch.randn((num_outputs, num_inputs)).mul(0.05).to(dtype) for _ in range(copies)]
+            ours = [self.ours.linear(weight) for weight in weights]
+            slabs = [SlabLinear(weight) for weight in weights]
+            for num_rows in rows:
+                x = torch.randn((num_rows, num_inputs)).to(dtype)
+                self.measure(
+                    f"{name} {num_inputs}x{num_outputs}",
+                    f"{num_rows} rows {str(dtype).removeprefix('torch.')}",
+                    (num_weights + num_rows * (num_inputs + num_outputs)) * dtype.itemsize,
+                    2.0 * num_weights * num_rows,
+                    [_applied(product, x) for product in ours],
+                    [_applied(product, x) for product in slabs],
+                    [_linear(x, weight) for weight in weights],
+                )
+
+    def head(self, rows: Sequence[int]) -> None:
+        """bfloat16 weights, float32 in and out; the others need a float32 copy of the weights."""
+        weight = torch.randn((VOCAB, HIDDEN)).mul(0.05).bfloat16()
+        ours, slabs, wide = self.ours.head(weight), SlabLinear(weight.float()), weight.float()
+        for num_rows in rows:
+            x = torch.randn((num_rows, HIDDEN))
+            self.measure(
+                f"head {HIDDEN}x{VOCAB}",
+                f"{num_rows} rows float32",
+                weight.numel() * 2 + num_rows * (HIDDEN + VOCAB) * 4,
+                2.0 * weight.numel() * num_rows,
+                [_applied(ours, x)],
+                [_applied(slabs, x)],
+                [_linear(x, wide)],
+            )
+
+    def elementwise(self, rows: Sequence[int], dtype: torch.dtype) -> None:
+        weight = torch.randn(HIDDEN).to(dtype)
+        for num_rows in rows:
+            case = f"{num_rows} rows"
+            x, residual = torch.randn((num_rows, HIDDEN)).to(dtype), torch.randn((num_rows, HIDDEN))
+            gate_up = torch.randn((num_rows, 2 * INTERMEDIATE)).to(dtype)
+            self.measure(
+                "rms_norm",
+                case,
+                num_rows * HIDDEN * (2 * dtype.itemsize + 8),
+                4.0 * x.numel(),
+                [lambda x=x, r=residual: self.ours.rms_norm(x, weight, 1e-5, r)],  # type: ignore[misc]
+                [lambda x=x, r=residual: self.plain.rms_norm(x, weight, 1e-5, r)],  # type: ignore[misc]
+                [lambda x=x: F.rms_norm(x, (HIDDEN,), weight, 1e-5)],  # type: ignore[misc]
+            )
+            self.measure(
+                "silu_and_mul",
+                case,
+                num_rows * 3 * INTERMEDIATE * dtype.itemsize,
+                5.0 * num_rows * INTERMEDIATE,
+                [lambda g=gate_up: self.ours.silu_and_mul(g)],  # type: ignore[misc]
+                [lambda g=gate_up: self.plain.silu_and_mul(g)],  # type: ignore[misc]
+                [lambda g=gate_up: F.silu(g[:, :INTERMEDIATE]) * g[:, INTERMEDIATE:]],  # type: ignore[misc]
+            )
+
+    def attention(self, num_rows: int, num_new: int, kv_len: int, dtype: torch.dtype) -> None:
+        """Rope, store and attention of ``num_new`` tokens in each row that then has ``kv_len``; torch's own op gets its
+        keys and values without pages, already rotated and gathered."""
+        tables = _tables(num_rows, num_new, kv_len)
+        num_tokens = num_rows * num_new
+        shape = (len(tables.block_tags), BLOCK_SIZE, KV_HEADS, HEAD_SIZE)
+        num_bytes = 2 * num_rows * kv_len * KV_HEADS * HEAD_SIZE * dtype.itemsize
+        copies = self.num_copies(num_bytes)
+        caches = [(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in range(copies)]
+        qkv = torch.randn((num_tokens, HEADS + 2 * KV_HEADS, HEAD_SIZE)).to(dtype)
+        angles = torch.randn((num_tokens, HEAD_SIZE // 2))
+        cos, sin = angles.cos(), angles.sin()
+
+        def paged(backend: NativeBackend | TorchBackend) -> list[Call]:
+            plan = backend.plan(tables)
+            return [
+                lambda k=k, v=v: backend.attend(  # type: ignore[misc]
+                    qkv, cos, sin, k, v, num_heads=HEADS, plan=plan, scale=HEAD_SIZE**-0.5  # type: ignore[arg-type]
+                )
+                for k, v in caches
+            ]  # fmt: skip
+
+        query = torch.randn((num_rows, HEADS, num_new, HEAD_SIZE)).to(dtype)
+        dense = [
+            [torch.randn((num_rows, KV_HEADS, kv_len, HEAD_SIZE)).to(dtype) for _ in range(2)] for _ in range(copies)
+        ]
+        causal = torch.ones((num_new, kv_len), dtype=torch.bool).tril(kv_len - num_new)
+        flop = 4.0 * HEADS * HEAD_SIZE * num_rows * sum(kv_len - num_new + i + 1 for i in range(num_new))
+        self.measure(
+            "attention",
+            f"{num_rows} rows, {num_new} new of {kv_len} tokens",
+            num_bytes,
+            flop,
+            paged(self.ours),
+            paged(self.plain),
+            [
+                lambda k=k, v=v: F.scaled_dot_product_attention(query, k, v, attn_mask=causal, enable_gqa=True)  # type: ignore[misc]
+                for k, v in dense
+            ],
+        )
+
+
+def _applied(product: Product, x: Tensor) -> Call:
+    return lambda: product(x)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Call:
+    return lambda: F.linear(x, weight)
+
+
+def _tables(num_rows: int, num_new: int, kv_len: int) -> StepTables:
+    """Scattered blocks, each row its own."""
+    blocks_each = -(-kv_len // BLOCK_SIZE)
+    blocks = np.random.default_rng(0).permutation(num_rows * blocks_each).astype(np.int32).reshape(num_rows, -1)
+    at = np.arange(kv_len - num_new, kv_len)
+    tags = np.arange(1, num_rows + 1, dtype=np.int64)
+    block_tags = np.zeros(blocks.size, dtype=np.int64)
+    block_tags[blocks] = tags[:, None]
+    return StepTables(
+        cu_seqlens=(np.arange(num_rows + 1) * num_new).astype(np.int32),
+        kv_lens=np.full(num_rows, kv_len, dtype=np.int32),
+        block_tables=blocks,
+        slot_mapping=(blocks[:, at // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + at % BLOCK_SIZE).ravel(),
+        row_tags=tags,
+        block_tags=block_tags,
+        block_size=BLOCK_SIZE,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num-threads", type=int, default=1)
+    parser.add_argument("--rows", default="1,8,32,256", help="numbers of rows of the products and elementwise ops")
+    parser.add_argument("--context", type=int, default=300, help="tokens of each decode row")
+    parser.add_argument("--chunk", type=int, default=512, help="tokens of a prefill chunk")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--working-set", type=int, default=128 << 20, help="bytes; more than the caches hold")
+    asked = parser.parse_args(arguments)
+    rows = [int(number) for number in asked.rows.split(",")]
+    try:
+        bench = Bench(asked.num_threads, asked.rounds, asked.working_set)
+    except KernelError as error:
+        sys.stderr.write(f"{error}: nothing to measure; `make native` builds the kernels\n")
+        return 1
+    with torch.inference_mode():
+        for dtype in (torch.bfloat16, torch.float32):
+            bench.products(rows, dtype)
+        bench.head([number for number in rows if number <= max(32, rows[0])])
+        bench.elementwise(rows, torch.bfloat16)
+        for num_rows in sorted({1, *(number for number in rows if number <= 32)}):
+            bench.attention(num_rows, 1, asked.context, torch.bfloat16)
+        bench.attention(1, asked.chunk, asked.chunk, torch.bfloat16)
+    result = {
+        "kernels": bench.ours.name,
+        "num_threads": asked.num_threads,
+        "copy_gb_per_s": round(bench.copy_gb_per_s, 2),
+        "figures": [asdict(figure) for figure in bench.figures],
+    }
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Matrix products as a model sees them, plain torch's, and the trial of what exact isolation needs of any of them."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NUM_ROWS_TRIED = 32
+
+
+class Product(Protocol):
+    """A matrix that was made ready once: x [T, in] -> [T, out]."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def is_exact(self) -> bool:
+        """Whether a row keeps all its bits alone, in any place and in any company."""
+        ...
+
+
+class Head(Product, Protocol):
+    """x float32 [T, in] -> logits float32 [T, out]: a bfloat16 logit near 25 has steps of 0.125."""
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """The matrix's own rows, int64 [T] -> [T, in] in its dtype: the embeddings of a model that ties the two."""
+        ...
+
+
+def keeps_bits(product: Callable[[Tensor], Tensor], num_inputs: int, dtype: torch.dtype) -> bool:
+    """Tried on NUM_ROWS_TRIED random rows: alone, together, and together in another order."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn((NUM_ROWS_TRIED, num_inputs), generator=generator).to(dtype)
+    alone = torch.cat([product(rows[index : index + 1]) for index in range(NUM_ROWS_TRIED)])
+    order = torch.randperm(NUM_ROWS_TRIED, generator=generator)
+    return torch.equal(product(rows), alone) and torch.equal(product(rows[order]), alone[order])
+
+
+class PlainProduct:
+    """torch's own. It promises nothing about bits."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+    def is_exact(self) -> bool:
+        return False
+
+
+class PlainHead(PlainProduct):
+    """Keeps the matrix twice: as it came for ``rows``, as float32 for the product."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight.float())
+        self._rows = weight
+
+    def rows(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices, self._rows)

@@ -1,0 +1,29 @@
+"""The kill matrix: which planted faults the run-time auditor catches, and that it is silent otherwise."""
+
+import pytest
+
+from gateway.faults.catalogue import FAULTS, Fault
+from gateway.faults.matrix import clean_steps, row_of
+
+MISSED = {"P02", "P05", "O08", "O09", "K01", "K02"}  # docs/isolation.md says why
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.fault_id)
+def test_a_planted_fault(fault: Fault) -> None:
+    row = row_of(fault, 6)
+    assert row["reached"]
+    assert row["detected"] == (fault.fault_id not in MISSED)
+    if row["detected"]:
+        assert row["step_of_detection"] >= 0
+        assert row["loads_missed"] == row["loads_detected_after_harm"] == row["loads_with_a_wrong_byte_released"] == 0
+
+
+def test_the_clean_engine_raises_no_alarm() -> None:
+    found = clean_steps(1_000)
+    assert found["false_alarms"] == found["clean_runs_wrong"] == 0
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(7_200)  # 40 minutes on one core
+def test_the_clean_engine_raises_no_alarm_in_a_million_steps() -> None:
+    assert clean_steps(1_000_000)["false_alarms"] == 0
