@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.events import SamplingState, StepEvidence, Violation
-from engine.schedule import ScheduledRow
+from engine.scheduling.schedule import ScheduledRow
 from kernels.backend import OwnershipError
 
 

@@ -9,13 +9,13 @@ from engine.config import WorkerConfig
 from engine.core import EngineCore
 from engine.errors import ConfigError
 from engine.events import NullObserver, Observer
-from engine.matcher import Matchers
 from engine.model_runner import ModelRunner
 from engine.models.load import check_vocabulary
-from engine.order import POLICIES
+from engine.models.weights import model_digest
 from engine.protocol import PROTOCOL_VERSION, Ready
-from engine.tokenizer import Tokenizer
-from engine.weights import model_digest
+from engine.sampling.matcher import Matchers
+from engine.scheduling.order import POLICIES
+from engine.text.tokenizer import Tokenizer
 from engine.worker_log import log
 from kernels.backend import choose
 

@@ -33,10 +33,10 @@ class WorkerConfig:
     kernels: str = "auto"  # kernels/backend.py: auto, torch, or an instruction set of the native library
     products: str = "auto"  # whose matrix products the native kernels use: kernels/cpu/backend.py
     max_waiting: int = 256  # further submits are refused with "busy"
-    scheduling: str = "fair"  # engine/order.py
-    wait_max_tokens: int = 65_536  # served to everybody while one starves: engine/rescue.py
+    scheduling: str = "fair"  # engine/scheduling/order.py
+    wait_max_tokens: int = 65_536  # served to everybody while one starves: engine/scheduling/rescue.py
     prefix_cache: bool = True  # share computed blocks between sequences of one domain that begin alike
-    cache_floor_percent: int = 10  # of the blocks, for all domains' floors together: engine/cache_shares.py
+    cache_floor_percent: int = 10  # of the blocks, for all domains' floors together: engine/cache/cache_shares.py
     cache_ceiling_percent: int = 100  # of the blocks, for each domain's cached ones
     drain_timeout_ms: int = 10_000  # after SIGTERM
     num_failures_max: int = 3  # failed steps in a row before the worker gives up

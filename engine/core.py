@@ -25,24 +25,24 @@ from itertools import chain
 
 from msgspec.structs import replace
 
-from engine import order
-from engine.answer import Answer, Piece
 from engine.batch import Batch, build_batch, refused
-from engine.block_pool import BlockPool
-from engine.cache_shares import CacheShares
+from engine.cache.block_pool import BlockPool
+from engine.cache.cache_shares import CacheShares
+from engine.cache.prefix_key import root_key
 from engine.contamination import contaminated
 from engine.endings import refusal, with_endings
 from engine.events import EngineEvent, Observer, Violation
-from engine.matcher import Matcher
 from engine.model_runner import Runner
-from engine.prefix_key import root_key
 from engine.protocol import Incident, Stats, Submit, TokenLogprob, TokenOutput
-from engine.row import Row
-from engine.sampler import NOT_FINITE, Picks
-from engine.schedule import ScheduledRow
-from engine.scheduler import Scheduler
+from engine.sampling.matcher import Matcher
+from engine.sampling.row import Row
+from engine.sampling.sampler import NOT_FINITE, Picks
+from engine.scheduling import order
+from engine.scheduling.schedule import ScheduledRow
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.tiers import TIERS
 from engine.sequence import Event, Sequence
-from engine.tiers import TIERS
+from engine.text.answer import Answer, Piece
 from kernels.backend import OwnershipError
 
 

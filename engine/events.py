@@ -49,8 +49,8 @@ class EngineEvent:
 
 @dataclass(frozen=True, slots=True)
 class SamplingState:
-    """What lies in a stable row when it is about to be sampled from (engine/row.py): the very objects, not what they
-    should be. A row without a sequence has an empty ``sequence_id``."""
+    """What lies in a stable row when it is about to be sampled from (engine/sampling/row.py): the very objects, not
+    what they should be. A row without a sequence has an empty ``sequence_id``."""
 
     sequence_id: str = ""
     sampling: SamplingParams | None = None

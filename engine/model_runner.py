@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from engine.batch import Batch
+from engine.cache.kv_cache import KVCache, block_bytes, row_tags
 from engine.errors import ConfigError
 from engine.events import SamplingState
-from engine.kv_cache import KVCache, block_bytes, row_tags
 from engine.models.facts import Model
 from engine.models.load import load_model
 from engine.protocol import TokenLogprob
-from engine.row import Row
-from engine.sampler import Picks, pick, scored
+from engine.sampling.row import Row
+from engine.sampling.sampler import Picks, pick, scored
 from kernels.backend import Backend, StepTables
 
 

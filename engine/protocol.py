@@ -50,7 +50,7 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     min_tokens: int = 0
     include_stop: bool = False  # the stop text stays at the answer's end
     logprobs: int = -1  # how many of the likeliest tokens to tell with each token; -1: not even its own probability
-    grammar: str = ""  # engine/grammar.py: the form that the answer must have; "" is any
+    grammar: str = ""  # engine/sampling/grammar.py: the form that the answer must have; "" is any
     prompt_logprobs: int = (
         -1
     )  # how many of the likeliest tokens to tell with each prompt token; -1: nothing of the prompt
@@ -101,7 +101,8 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     """Start a sequence. ``sequence_id`` is chosen by the caller and unique among those alive.
 
     ``domain`` is the isolation tag: KV blocks never pass between domains. ``cache_salt`` has no default on purpose.
-    ``priority`` is the service tier, a number of engine/tiers.py; ``weight`` is the domain's share within a tier.
+    ``priority`` is the service tier, a number of engine/scheduling/tiers.py; ``weight`` is the domain's share within a
+    tier.
     """
 
     sequence_id: str

@@ -7,8 +7,8 @@ step and a recomputation after preemption are the same thing: some tokens are kn
 from dataclasses import dataclass, field
 from enum import Enum
 
-from engine.prefix_index import Prefix
-from engine.prefix_key import block_key
+from engine.cache.prefix_index import Prefix
+from engine.cache.prefix_key import block_key
 from engine.protocol import SamplingParams
 
 
@@ -60,7 +60,7 @@ class Sequence:
     token_ids: list[int]  # prompt, then output
     sampling: SamplingParams
     arrival: int
-    tier: int = 0  # engine/tiers.py
+    tier: int = 0  # engine/scheduling/tiers.py
     weight: int = 1
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as anybody asked
     root_key: bytes = b""

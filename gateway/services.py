@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
 
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from gateway.database import Database
 from gateway.engine_link import EngineLink
 from gateway.key_uses import KeyUses

@@ -89,11 +89,11 @@ class Settings:
     max_batched_tokens: int = _setting(256, _positive)
     kv_cache_bytes: int = _setting(512 * 1024 * 1024, _positive)
     block_size: int = _setting(32, _positive)
-    scheduling: str = _setting("fair", _scheduling)  # engine/order.py
-    wait_max_tokens: int = _setting(65_536, _positive)  # engine/rescue.py
+    scheduling: str = _setting("fair", _scheduling)  # engine/scheduling/order.py
+    wait_max_tokens: int = _setting(65_536, _positive)  # engine/scheduling/rescue.py
     priority_tenants: str = _setting("", str)  # names, separated by commas; *: everybody
     prefix_cache: bool = _setting(True, _boolean)  # share computed blocks within a tenant
-    cache_floor_percent: int = _setting(10, _percent(0, 50))  # engine/cache_shares.py
+    cache_floor_percent: int = _setting(10, _percent(0, 50))  # engine/cache/cache_shares.py
     cache_ceiling_percent: int = _setting(100, _percent(1, 100))
     body_bytes_max: int = _setting(4 * 1024 * 1024, _positive)
     header_bytes_max: int = _setting(32 * 1024, _positive)

@@ -23,7 +23,7 @@ ALLOWED = {
     "gateway/host/demo_model.py": "print is the default for its progress callback",
     "gateway/worker.py": "sets one default before torch is imported",
     "audit/verify.py": "a stand-alone program that prints its findings",
-    "engine/convert.py": "a stand-alone program",
+    "engine/models/convert.py": "a stand-alone program",
     "engine/worker.py": "prints the one line that says it is ready",
 }
 

@@ -16,7 +16,7 @@ from engine.bench.workloads import WORKLOADS
 from engine.build import MakeObserver, unobserved
 from engine.config import KERNELS
 from engine.models.load import DTYPES
-from engine.order import POLICIES
+from engine.scheduling.order import POLICIES
 
 SEED = 1
 

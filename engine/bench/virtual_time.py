@@ -19,8 +19,8 @@ from engine.bench.timeline import Timeline
 from engine.core import EngineCore
 from engine.events import EngineEvent, NullObserver, SamplingState, StepEvidence, Violation
 from engine.protocol import SamplingParams, Submit
-from engine.row import Row
-from engine.sampler import Picks
+from engine.sampling.row import Row
+from engine.sampling.sampler import Picks
 
 EOS_TOKEN_ID = 0
 VOCAB_SIZE = 50_000
@@ -117,7 +117,7 @@ class Served:
 
 
 class VirtualEngine:
-    """An EngineCore in virtual time; ``policy`` is a name of engine/order.py."""
+    """An EngineCore in virtual time; ``policy`` is a name of engine/scheduling/order.py."""
 
     def __init__(self, cost: StepCost, policy: str, num_blocks: int = NUM_BLOCKS) -> None:
         self.runner = VirtualRunner(cost, num_blocks=num_blocks)

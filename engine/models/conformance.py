@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.cache.kv_cache import KVCache, row_tags
 from engine.errors import ConfigError
-from engine.kv_cache import KVCache, row_tags
 from engine.models.facts import Model
 from engine.models.llama import LlamaModel
 from engine.models.llama_config import ModelConfig, NotOurs
 from engine.models.tiny import VOCAB_SIZE, model_types, tiny_config
 from engine.models.transformers_model import TransformersModel
-from engine.tokenizer import read_json
-from engine.weights import load_weights
+from engine.models.weights import load_weights
+from engine.text.tokenizer import read_json
 from kernels.backend import StepTables
 from kernels.torch_cpu import TorchBackend
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.backend import Backend
 
 if TYPE_CHECKING:
-    from engine.kv_cache import KVCache
+    from engine.cache.kv_cache import KVCache
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.cache.kv_cache import KVCache
 from engine.errors import ConfigError
-from engine.kv_cache import KVCache
 from engine.models.facts import CacheLayer
 from engine.models.llama_config import LayerConfig, ModelConfig
 from engine.models.rope import rope_tables

@@ -10,8 +10,8 @@ from engine.errors import ConfigError
 from engine.models.facts import Log, Model
 from engine.models.llama import LlamaModel
 from engine.models.llama_config import ModelConfig, NotOurs
-from engine.tokenizer import read_json
-from engine.weights import load_weights
+from engine.models.weights import load_weights
+from engine.text.tokenizer import read_json
 from kernels.backend import Backend, choose
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

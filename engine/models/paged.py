@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.cache.kv_cache import KVCache
 from engine.errors import ConfigError
-from engine.kv_cache import KVCache
 from engine.models.facts import CacheLayer
 from kernels.backend import Backend
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.cache.kv_cache import KVCache
 from engine.errors import ConfigError
-from engine.kv_cache import KVCache
 from engine.models import paged
 from engine.models.facts import CacheLayer
 from engine.models.probe import probe
 from engine.models.served import REFUSED, SERVED
-from engine.weights import check_folder
+from engine.models.weights import check_folder
 from kernels.backend import Backend
 
 LOADING_FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys")

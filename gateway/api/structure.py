@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from engine import grammar
 from engine.errors import GrammarError
+from engine.sampling import grammar
 from gateway.api.problems import InvalidRequestError
 
 CHOICES_MAX = 1_024

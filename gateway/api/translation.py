@@ -14,8 +14,8 @@ import msgspec
 
 from engine.errors import TokenizerError
 from engine.protocol import Ready, SamplingParams, Submit
-from engine.tiers import TIERS
-from engine.tokenizer import Tokenizer
+from engine.scheduling.tiers import TIERS
+from engine.text.tokenizer import Tokenizer
 from gateway.api import wire
 from gateway.api.problems import InvalidRequestError, ModelNotFoundError
 from gateway.api.structure import checked, grammar_of

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from engine.batch import Batch
-from engine.block_pool import BlockState
+from engine.cache.block_pool import BlockState
 from engine.events import EngineEvent
 from gateway.faults.array_plants import FIRST_STEP, Plant, pair, wrap
 from gateway.faults.stage import Run

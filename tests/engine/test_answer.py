@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.answer import Answer
 from engine.protocol import SamplingParams, TokenLogprob
+from engine.text.answer import Answer
 from tests.engine.test_detokenizer import TEXTS, TOKEN_IDS, TOKENIZER, decode
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from engine.bench import fairness, policies, traces
 from engine.bench.calibrate import MeasuredStep, fit
 from engine.bench.virtual_time import CONTEXT_MAX, Arrival, StepCost, VirtualEngine
-from engine.order import POLICIES
+from engine.scheduling.order import POLICIES
 
 COST = StepCost(fixed_s=0.02, token_s=0.001, key_s=2e-6)
 

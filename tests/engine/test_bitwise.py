@@ -17,10 +17,10 @@ from engine.model_runner import ModelRunner
 from engine.models.llama import LlamaModel
 from engine.models.llama_config import ModelConfig
 from engine.models.load import DTYPES
+from engine.models.weights import load_weights
 from engine.protocol import SamplingParams, Submit, TokenOutput
-from engine.tiers import TIERS
-from engine.tokenizer import read_json
-from engine.weights import load_weights
+from engine.scheduling.tiers import TIERS
+from engine.text.tokenizer import read_json
 from kernels.cpu.backend import NativeBackend
 from tests.kernels.native import every_isa, isas
 from tests.strategies.tiny_model import write_tiny_model

@@ -8,11 +8,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.block_pool import BlockPool, BlockState
-from engine.cache_shares import CacheShares
+from engine.cache.block_pool import BlockPool, BlockState
+from engine.cache.cache_shares import CacheShares
+from engine.cache.prefix_index import Prefix
 from engine.errors import OutOfBlocksError
 from engine.events import EngineEvent
-from engine.prefix_index import Prefix
 
 DOMAINS = st.sampled_from(["a", "b", "c"])
 

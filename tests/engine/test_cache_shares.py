@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.cache_shares import CacheShares
+from engine.cache.cache_shares import CacheShares
 from engine.core import EngineCore
 from engine.protocol import TokenOutput
 from gateway.worker import AuditObserver

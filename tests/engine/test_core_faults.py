@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.block_pool import BlockState
+from engine.cache.block_pool import BlockState
 from engine.core import EngineCore
 from engine.protocol import SamplingParams, Submit, TokenOutput
 from tests.strategies.integer_model import Watcher, continuation, decode, integer_core, submit

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.order import POLICIES, WAIT_MAX_TOKENS
 from engine.protocol import TokenOutput
-from engine.tiers import BATCH, TIERS
+from engine.scheduling.order import POLICIES, WAIT_MAX_TOKENS
+from engine.scheduling.tiers import BATCH, TIERS
 from tests.strategies.integer_model import VOCAB_SIZE, Watcher, continuation, decode, integer_core, submit
 
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.detokenizer import IncrementalDetokenizer, held_length
+from engine.text.detokenizer import IncrementalDetokenizer, held_length
 from tests.strategies.tiny_model import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

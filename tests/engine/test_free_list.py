@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.free_list import FreeLists
+from engine.cache.free_list import FreeLists
 
 CALLS = st.tuples(
     st.sampled_from(["first", "last", "pop", "remove"]), st.integers(0, 7), st.sampled_from(["", "a", "b"])

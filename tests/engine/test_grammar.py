@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from engine import grammar
 from engine.core import EngineCore
 from engine.errors import GrammarError
-from engine.matcher import Matcher, Matchers
 from engine.protocol import SamplingParams
-from engine.row import Row
-from engine.sampler import NOT_FINITE, pick
-from engine.tokenizer import Tokenizer
+from engine.sampling import grammar
+from engine.sampling.matcher import Matcher, Matchers
+from engine.sampling.row import Row
+from engine.sampling.sampler import NOT_FINITE, pick
+from engine.text.tokenizer import Tokenizer
 from tests.strategies.integer_model import VOCAB_SIZE as INTEGERS
 from tests.strategies.integer_model import LogitsRunner, Watcher, decode, integer_core, submit
 from tests.strategies.tiny_model import EOS_TOKEN_ID

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.block_pool import BlockState
+from engine.cache.block_pool import BlockState
 from engine.core import EngineCore, StepResult
 from engine.events import StepEvidence, Violation
 from engine.model_runner import ModelRunner

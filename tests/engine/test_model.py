@@ -14,7 +14,7 @@ from engine.model_runner import ModelRunner
 from engine.models.llama import LlamaModel
 from engine.models.llama_config import ARCHITECTURES, HONOURED, NO_EFFECT, ModelConfig, NotOurs
 from engine.protocol import SamplingParams
-from engine.schedule import ScheduledRow
+from engine.scheduling.schedule import ScheduledRow
 from engine.sequence import Sequence
 from kernels.backend import choose
 from tests.strategies.tiny_model import write_tiny_model

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.prefix_key import Part, block_key, encode, root_key
+from engine.cache.prefix_key import Part, block_key, encode, root_key
 
 PARTS = st.lists(st.tuples(st.sampled_from(Part), st.binary(max_size=12)), max_size=5)
 ROOTS = st.fixed_dictionaries(

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from engine.batch import Batch
 from engine.models.llama import LlamaModel
 from engine.protocol import SamplingParams, Submit, TokenLogprob
-from engine.sampler import Picks, scored
-from engine.schedule import SCORED_TOKENS_MAX
+from engine.sampling.sampler import Picks, scored
+from engine.scheduling.schedule import SCORED_TOKENS_MAX
 from engine.sequence import Sequence
 from tests.engine.test_bitwise import ALONE, TIERS_IN_TURN, Schedule, load, needs_native, play
 from tests.engine.test_rows_in_company import Told, alone, prompt_alone, take

@@ -11,7 +11,7 @@ from engine.core import EngineCore
 from engine.events import NullObserver
 from engine.model_runner import ModelRunner
 from engine.protocol import SamplingParams, Submit
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 NUM_TOKENS = 64
 QUESTIONS = [

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from engine.answer import Answer
 from engine.protocol import SamplingParams, Submit, TokenLogprob, TokenOutput
-from engine.row import Row
-from engine.sampler import pick, scored
+from engine.sampling.row import Row
+from engine.sampling.sampler import pick, scored
+from engine.text.answer import Answer
 from tests.engine.test_core_properties import Load, fits, loads
 from tests.strategies.integer_model import (
     EOS_TOKEN_ID,

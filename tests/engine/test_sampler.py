@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engine.adjustments import adjusted
 from engine.protocol import BIAS_MAX, LOGPROBS_MAX, SamplingParams
-from engine.row import Row
-from engine.sampler import NOT_FINITE, Pick, pick, uniform
-from engine.truncation import largest, truncated
+from engine.sampling.adjustments import adjusted
+from engine.sampling.row import Row
+from engine.sampling.sampler import NOT_FINITE, Pick, pick, uniform
+from engine.sampling.truncation import largest, truncated
 from tests.strategies import reference_sampler as reference
 
 SEEDS = st.integers(-(2**63), 2**63 - 1)

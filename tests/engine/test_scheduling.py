@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import order
 from engine.core import EngineCore
-from engine.order import POLICIES
-from engine.output_lengths import DOMAINS_MAX, OutputLengths
 from engine.protocol import SamplingParams, Submit
+from engine.scheduling import order
+from engine.scheduling.order import POLICIES
+from engine.scheduling.output_lengths import DOMAINS_MAX, OutputLengths
 from gateway.settings import SCHEDULING
 from tests.strategies.integer_model import Watcher, integer_core, submit
 

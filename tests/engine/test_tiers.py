@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.core import EngineCore
-from engine.order import SKIPPED_MAX, WAIT_MAX_TOKENS
 from engine.protocol import TokenOutput
-from engine.schedule import Schedule
+from engine.scheduling.order import SKIPPED_MAX, WAIT_MAX_TOKENS
+from engine.scheduling.schedule import Schedule
+from engine.scheduling.tiers import BATCH, RESCUED, TIERS
 from engine.sequence import Sequence, Status
-from engine.tiers import BATCH, RESCUED, TIERS
 from tests.engine.test_core_properties import Load, loads
 from tests.strategies.integer_model import Watcher, continuation, integer_core, submit
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from engine.convert import split_digits, undo_permutation
 from engine.errors import ConfigError, TokenizerError
-from engine.tokenizer import Tokenizer
+from engine.models.convert import split_digits, undo_permutation
+from engine.text.tokenizer import Tokenizer
 
-TORCH_FREE = ["client", "config", "detokenizer", "errors", "events", "journal", "protocol", "tokenizer"]
+TORCH_FREE = ["client", "config", "text.detokenizer", "errors", "events", "journal", "protocol", "text.tokenizer"]
 
 
 def test_a_conversation_ends_where_the_answer_begins(tiny_model_dir: Path) -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.convert import ConvertError, convert
 from engine.errors import ConfigError
 from engine.model_runner import ModelRunner
+from engine.models.convert import ConvertError, convert
 from engine.models.load import check_vocabulary, load_model
 from engine.models.transformers_model import check_config
-from engine.tokenizer import Tokenizer
-from engine.weights import INDEX, load_weights
+from engine.models.weights import INDEX, load_weights
+from engine.text.tokenizer import Tokenizer
 from tests.strategies.tiny_model import tiny_tokenizer, write_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own

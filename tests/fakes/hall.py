@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 
 from audit import tables as audit_tables
 from engine.client import EngineClient
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from gateway.api.app import create_app
 from gateway.api.settlement import Settler
 from gateway.database import Database

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import grammar
 from engine.protocol import SamplingParams
-from engine.tiers import TIERS
+from engine.sampling import grammar
+from engine.scheduling.tiers import TIERS
 from gateway.api.streaming import event
 from gateway.clerk import Clerk
 from tenancy.limits import set_limits

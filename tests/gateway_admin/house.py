@@ -18,7 +18,7 @@ from audit.outbox import append
 from audit.tables import metadata as audit_metadata
 from engine.client import EngineClient
 from engine.protocol import PROTOCOL_VERSION, Ready, Stats, encode_frame
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from gateway.admin import admin_routes
 from gateway.api.app import create_app
 from gateway.database import Database

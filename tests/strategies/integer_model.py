@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from engine.batch import Batch
 from engine.core import EngineCore
 from engine.events import EngineEvent, NullObserver, Observer, SamplingState, StepEvidence, Violation
-from engine.order import WAIT_MAX_TOKENS
 from engine.protocol import SamplingParams, Submit, TokenLogprob
-from engine.row import Row
-from engine.sampler import NOT_FINITE, Pick, Picks, pick, scored
-from engine.tiers import TIERS
+from engine.sampling.row import Row
+from engine.sampling.sampler import NOT_FINITE, Pick, Picks, pick, scored
+from engine.scheduling.order import WAIT_MAX_TOKENS
+from engine.scheduling.tiers import TIERS
 
 VOCAB_SIZE = 64
 EOS_TOKEN_ID = 0

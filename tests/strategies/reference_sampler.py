@@ -1,5 +1,5 @@
 """The specification of sampling in plain Python: slow, short, one list for each stage. It shares no code with
-engine/sampler.py; numbers are Python floats, that is float64."""
+engine/sampling/sampler.py; numbers are Python floats, that is float64."""
 
 import math
 

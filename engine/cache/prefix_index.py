@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A full block's place in a chain of blocks; see engine/prefix_key.py."""
+    """A full block's place in a chain of blocks; see engine/cache/prefix_key.py."""
 
     domain: str
     parent: bytes

@@ -12,8 +12,8 @@ in: of a flood one sequence is rescued each wait_max_tokens at most, and its dom
 
 from collections.abc import Iterable
 
+from engine.scheduling.tiers import RESCUED
 from engine.sequence import Sequence
-from engine.tiers import RESCUED
 
 
 class Rescue:

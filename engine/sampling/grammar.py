@@ -1,7 +1,7 @@
 """The form that an answer must have, as one text that the sampler's matcher understands: a grammar of llguidance.
 
-No torch and no numpy here: the HTTP process writes grammars and checks that they compile; engine/matcher.py runs them
-in the worker.
+No torch and no numpy here: the HTTP process writes grammars and checks that they compile; engine/sampling/matcher.py
+runs them in the worker.
 """
 
 import json

@@ -1,8 +1,8 @@
 """One token from one row of logits, in this order (as vLLM's V1 sampler has it):
 
-    1. what may come at all, biases, penalties    engine/adjustments.py
+    1. what may come at all, biases, penalties    engine/sampling/adjustments.py
     2. temperature
-    3. min_p, then top_k, then top_p              engine/truncation.py, each of what the last one left
+    3. min_p, then top_k, then top_p              engine/sampling/truncation.py, each of what the last one left
     4. the draw, and the log probabilities of the distribution that was drawn from
 
 Random numbers are a function of (seed, position) and of nothing else: no generator is shared, so no neighbour, order
@@ -15,10 +15,10 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from engine.adjustments import adjusted
 from engine.protocol import TokenLogprob
-from engine.row import Row
-from engine.truncation import Kept, largest, truncated
+from engine.sampling.adjustments import adjusted
+from engine.sampling.row import Row
+from engine.sampling.truncation import Kept, largest, truncated
 
 NOT_FINITE = -1  # in place of a token: this row's logits held NaN or infinity, or nothing was left to choose from
 GREEDY_BELOW = 1e-5  # a lower temperature is greedy: it would be anyway, but for overflows on the way

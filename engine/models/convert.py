@@ -1,6 +1,6 @@
 """Turn a GGUF file of the Llama family into the plain model folder that the engine reads. Run once, as its own process.
 
-    python -m engine.convert model.gguf OUT_DIR [TOKENIZER_DIR]
+    python -m engine.models.convert model.gguf OUT_DIR [TOKENIZER_DIR]
 
 Weights are dequantised to bfloat16 by the `gguf` library; llama.cpp's row permutation of q and k, which it makes for
 its architecture "llama" only, is undone. The folder holds model.safetensors, config.json, tokenizer.json,
@@ -227,12 +227,12 @@ def split_digits(tokenizer: dict[str, Any], pre: str) -> None:
 
 def main(argv: list[str]) -> int:
     if len(argv) not in (2, 3):
-        print("usage: python -m engine.convert GGUF OUT_DIR [TOKENIZER_DIR]", file=sys.stderr)
+        print("usage: python -m engine.models.convert GGUF OUT_DIR [TOKENIZER_DIR]", file=sys.stderr)
         return 2
     try:
         convert(*(Path(argument) for argument in argv))
     except (ConvertError, OSError) as error:
-        print(f"engine.convert: {error}", file=sys.stderr)
+        print(f"engine.models.convert: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,7 +1,7 @@
 """Service tiers: which sequences come before which, above every policy.
 
 A tier is a small integer on the wire (Submit.priority); the larger goes first. Inside the scheduler a sequence has a
-``rank``: its tier, or RESCUED once it has waited too long (engine/rescue.py).
+``rank``: its tier, or RESCUED once it has waited too long (engine/scheduling/rescue.py).
 """
 
 TIERS = {"priority": 1, "default": 0, "flex": -1, "batch": -2}

@@ -12,7 +12,7 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
-from engine.grammar import limits
+from engine.sampling.grammar import limits
 
 
 class Matcher(Protocol):

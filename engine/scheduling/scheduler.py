@@ -1,7 +1,7 @@
 """Each step hands out one budget of tokens so that every sequence's num_computed_tokens catches up with its num_tokens.
 
-Sequences have a rank: their service tier, or above all tiers once they have waited too long (engine/rescue.py). Highest
-first; within a rank engine/order.py says who is next.
+Sequences have a rank: their service tier, or above all tiers once they have waited too long
+(engine/scheduling/rescue.py). Highest first; within a rank engine/scheduling/order.py says who is next.
 
 1. Running sequences that decode, one token each. Then, from rank to rank, the prompts of running sequences, cut into
    what is left, and after them the preempted and waiting ones of that rank, while budget, rows and blocks last. Batch
@@ -21,8 +21,8 @@ Work conservation: when a step ends with budget and a row left and nobody lost b
 but for those behind a preempted sequence or one that may not be passed over (order.may_be_skipped, order.may_pass).
 
 Progress: the oldest running sequence of the highest rank is never a victim while another holds blocks, and an accepted
-sequence fits into the pool alone. So it always finishes, and so does everybody in turn; between ranks engine/rescue.py
-bounds the wait.
+sequence fits into the pool alone. So it always finishes, and so does everybody in turn; between ranks
+engine/scheduling/rescue.py bounds the wait.
 """
 
 from bisect import insort
@@ -30,12 +30,12 @@ from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Line
 
-from engine.block_pool import BlockPool
-from engine.order import WAIT_MAX_TOKENS, Outlook, Policy, fcfs, first_to_go, may_be_skipped, may_pass
-from engine.rescue import Rescue
-from engine.schedule import Schedule, ScheduledRow
+from engine.cache.block_pool import BlockPool
+from engine.scheduling.order import WAIT_MAX_TOKENS, Outlook, Policy, fcfs, first_to_go, may_be_skipped, may_pass
+from engine.scheduling.rescue import Rescue
+from engine.scheduling.schedule import Schedule, ScheduledRow
+from engine.scheduling.tiers import BATCH, RANKS, RESCUED
 from engine.sequence import COMPLETE, Event, Sequence, Status
-from engine.tiers import BATCH, RANKS, RESCUED
 
 
 def _arrival(sequence: Sequence) -> int:

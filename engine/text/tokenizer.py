@@ -15,8 +15,8 @@ import tokenizers
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from engine.detokenizer import IncrementalDetokenizer
 from engine.errors import ConfigError, TokenizerError
+from engine.text.detokenizer import IncrementalDetokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how SentencePiece models spell single bytes
 _SPACE = "\u2581"  # and how they spell spaces

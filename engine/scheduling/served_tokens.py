@@ -9,8 +9,9 @@ A domain that had nothing waiting in a tier starts again no lower than the lowes
 service by staying away, nor by keeping a request in a tier that gets nothing. While two domains always have more
 waiting in a tier than a step admits, their counters differ by at most M, the tokens of all sequences that have been
 admitted and have not ended, so what they are served over any time differs by at most 2 M (theorem 4.4 there). Without
-shared blocks and preemption M is the pool's slots. Where one enters past another without room (engine/order.py), the
-counters may differ by 2 M; a rescue (engine/rescue.py) may add one sequence's tokens.
+shared blocks and preemption M is the pool's slots. Where one enters past another without room
+(engine/scheduling/order.py), the counters may differ by 2 M; a rescue (engine/scheduling/rescue.py) may add one
+sequence's tokens.
 """
 
 from collections.abc import Iterable

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from engine.scheduling.tiers import BATCH
 from engine.sequence import Sequence
-from engine.tiers import BATCH
 
 # Prompt positions whose logits one step looks at. Each holds a float for every token of the vocabulary and costs about
 # a millisecond of sampling, for which everybody in the step waits.

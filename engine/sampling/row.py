@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.events import SamplingState
-from engine.matcher import Matcher
 from engine.protocol import SamplingParams
+from engine.sampling.matcher import Matcher
 
 
 class Row:

@@ -12,7 +12,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.row import Row
+from engine.sampling.row import Row
 
 
 def adjusted(logits: NDArray[np.float32], row: Row) -> NDArray[np.float64] | None:

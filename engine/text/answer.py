@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from engine.detokenizer import IncrementalDetokenizer
 from engine.protocol import SamplingParams, TokenLogprob
+from engine.text.detokenizer import IncrementalDetokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@
 
 A published block that nobody reads any more is free like any other: it keeps its content and its owner's name and can
 be shared again until it is taken for something else, which ends its publication first. Free blocks without a
-publication are taken first, then published ones, the longest unread first, as far as engine/cache_shares.py lets them
-go. A domain that caches more than its ceiling loses its own longest unread ones.
+publication are taken first, then published ones, the longest unread first, as far as engine/cache/cache_shares.py lets
+them go. A domain that caches more than its ceiling loses its own longest unread ones.
 """
 
 from collections import Counter
@@ -24,11 +24,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from engine.cache_shares import CacheShares
+from engine.cache.cache_shares import CacheShares
+from engine.cache.free_list import FreeLists
+from engine.cache.prefix_index import Prefix, PrefixIndex
 from engine.errors import OutOfBlocksError
 from engine.events import EngineEvent, EventKind
-from engine.free_list import FreeLists
-from engine.prefix_index import Prefix, PrefixIndex
 
 
 class BlockState(Enum):

@@ -1,16 +1,16 @@
 """Which waiting sequence is next, and who must make way: small, separate decisions. Each takes what it needs and
-returns a choice; none keeps state. Policies choose within one tier; between tiers engine/scheduler.py goes strictly by
-rank. Waits are counted in tokens served to everybody."""
+returns a choice; none keeps state. Policies choose within one tier; between tiers engine/scheduling/scheduler.py goes
+strictly by rank. Waits are counted in tokens served to everybody."""
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Line
 from dataclasses import dataclass, field
 
-from engine.output_lengths import OutputLengths
+from engine.scheduling.output_lengths import OutputLengths
+from engine.scheduling.served_tokens import ServedTokens
 from engine.sequence import Sequence
-from engine.served_tokens import ServedTokens
 
-WAIT_MAX_TOKENS = 65_536  # default of the hard bound on waiting (engine/rescue.py)
+WAIT_MAX_TOKENS = 65_536  # default of the hard bound on waiting (engine/scheduling/rescue.py)
 BOUND_TOKENS = 8_192  # of the policy `bounded`: how long shorter answers may go first
 SKIPPED_MAX = 8  # times that a sequence without room is passed over; then nobody of its tier enters before it
 
