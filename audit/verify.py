@@ -45,7 +45,9 @@ from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PublicKey
 ED25519, MLDSA_LOG, MLDSA_REPORT = "Ed25519", "ML-DSA-44 (checkpoint)", "ML-DSA-44 (report)"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
-PREDICATE_TYPE = "https://bulkhead.dev/attestation/isolation-report/v1"
+PREDICATE_TYPES = {  # version 1 had no refunds and adjustments among its money figures
+    f"https://bulkhead.dev/attestation/isolation-report/v{version}": version for version in (1, 2)
+}
 
 # The registry, as kind -> version -> fields. s text, i number, d number as decimal text, b truth value, l list of text.
 KINDS: dict[str, dict[int, str]] = {
@@ -468,7 +470,7 @@ def verify_report(path: str, log_folder: str | None = None, key_texts: Sequence[
         # (13) Figures: counted again.
         leaves = log.leaves[: report["head"].size] if log is not None else []
         predicate = report["statement"]["predicate"]
-        counted = count_figures(leaves, predicate["scope"])
+        counted = count_figures(leaves, predicate["scope"], PREDICATE_TYPES[report["statement"]["predicateType"]])
         differences = list(_differences(predicate["figures"], counted, "figures"))
         late = sum(x.body is None and log.receipts.get(x.index, 0) >= len(leaves) for x in leaves) if log else 0
         if differences and late:
@@ -501,7 +503,7 @@ def verify_report(path: str, log_folder: str | None = None, key_texts: Sequence[
     return findings
 
 
-def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any]) -> dict[str, Any]:
+def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any], version: int = 2) -> dict[str, Any]:
     """Every figure of a report, from leaves with their openings. Definitions: docs/report.md."""
     since, until, gap_max = (int(scope[name]) for name in ("since_ns", "until_ns", "heartbeat_gap_max_ns"))
     period = [leaf for leaf in leaves if since <= leaf.at_ns < until]
@@ -512,9 +514,10 @@ def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any]) -> dict[str, An
     outcomes = dict.fromkeys(OUTCOMES, 0)
     settled_ever = {body["request_id"] for _, body in _opened(leaves, "request.settled")}
     open_requests = 0
+    money_names = ("charged_nano_usd", "granted_nano_usd", "refunded_nano_usd", "adjusted_nano_usd")[: 2 * version]
 
     def tenant(leaf: Leaf) -> dict[str, int]:
-        names = ("num_admitted", "num_settled", *_TOKENS, "charged_nano_usd", "granted_nano_usd")
+        names = ("num_admitted", "num_settled", *_TOKENS, *money_names)
         return tenants.setdefault(leaf.tenant, dict.fromkeys(names, 0))
 
     for leaf, body in _opened(period, "request.admitted"):
@@ -529,9 +532,13 @@ def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any]) -> dict[str, An
         outcomes[body["outcome"]] += 1
     for leaf, body in _opened(period, "credit.granted"):
         tenant(leaf)["granted_nano_usd"] += int(body["amount_nano_usd"])
+    for leaf, body in _opened(period, "credit.refunded", "credit.adjusted") if version > 1 else ():
+        amount = int(body["amount_nano_usd"])
+        if leaf.kind == "credit.refunded":
+            tenant(leaf)["refunded_nano_usd"] += amount
+        else:
+            tenant(leaf)["adjusted_nano_usd"] += amount if body["direction"] == "give" else -amount
     totals = {name: sum(row[name] for row in tenants.values()) for name in ("num_admitted", "num_settled", *_TOKENS)}
-    charged = sum(row["charged_nano_usd"] for row in tenants.values())
-    granted = sum(row["granted_nano_usd"] for row in tenants.values())
     incidents = [
         {
             "leaf_index": leaf.index,
@@ -552,7 +559,7 @@ def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any]) -> dict[str, An
             "by_kind": by_kind,
         },
         "requests": {**totals, **outcomes, "open": open_requests},
-        "money": {"charged_nano_usd": str(charged), "granted_nano_usd": str(granted)},
+        "money": {name: str(sum(row[name] for row in tenants.values())) for name in money_names},
         "tenants": [
             {"tenant": name, **{k: str(v) if k.endswith("_nano_usd") else v for k, v in row.items()}}
             for name, row in sorted(tenants.items())
@@ -812,11 +819,13 @@ def _open_envelope(raw: bytes, place: str) -> tuple[bytes, dict[str, Any], list[
             key_id = bytes.fromhex(identifier)
         except ValueError as error:
             raise Failure(f"{place}: keyid {entry['keyid'][:60]!r} is not NAME+ID") from error
+        if identifier != key_id.hex():
+            raise Failure(f"{place}: keyid {entry['keyid'][:60]!r} is not in lower-case hex")
         signatures.append((name, key_id, _base64(entry["sig"], f"{place}: signature of {name}")))
     statement = _json(body, f"{place} payload")
     try:
         predicate = statement["predicate"]
-        known = statement["_type"] == STATEMENT_TYPE and statement["predicateType"] == PREDICATE_TYPE
+        known = statement["_type"] == STATEMENT_TYPE and statement["predicateType"] in PREDICATE_TYPES
         parts = (statement["subject"], predicate["figures"], predicate["scope"], predicate["log"], predicate["keys"])
     except (KeyError, TypeError) as error:
         raise Failure(f"{place} payload: not a Bulkhead statement ({error} is missing)") from error

@@ -26,7 +26,7 @@ place_hold takes the accounts first, but never waits for a hold row. A transacti
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any, Final, Literal, cast
 
 from sqlalchemy import Select, insert, select, update
@@ -195,22 +195,7 @@ async def place_hold(
     available_nano_usd = max(0, min(limiter.available_nano_usd for limiter in limiters))
     if available_nano_usd < amount_nano_usd:
         return InsufficientCredit(available_nano_usd, amount_nano_usd, limiters)
-    await conn.execute(
-        insert(_HOLD).values(
-            id=hold_id,
-            tenant_id=tenant_id,
-            request_id=request_id,
-            price_id=price_id,
-            amount_nano_usd=amount_nano_usd,
-            state="pending",
-            captured_nano_usd=None,
-            created_ns=now_ns,
-            expires_ns=expires_ns,
-            settled_ns=None,
-            project_id=project_id,
-            key_id=key_id,
-        )
-    )
+    await conn.execute(insert(_HOLD).values(dict(zip(_HOLD_COLUMNS, astuple(made), strict=True))))
     await budget_use.reserve(conn, uses, amount_nano_usd)
     changes = {"credit": -amount_nano_usd, "held": amount_nano_usd}
     await post(conn, tenant_id, balances, changes, f"{hold_id}:hold", "hold", now_ns, hold_id=hold_id)
@@ -347,17 +332,5 @@ def _settled(hold: Hold) -> Settled:
 
 
 _HOLD: Final = tables.hold
-_HOLDS: Final[Select[Any]] = select(
-    _HOLD.c.id,
-    _HOLD.c.tenant_id,
-    _HOLD.c.request_id,
-    _HOLD.c.price_id,
-    _HOLD.c.amount_nano_usd,
-    _HOLD.c.state,
-    _HOLD.c.captured_nano_usd,
-    _HOLD.c.created_ns,
-    _HOLD.c.expires_ns,
-    _HOLD.c.settled_ns,
-    _HOLD.c.project_id,
-    _HOLD.c.key_id,
-)
+_HOLD_COLUMNS: Final = ("id", *(field_.name for field_ in fields(Hold)[1:]))  # as Hold has them
+_HOLDS: Final[Select[Any]] = select(*(_HOLD.c[name] for name in _HOLD_COLUMNS))
