@@ -208,6 +208,7 @@ _ALL = (
     ),
     Kind("operator.created", 1, "An operator account was created.", _text("name")),
     Kind("operator.logged_in", 1, "An operator logged in.", _text("name")),
+    Kind("operator.logged_out", 1, "An operator logged out; a session that ran out has no entry.", _text("name")),
     Kind(
         "operator.login_failed",
         1,

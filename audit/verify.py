@@ -94,6 +94,7 @@ KINDS: dict[str, dict[int, str]] = {
     "isolation.violation": {1: "epoch:s rule:s detail:s step:i block_id:i sequence_ids:l domains:l"},
     "operator.created": {1: "name:s"},
     "operator.logged_in": {1: "name:s"},
+    "operator.logged_out": {1: "name:s"},
     "operator.login_failed": {1: "name:s"},
     "report.issued": {1: "name:s statement_sha256:s since_ns:d until_ns:d"},
     "opening.erased": {1: "reason:s leaf_indexes:l"},

@@ -1,9 +1,14 @@
 """The kill matrix: which planted faults the run-time auditor catches, and that it is silent otherwise."""
 
+from pathlib import Path
+
 import pytest
 
-from gateway.faults.catalogue import FAULTS, Fault
-from gateway.faults.matrix import clean_steps, row_of
+import gateway
+from gateway.commands.audit import checkout
+from gateway.commands.session import CommandError
+from tests.faults.catalogue import FAULTS, Fault
+from tests.faults.matrix import clean_steps, row_of
 
 MISSED = {"P02", "P05", "O08", "O09", "K01", "K02"}  # docs/isolation.md says why
 
@@ -27,3 +32,12 @@ def test_the_clean_engine_raises_no_alarm() -> None:
 @pytest.mark.timeout(7_200)  # 40 minutes on one core
 def test_the_clean_engine_raises_no_alarm_in_a_million_steps() -> None:
     assert clean_steps(1_000_000)["false_alarms"] == 0
+
+
+def test_the_command_runs_from_a_checkout_and_says_so_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (checkout() / "tests" / "faults" / "__main__.py").is_file()
+    monkeypatch.setattr(gateway, "__file__", str(tmp_path / "gateway" / "__init__.py"))
+    with pytest.raises(CommandError, match="get the source of this version"):
+        checkout()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gateway.faults.array_plants import (
+from tests.faults.array_plants import (
     Plant,
     boundary,
     in_batch,
@@ -14,7 +14,7 @@ from gateway.faults.array_plants import (
     swapped_columns,
     swapped_rows,
 )
-from gateway.faults.engine_plants import (
+from tests.faults.engine_plants import (
     answers_crossed,
     audit_sees_another,
     changed,

@@ -4,8 +4,8 @@ noticed and when."""
 from typing import Any
 
 from engine import core
-from gateway.faults.catalogue import FAULTS, Fault
-from gateway.faults.stage import Run, load, perform, prepare
+from tests.faults.catalogue import FAULTS, Fault
+from tests.faults.stage import Run, load, perform, prepare
 
 NOT_APPLICABLE = (
     (

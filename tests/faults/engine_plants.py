@@ -9,8 +9,8 @@ import msgspec
 from engine.batch import Batch
 from engine.cache.block_pool import BlockState
 from engine.events import EngineEvent
-from gateway.faults.array_plants import FIRST_STEP, Plant, pair, wrap
-from gateway.faults.stage import Run
+from tests.faults.array_plants import FIRST_STEP, Plant, pair, wrap
+from tests.faults.stage import Run
 
 
 def in_row(change: Callable[[Any, Any], bool]) -> Plant:

@@ -92,7 +92,7 @@ class Arrival:
 
 def load(seed: int, num_arrivals: int = 10) -> list[Arrival]:
     """Three domains, two salts, common beginnings, every kind of sampling, aborts."""
-    random = Random(seed)  # noqa: S311
+    random = Random(seed)
     arrivals = []
     for index in range(num_arrivals):
         prompt = [9, 8, 7, 6, 5, 4, 3, 2][: random.choice([0, 4, 8, 8])]

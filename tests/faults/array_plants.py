@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from engine.batch import Batch
-from gateway.faults.stage import Run
+from tests.faults.stage import Run
 
 Plant = Callable[[Run], None]
 FIRST_STEP = 4  # faults wait until something can go wrong
