@@ -52,6 +52,7 @@ class TenantFigures:
     granted_nano_usd: int = 0
     refunded_nano_usd: int = 0
     adjusted_nano_usd: int = 0  # given less taken: may be below zero
+    expired_nano_usd: int = 0
 
 
 @dataclass(slots=True)
@@ -74,6 +75,7 @@ class MoneyFigures:
     granted_nano_usd: int = 0
     refunded_nano_usd: int = 0
     adjusted_nano_usd: int = 0  # given less taken: may be below zero
+    expired_nano_usd: int = 0
 
 
 @dataclass(slots=True)
@@ -149,6 +151,7 @@ _CREDIT = {
     "credit.granted": "granted_nano_usd",
     "credit.refunded": "refunded_nano_usd",
     "credit.adjusted": "adjusted_nano_usd",
+    "credit.expired": "expired_nano_usd",
 }
 _ACCESS = {
     "operator.created": "operators_created",

@@ -75,7 +75,11 @@ KINDS: dict[str, dict[int, str]] = {
         1: "price_id:s model:s input_pico_usd:i cached_input_pico_usd:i output_pico_usd:i request_nano_usd:d "
         "effective_from_ns:d"
     },
-    "credit.granted": {1: "transfer_id:s memo:s amount_nano_usd:d"},
+    "credit.granted": {
+        1: "transfer_id:s memo:s amount_nano_usd:d",
+        2: "transfer_id:s memo:s amount_nano_usd:d credit_kind:s expires_ns:d",
+    },
+    "credit.expired": {1: "transfer_id:s credit_kind:s amount_nano_usd:d expires_ns:d"},
     "credit.refunded": {1: "transfer_id:s request_id:s reason:s amount_nano_usd:d"},
     "credit.adjusted": {1: "transfer_id:s corrects_id:s reason:s direction:s amount_nano_usd:d"},
     "limits.changed": {
@@ -514,7 +518,9 @@ def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any], version: int = 
     outcomes = dict.fromkeys(OUTCOMES, 0)
     settled_ever = {body["request_id"] for _, body in _opened(leaves, "request.settled")}
     open_requests = 0
-    money_names = ("charged_nano_usd", "granted_nano_usd", "refunded_nano_usd", "adjusted_nano_usd")[: 2 * version]
+    money_names: tuple[str, ...] = ("charged_nano_usd", "granted_nano_usd")
+    if version > 1:
+        money_names += ("refunded_nano_usd", "adjusted_nano_usd", "expired_nano_usd")
 
     def tenant(leaf: Leaf) -> dict[str, int]:
         names = ("num_admitted", "num_settled", *_TOKENS, *money_names)
@@ -532,12 +538,10 @@ def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any], version: int = 
         outcomes[body["outcome"]] += 1
     for leaf, body in _opened(period, "credit.granted"):
         tenant(leaf)["granted_nano_usd"] += int(body["amount_nano_usd"])
-    for leaf, body in _opened(period, "credit.refunded", "credit.adjusted") if version > 1 else ():
-        amount = int(body["amount_nano_usd"])
-        if leaf.kind == "credit.refunded":
-            tenant(leaf)["refunded_nano_usd"] += amount
-        else:
-            tenant(leaf)["adjusted_nano_usd"] += amount if body["direction"] == "give" else -amount
+    others = ("credit.refunded", "credit.adjusted", "credit.expired") if version > 1 else ()
+    for leaf, body in (found for kind in others for found in _opened(period, kind)):
+        sign = -1 if body.get("direction") == "take" else 1
+        tenant(leaf)[leaf.kind.removeprefix("credit.") + "_nano_usd"] += sign * int(body["amount_nano_usd"])
     totals = {name: sum(row[name] for row in tenants.values()) for name in ("num_admitted", "num_settled", *_TOKENS)}
     incidents = [
         {

@@ -22,6 +22,7 @@ from audit.outbox import append
 from gateway.api.auth import Caller
 from gateway.api.problems import CreditExhaustedError, Headers, NeverFitsError, RateLimitedError
 from gateway.api.translation import Work
+from gateway.budget_alerts import append_expired
 from gateway.services import Services
 from gateway.world import new_id
 from tenancy.closing import TenantInactiveError, require_active
@@ -130,10 +131,12 @@ async def write_admission(
         expires_ns=started_ns + services.settings.hold_ttl_s * 1_000_000_000,
     )
     held = await _place(conn, admission)
+    expired = held.expired
     if isinstance(held, InsufficientCredit):
         admission = _lowered(admission, held)
         held = await _place(conn, admission)
         assert not isinstance(held, InsufficientCredit), "the refused hold had locked the tenant's accounts"
+    await append_expired(conn, expired, started_ns, entropy=services.world.entropy)
     await require_active(conn, tenant_id)  # after the hold: see tenancy/closing.py
     body: dict[str, str | int | bool | list[str]] = {
         "request_id": admission.request_id,

@@ -43,9 +43,17 @@ def at(second: int) -> int:
     return START_NS + second * SECOND_NS
 
 
+granted = {"transfer_id": "t", "memo": "m", "amount_nano_usd": 10**12, "credit_kind": "paid", "expires_ns": 0}
+
+
 def refunded(amount: int, now_ns: int, tenant_id: str = "ten_a") -> Entry:
     body = {"transfer_id": "r", "request_id": "r", "reason": "", "amount_nano_usd": amount}
     return Entry("credit.refunded", tenant_id, now_ns, body)
+
+
+def expired(amount: int, now_ns: int, tenant_id: str = "ten_a") -> Entry:
+    body = {"transfer_id": "t", "credit_kind": "paid", "amount_nano_usd": amount, "expires_ns": now_ns}
+    return Entry("credit.expired", tenant_id, now_ns, body)
 
 
 def adjusted(direction: str, amount: int, now_ns: int, tenant_id: str = "ten_a") -> Entry:
@@ -78,8 +86,9 @@ def an_hour() -> list[Entry]:
         heartbeat("e2", 12, at(1425), num_violations=1, ok=False),
         admitted("open", at(1426)),
         settled("voided", at(1427), amount=0, outcome="voided"),
-        Entry("credit.granted", "ten_a", at(1428), {"transfer_id": "t", "memo": "m", "amount_nano_usd": 10**12}),
+        Entry("credit.granted", "ten_a", at(1428), granted),
         refunded(77, at(1428)),
+        expired(3, at(1428)),
         adjusted("give", 5, at(1428)),
         adjusted("take", 9, at(1428)),
         Entry("operator.login_failed", "", at(1429), {"name": ""}),
@@ -127,7 +136,8 @@ def test_the_figures_are_those_one_counts_by_hand(hour: tuple[Path, Report]) -> 
     assert figures.requests.num_completion_tokens == 294
     assert figures.money.charged_nano_usd == 11 + sum(100 + i for i in range(40))
     assert figures.money.granted_nano_usd == 10**12
-    assert (figures.money.refunded_nano_usd, figures.money.adjusted_nano_usd) == (77, -4)
+    money = figures.money
+    assert (money.refunded_nano_usd, money.adjusted_nano_usd, money.expired_nano_usd) == (77, -4, 3)
     assert sorted(t.refunded_nano_usd for t in figures.tenants) == [0, 77]
     assert [t.num_settled for t in sorted(figures.tenants, key=lambda t: t.num_settled)] == [20, 22]
     coverage = figures.coverage
@@ -202,6 +212,7 @@ def happenings(now_ns: int, steps: int, number: int) -> st.SearchStrategy[Entry]
         st.builds(admitted, requests, now, tenants),
         st.builds(settled, requests, now, tenants, st.just(number)),
         st.builds(violation, epochs, now),
+        st.builds(expired, st.just(number), now, tenants),
         st.builds(refunded, st.just(number), now, tenants),
         st.builds(adjusted, st.sampled_from(["give", "take"]), st.just(number), now, tenants),
     )
@@ -358,7 +369,7 @@ def test_a_report_from_before_refunds_were_counted_still_verifies(
     path = tmp_path / "r.json"
     assert failed(resigned(statement, keyring, path), hour[0], keyring)[0][0] == 13  # it had no such figures
     for row in (figures["money"], *figures["tenants"]):
-        del row["refunded_nano_usd"], row["adjusted_nano_usd"]
+        del row["refunded_nano_usd"], row["adjusted_nano_usd"], row["expired_nano_usd"]
     assert failed(resigned(statement, keyring, path), hour[0], keyring) == []
     assert render_pdf(path.read_bytes(), file_name="r.json")
 
