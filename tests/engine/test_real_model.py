@@ -12,6 +12,8 @@ from engine.events import NullObserver
 from engine.model_runner import ModelRunner
 from engine.protocol import SamplingParams, Submit
 from engine.text.tokenizer import Tokenizer
+from kernels.backend import choose
+from tests.kernels.native import isas
 
 NUM_TOKENS = 64
 QUESTIONS = [
@@ -37,10 +39,17 @@ def one_thread() -> None:
     torch.set_num_threads(1)  # two on a busy machine of two cores wait for each other
 
 
-def start(model_dir: Path, dtype: str) -> EngineCore:
+def start(model_dir: Path, dtype: str, kernels: str = "auto") -> EngineCore:
     """Small blocks and a small budget: prompts are chunked, and sequences join at different steps."""
     tokenizer = Tokenizer.load(model_dir)
-    runner = ModelRunner.load(model_dir, dtype=dtype, block_size=16, max_num_seqs=10, num_blocks=200)
+    runner = ModelRunner.load(
+        model_dir,
+        dtype=dtype,
+        block_size=16,
+        max_num_seqs=10,
+        num_blocks=200,
+        backend=choose(kernels, 1, print),
+    )
     return EngineCore(
         runner,
         decode=tokenizer.decode,
@@ -115,10 +124,11 @@ def test_float32_is_identical_to_generate(model_dir: Path, theirs: PreTrainedMod
     assert core.pool.num_free == 200
 
 
+@pytest.mark.parametrize("isa", ["auto", *(pytest.param(isa, marks=pytest.mark.deep) for isa in isas())])
 def test_bfloat16_differs_only_where_it_is_nearly_a_tie(
-    model_dir: Path, prompts: list[list[int]], logits_of: Callable[[list[int], list[int]], torch.Tensor]
+    isa: str, model_dir: Path, prompts: list[list[int]], logits_of: Callable[[list[int], list[int]], torch.Tensor]
 ) -> None:
-    ours, texts = generate_ours(start(model_dir, "bfloat16"), prompts)
+    ours, texts = generate_ours(start(model_dir, "bfloat16", isa), prompts)
     num_clear = num_places = 0
     for prompt, token_ids in zip(prompts, ours, strict=True):
         logits = logits_of(prompt, token_ids)
