@@ -86,3 +86,12 @@ struct Ops {
     int32_t bf16_inputs;    // inputs in a step of a panel of bfloat16 weights: 1, or pairs filled up to this many
 };
 
+
+namespace {
+
+template <class Args> inline void refuse(const Args* a, int64_t token, int64_t block, int32_t bit) {
+    __atomic_store_n(a->refused + token, block, __ATOMIC_RELAXED);
+    __atomic_fetch_or(a->flags + token, bit, __ATOMIC_RELAXED);
+}
+
+} // namespace
