@@ -75,7 +75,9 @@ async def admit(
     claim.hold_id = new_id("hold", services.world.entropy)
     try:
         async with services.database.transaction() as conn:
-            admission = await _hold(conn, services, caller, work, claim.request_id, claim.lease, claim.hold_id)
+            admission = await write_admission(
+                conn, services, caller, work, claim.request_id, claim.lease, claim.hold_id
+            )
     except (CreditExhaustedError, PriceMissingError, TenantInactiveError):
         claim.hold_id = None  # refused before anything was held
         raise
@@ -106,10 +108,10 @@ async def _acquire(services: Services, caller: Caller, work: Work, request_id: s
     return result
 
 
-async def _hold(
+async def write_admission(
     conn: AsyncConnection, services: Services, caller: Caller, work: Work, request_id: str, lease: Lease, hold_id: str
 ) -> Admission:
-    """T1's statements."""
+    """T1's statements. Raises CreditExhaustedError, PriceMissingError or TenantInactiveError: roll back then."""
     started_ns = services.world.now_ns()
     tenant_id = caller.principal.tenant_id
     price = await price_at(conn, work.model, started_ns)
