@@ -146,6 +146,7 @@ def audit_kill_matrix(
     for row in found["faults"]:
         verdict = "caught" if row["detected"] else "MISSED"
         typer.echo(f"{row['id']} {verdict} {row['severity']:<10} {row['name']}: {', '.join(row['detectors'][:3])}")
+    typer.echo(f"{found['summary']}")
     typer.echo(f"{found['baselines']}; {found['false_alarms']} false alarms in {found['steps_audited']} clean steps")
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import msgspec
 
-from engine.batch import Batch
 from engine.cache.block_pool import BlockState
 from engine.events import EngineEvent
-from tests.faults.array_plants import FIRST_STEP, Plant, pair, wrap
+from engine.protocol import TokenLogprob
+from tests.faults.array_plants import FIRST_STEP, Plant, wrap
 from tests.faults.stage import Run
 
 
@@ -138,29 +138,28 @@ def freed_alive(run: Run) -> None:
     wrap(run.core.scheduler, "schedule", make)
 
 
-def lost_block(told: bool) -> Plant:
-    """A reference that is never given back; ``told``: only the free list forgets it."""
+def reference_lost(run: Run) -> None:
+    """A reference is never given back."""
 
-    def plant(run: Run) -> None:
-        def make(release: Any) -> Any:
-            def faulty(block_ids: Any, *, sequence_id: str) -> None:
-                if told and run.reached_step < 0 and block_ids:
-                    run.reach()
-                    release(block_ids, sequence_id=sequence_id)
-                    free = [block_id for block_id in block_ids if block_id in run.core.pool._free]
-                    for block_id in free[:1]:
-                        run.core.pool._free.remove(block_id)
-                elif run.reached_step < 0 and block_ids:
-                    run.reach()
-                    release(block_ids[:-1], sequence_id=sequence_id)
-                else:
-                    release(block_ids, sequence_id=sequence_id)
+    def make(release: Any) -> Any:
+        def faulty(block_ids: Any, *, sequence_id: str) -> None:
+            if run.reached_step < 0 and block_ids:
+                run.reach()
+                block_ids = block_ids[:-1]
+            release(block_ids, sequence_id=sequence_id)
 
-            return faulty
+        return faulty
 
-        wrap(run.core.pool, "release", make)
+    wrap(run.core.pool, "release", make)
 
-    return plant
+
+def block_forgotten(run: Run) -> bool:
+    """The free list forgets a block."""
+    free = run.core.pool._free
+    if free.lengths[""]:
+        free.remove(free.first_of(""))
+        return True
+    return False
 
 
 def wrong_hit(choose: Callable[[Any, Any], int | None]) -> Plant:
@@ -180,18 +179,24 @@ def wrong_hit(choose: Callable[[Any, Any], int | None]) -> Plant:
 
             return faulty
 
-        def share(block: Any, domain: str, sequence_id: str) -> None:
-            if block.block_id in pool._free:
-                pool._free.remove(block.block_id)
-                block.state = BlockState.SEALED
-            pool._refer(block, domain)
-            pool._emit("share", block, domain=domain, sequence_id=sequence_id)
-
         wrap(pool, "find", make)
         pool.knows = lambda key: True
-        pool._share = share
+        believe(pool)
 
     return plant
+
+
+def believe(pool: Any) -> None:
+    """The pool shares whatever it is told to, without its own checks."""
+
+    def share(block: Any, domain: str, sequence_id: str) -> None:
+        if block.block_id in pool._free:
+            pool._free.remove(block.block_id)
+            block.state = BlockState.SEALED
+        pool._refer(block, domain)
+        pool._emit("share", block, domain=domain, sequence_id=sequence_id)
+
+    pool._share = share
 
 
 def published(pool: Any, fits: Callable[[Any], bool]) -> int | None:
@@ -260,6 +265,10 @@ def other_stream(output: Any, run: Run) -> Any:
     return msgspec.structs.replace(output, sequence_id=names[0]) if names else output
 
 
+def lower(logprobs: tuple[TokenLogprob, ...]) -> tuple[TokenLogprob, ...]:
+    return tuple(msgspec.structs.replace(one, logprob=one.logprob - 1.0) for one in logprobs)
+
+
 def changed(**make: Callable[[Any], Any]) -> Plant:
     def change(output: Any, _: Run) -> Any:
         return msgspec.structs.replace(output, **{name: of(getattr(output, name)) for name, of in make.items()})
@@ -267,84 +276,23 @@ def changed(**make: Callable[[Any], Any]) -> Plant:
     return in_output(change)
 
 
-def in_picks(change: Callable[[Any], bool]) -> Plant:
-    """After the launch, when its tokens are handed to the sequences."""
+def unheard(kind: str) -> Plant:
+    """A begin or an end that is not told."""
 
     def plant(run: Run) -> None:
-        def make(update: Any) -> Any:
-            def faulty(rows: Any, batch: Any, picks: Any) -> Any:
-                own = replace(picks, token_ids=picks.token_ids.copy(), logprobs=dict(picks.logprobs))
-                if run.reached_step < 0 and change(own):
+        def make(show: Any) -> Any:
+            def faulty() -> None:
+                lost = [event for event in run.core._events if event.kind == kind]
+                if lost and run.core.step_number >= FIRST_STEP and run.reached_step < 0:
+                    run.core._events.remove(lost[0])
                     run.reach()
-                return update(rows, batch, own)
+                show()
 
             return faulty
 
-        wrap(run.core, "_update", make)
+        wrap(run.core, "_show_events", make)
 
     return plant
-
-
-def swap_tokens(picks: Any) -> bool:
-    if len(picks.token_ids) < 2 or picks.token_ids[0] == picks.token_ids[1]:
-        return False
-    picks.token_ids[[0, 1]] = picks.token_ids[[1, 0]]
-    return True
-
-
-def swap_logprobs(picks: Any) -> bool:
-    if len(picks.logprobs) < 2:
-        return False
-    a, b = list(picks.logprobs)[:2]
-    picks.logprobs[a], picks.logprobs[b] = picks.logprobs[b], picks.logprobs[a]
-    return True
-
-
-def late_write(run: Run) -> None:
-    """Something writes into a block of a running sequence between two steps."""
-
-    def make(schedule: Any) -> Any:
-        def faulty() -> Any:
-            for sequence in run.core.scheduler.running:
-                if run.core.step_number >= FIRST_STEP and run.reached_step < 0 and sequence.num_computed_tokens:
-                    run.runner.slots[sequence.block_ids[0], 0] += 1
-                    run.reach()
-            return schedule()
-
-        return faulty
-
-    wrap(run.core.scheduler, "schedule", make)
-
-
-def answers_crossed(run: Run) -> None:
-    def make(step: Any) -> Any:
-        def faulty() -> Any:
-            names = list(run.core._sequences)
-            if run.core.step_number >= FIRST_STEP and run.reached_step < 0 and len(names) > 1:
-                answers = run.core._answers
-                answers[names[0]], answers[names[1]] = answers[names[1]], answers[names[0]]
-                run.reach()
-            return step()
-
-        return faulty
-
-    wrap(run.core, "step", make)
-
-
-def audit_sees_another(run: Run) -> None:
-    """The kernels get other tables than the auditor saw."""
-
-    def make(execute: Any) -> Any:
-        def faulty(batch: Batch) -> Any:
-            rows = pair(batch, alien=True)
-            if run.core.step_number >= FIRST_STEP and run.reached_step < 0 and rows is not None:
-                run.reach()
-                batch.evidence.block_tables[rows[0], 0] = batch.evidence.block_tables[rows[1], 0]
-            return execute(batch)
-
-        return faulty
-
-    wrap(run.runner, "execute", make)
 
 
 def drop(kind: str) -> Plant:
@@ -365,3 +313,176 @@ def same(name: str) -> Callable[[Any, Any], int | None]:
             pool, lambda o: (o.token_ids, o.domain) == (p.token_ids, p.domain) and o.key != p.key
         )
     return lambda pool, p: published(pool, lambda o: o.domain == p.domain and o.token_ids != p.token_ids)
+
+
+def to_another(run: Run, event: EngineEvent) -> list[EngineEvent]:
+    """An allocation is told in another sequence's name."""
+    names = [name for name, one in run.core._sequences.items() if one.domain != event.domain]
+    if event.kind != "allocate" or run.reached_step >= 0 or not names:
+        return [event]
+    run.reach()
+    return [replace(event, sequence_id=names[0], domain=run.core._sequences[names[0]].domain)]
+
+
+def told_twice(run: Run, event: EngineEvent) -> list[EngineEvent]:
+    """A release is told twice, as if the block were on the free list twice."""
+    if event.kind != "free" or run.reached_step >= 0:
+        return [event]
+    run.reach()
+    return [event, event]
+
+
+def given_twice(run: Run) -> None:
+    """A block that is given to a sequence stays on the free list: the next one gets it too."""
+    pool: Any = run.core.pool
+
+    def make(take: Any) -> Any:
+        def faulty(domain: str, floor: int) -> Any:
+            block = take(domain, floor)
+            if run.core.step_number >= FIRST_STEP and run.reached_step < 0:
+                run.reach()
+                pool._free.push_first(block.block_id)
+            elif run.reached_step >= 0 and block.state is not BlockState.FREE:
+                block.state, block.num_references = BlockState.FREE, 0
+            return block
+
+        return faulty
+
+    wrap(pool, "_take", make)
+
+
+def count_clamped(run: Run) -> None:
+    """The count of a shared block's readers is set to one: it goes when the first of them goes."""
+
+    def make(release: Any) -> Any:
+        def faulty(block_ids: Any, *, sequence_id: str) -> None:
+            for block_id in block_ids:
+                block = run.core.pool.blocks[block_id]
+                if block.num_references > 1:
+                    run.reach()
+                    block.num_references = 1
+            release([b for b in block_ids if run.core.pool.blocks[b].num_references], sequence_id=sequence_id)
+
+        return faulty
+
+    wrap(run.core.pool, "release", make)
+
+
+def not_pinned(run: Run) -> None:
+    """A cached block that was found stays where it can be taken for somebody else."""
+    pool: Any = run.core.pool
+
+    def make(share: Any) -> Any:
+        def faulty(block: Any, domain: str, sequence_id: str) -> None:
+            was_free = block.block_id in pool._free
+            share(block, domain, sequence_id)
+            if was_free and run.reached_step < 0:
+                run.reach()
+                pool._published.drop(block.block_id)
+                block.state = BlockState.FREE
+                pool._free.push_first(block.block_id)
+
+        return faulty
+
+    wrap(pool, "_share", make)
+
+
+def published_early(run: Run) -> None:
+    """A block can be found before it is written."""
+    pool: Any = run.core.pool
+
+    def make(schedule: Any) -> Any:
+        def faulty() -> Any:
+            plan = schedule()
+            for row in plan.rows:
+                sequence = row.sequence
+                for index in range(sequence.num_computed_tokens // 4, sequence.num_tokens // 4):
+                    block = pool.blocks[sequence.block_ids[index]]
+                    name = sequence.prefix(index, 4)
+                    if block.state is BlockState.WRITING and pool._published.add(block.block_id, name):
+                        run.reach()
+                        pool._emit("publish", block, domain=block.domain, sequence_id=sequence.sequence_id)
+            return plan
+
+        return faulty
+
+    def once(publish: Any) -> Any:
+        def fine(block_id: int, prefix: Any, *, sequence_id: str) -> None:
+            if block_id not in pool._published:
+                publish(block_id, prefix, sequence_id=sequence_id)
+
+        return fine
+
+    wrap(run.core.scheduler, "schedule", make)
+    wrap(pool, "publish", once)
+    believe(pool)
+
+
+def published_as_another(run: Run) -> None:
+    """A block is published under what another sequence of its domain holds at that place."""
+    pool: Any = run.core.pool
+
+    def make(publish: Any) -> Any:
+        def faulty(block_id: int, prefix: Any, *, sequence_id: str) -> None:
+            index = run.core._sequences[sequence_id].block_ids.index(block_id)
+            for other in run.core._sequences.values():
+                if other.domain == prefix.domain and other.num_tokens > index * 4 + 4 and not other.num_computed_tokens:
+                    wrong = other.prefix(index, 4)
+                    if wrong.token_ids != prefix.token_ids and wrong.key not in pool._published._block_of:
+                        run.reach()
+                        prefix = wrong
+                        break
+            publish(block_id, prefix, sequence_id=sequence_id)
+
+        return faulty
+
+    wrap(pool, "publish", make)
+
+
+def computed_twice(run: Run) -> bool:
+    """A sequence goes back over a block that is sealed."""
+    for sequence in run.core.scheduler.running:
+        if sequence.num_computed_tokens >= 8:
+            sequence.num_computed_tokens -= 4
+            return True
+    return False
+
+
+def rows_exchanged(run: Run) -> bool:
+    """Two sequences change stable rows, their states stay where they were."""
+    running = [one for one in run.core.scheduler.running if one.num_computed_tokens and one.row >= 0]
+    if len(running) < 2:
+        return False
+    running[0].row, running[1].row = running[1].row, running[0].row
+    return True
+
+
+def of_a_row(change: Callable[[Any], bool]) -> Callable[[Run], bool]:
+    """Of the first running row that it can happen to."""
+    return lambda run: any(change(run.runner.rows[one.row]) for one in run.core.scheduler.running)
+
+
+def counts_bent(row: Any) -> bool:
+    if row._counts is None:
+        return False
+    row._counts[(row.token_ids[-1] + 1) % len(row._counts)] += 4
+    return True
+
+
+def matcher_fed(row: Any) -> bool:
+    """A mask's state has read a token that the answer does not have."""
+    if row.matcher is None or not row.matcher.consumed:
+        return False
+    row.matcher.consumed[-1] += 1
+    return True
+
+
+def history_taken(run: Run) -> bool:
+    """A row that counts its tokens looks at another sequence's."""
+    rows = [run.runner.rows[one.row] for one in run.core.scheduler.running if one.num_completion_tokens]
+    counting = [row for row in rows if row.has_penalties]
+    others = [row for row in rows if counting and row.token_ids is not counting[0].token_ids]
+    if not others:
+        return False
+    counting[0].token_ids = others[0].token_ids
+    return True
