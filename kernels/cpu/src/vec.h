@@ -79,6 +79,10 @@ template <class T> inline void store_part(T* p, vf v, int n) {
     __builtin_memcpy(p, lanes, sizeof(T) * (size_t)n);
 }
 
+inline int upto(int64_t left) {
+    return left < W ? (int)left : W;
+}
+
 template <class T> inline vf load_upto(const T* p, int n) {
     return n >= W ? load(p) : load_part(p, n);
 }
