@@ -66,6 +66,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         observer=make_observer(Watched(runner.num_blocks, config.block_size, config.model_dir, runner.cache.words())),
         scheduling=config.scheduling,
         wait_max_tokens=config.wait_max_tokens,
+        max_prompt_tokens=config.max_prompt_tokens,
         prefix_cache=config.prefix_cache,
         cache_floor_percent=config.cache_floor_percent,
         cache_ceiling_percent=config.cache_ceiling_percent,

@@ -25,6 +25,7 @@ class WorkerConfig:
     journal_dir: Path
     max_batched_tokens: int = 256  # the token budget of one step
     max_num_seqs: int = 32  # rows in one step
+    max_prompt_tokens: int = 0  # of prompts in a step that also generates; 0: all that the budget leaves
     num_blocks: int = 0
     kv_cache_bytes: int = 512 * 1024 * 1024
     block_size: int = 32  # tokens per KV block
@@ -54,7 +55,7 @@ class WorkerConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")
-        for name in ("num_blocks", "num_threads", "max_waiting", "drain_timeout_ms"):
+        for name in ("num_blocks", "num_threads", "max_waiting", "drain_timeout_ms", "max_prompt_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or greater, not {getattr(self, name)}")
         if not 0 <= self.cache_floor_percent <= 50:

@@ -155,6 +155,7 @@ def worker_config(settings: Settings, folders: Folders) -> dict[str, str | int]:
         "kv_cache_bytes": settings.kv_cache_bytes,
         "scheduling": settings.scheduling,
         "wait_max_tokens": settings.wait_max_tokens,
+        "max_prompt_tokens": settings.max_prompt_tokens,
         "kernels": settings.kernels,
         "products": settings.products,
         "prefix_cache": settings.prefix_cache,
