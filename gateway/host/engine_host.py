@@ -156,7 +156,6 @@ def worker_config(settings: Settings, folders: Folders) -> dict[str, str | int]:
         "scheduling": settings.scheduling,
         "wait_max_tokens": settings.wait_max_tokens,
         "kernels": settings.kernels,
-        "products": settings.products,
         "prefix_cache": settings.prefix_cache,
         "cache_floor_percent": settings.cache_floor_percent,
         "cache_ceiling_percent": settings.cache_ceiling_percent,

@@ -324,5 +324,5 @@ void attention_any(const AttentionArgs* a, int64_t begin, int64_t end, float* sc
 } // namespace
 
 extern const Ops OPS;
-const Ops OPS = {rms_norm_any, silu_and_mul_any, rope_and_store_any, attention_any,
-                 ready_bytes,  make_ready,       product_any,        PANEL,         Halves::INPUTS};
+const Ops OPS = {rms_norm_any, silu_and_mul_any,   rope_and_store_any, attention_any, ready_bytes,
+                 bf16_weights::make_ready, product_any, PANEL, bf16_weights::INPUTS};
