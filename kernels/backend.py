@@ -102,9 +102,8 @@ class Backend(Protocol):
         ...
 
 
-def choose(choice: str, num_threads: int, log: Callable[[str], None], products: str = "auto") -> Backend:
+def choose(choice: str, num_threads: int, log: Callable[[str], None]) -> Backend:
     """``auto`` takes the best that this machine has, and plain torch with one line in the log where that is all.
-    ``products``: whose matrix products the native kernels use, see kernels/cpu/backend.py.
 
     Raises KernelError where a named instruction set cannot be had.
     """
@@ -114,7 +113,7 @@ def choose(choice: str, num_threads: int, log: Callable[[str], None], products: 
     if choice == "torch":
         return TorchBackend()
     try:
-        return NativeBackend("" if choice == "auto" else choice, num_threads, products)
+        return NativeBackend("" if choice == "auto" else choice, num_threads, log)
     except KernelError as error:
         if choice != "auto":
             raise
