@@ -4,14 +4,14 @@ and what one tenant sees does not depend on what the others say (self-compositio
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from engine.protocol import SamplingParams
+from engine.protocol import SamplingParams, Submit
 from tests.faults.catalogue import FAULTS
 from tests.faults.launch_plants import between_steps
-from tests.faults.stage import Run
+from tests.faults.stage import VOCAB_SIZE, Run, decode, prepare
 from tests.strategies.engine_traces import (
     DOMAINS,
     Act,
@@ -100,6 +100,34 @@ def test_ten_thousand_traces() -> None:
         assert same_for_the_victim(trace)
 
     same()
+
+
+@QUICK
+@given(
+    st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=3).map(decode), min_size=1, max_size=3),
+    st.integers(0, 8),
+    st.booleans(),
+    st.integers(0, 40),
+)
+@example(["\ufffd"], 0, False, 0)
+def test_stop_texts_raise_no_alarm(stop: list[str], min_tokens: int, include: bool, seed: int) -> None:
+    """Where an answer is cut, what is left of its tokens is never said: at the last token too."""
+    run = prepare(audited=True)
+    for index in range(6):
+        bias = tuple((token_id, 6.0) for token_id in range(64 - 8 * index, 64, 3))
+        sampling = SamplingParams(
+            4 + index,
+            seed=seed + index,
+            stop=tuple(stop),
+            include_stop=include,
+            min_tokens=min(min_tokens, 4),
+            logit_bias=bias,
+            logprobs=index - 1,
+        )
+        run.core.add(Submit(f"s{index}", "abc"[index % 3], b"", [seed, index], sampling))
+    while run.core.has_work:
+        result = run.core.step()
+        assert not result.incidents, result.incidents
 
 
 def load_of_two() -> list[Act]:
