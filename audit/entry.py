@@ -98,6 +98,12 @@ _ALL = (
             Field("outcome", "str", choices=OUTCOMES),
         ),
     ),
+    Kind(
+        "request.replayed",
+        1,
+        "An answer was given again under its idempotency key; nothing was run or charged.",
+        _text("request_id", "original_request_id", "key_id"),
+    ),
     Kind("tenant.created", 1, "A tenant was created.", _text("organisation_id", "name")),
     Kind(
         "tenant.status_changed",

@@ -62,6 +62,7 @@ KINDS: dict[str, dict[int, str]] = {
         1: "request_id:s finish_reason:s num_prompt_tokens:i num_cached_tokens:i num_completion_tokens:i "
         "amount_nano_usd:d outcome:s"
     },
+    "request.replayed": {1: "request_id:s original_request_id:s key_id:s"},
     "tenant.created": {1: "organisation_id:s name:s"},
     "tenant.status_changed": {1: "status:s reason:s"},
     "tenant.deleted": {1: "name:s reason:s num_keys_revoked:i credit_nano_usd:d"},

@@ -102,6 +102,9 @@ class Settings:
     max_tokens_default: int = _setting(256, _positive)  # where the client names none
     hold_ttl_s: int = _setting(600, _positive)
     lease_ttl_s: int = _setting(60, _positive)
+    idempotency_ttl_s: int = _setting(86_400, _positive)
+    idempotency_bytes_max: int = _setting(1024 * 1024, _positive)  # of one answer; a larger one is not retained
+    idempotency_keys_max: int = _setting(10_000, _positive)  # of a tenant
     send_timeout_s: int = _setting(20, _positive)  # a client that reads nothing for this long is gone
     checkpoint_interval_ms: int = _setting(2_000, _positive)
     heartbeat_interval_s: int = _setting(10, _positive)

@@ -4,7 +4,7 @@ Three kinds of rows:
 - append-only (price, usage_record, ledger_transaction, ledger_entry, credit_use): triggers in the database refuse
   UPDATE and DELETE, so that a mistake in our code cannot rewrite history. `append_only_ddl` is the text; create_all
   installs it and the migration executes the same text.
-- lifecycle (tenant, api_key, hold, operator): one state column or timestamp moves forward, never back.
+- lifecycle (tenant, api_key, hold, operator, idempotency_key): one state column or timestamp moves forward, never back.
 - current values (scope_limit, budget, budget_use, account.balance_nano_usd, credit.left_nano_usd): may change; a
   balance is always the sum of its entries, a budget's figures the sums of its period's holds.
 """
@@ -290,6 +290,21 @@ usage_record = Table(
     CheckConstraint("num_cached_tokens BETWEEN 0 AND num_prompt_tokens", name="cached"),
     Index(None, "tenant_id", "finished_ns"),
     Index(None, "finished_ns"),
+)
+
+idempotency_key = Table(
+    "idempotency_key",
+    metadata,
+    Column("tenant_id", String(64), ForeignKey("tenant.id"), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("request_id", String(64), nullable=False),
+    Column("fingerprint", LargeBinary(32), nullable=False),
+    _int("created_ns"),
+    _int("expires_ns"),
+    Column("content_type", String(100), nullable=True),  # null, as the answer, until there is a whole one
+    Column("answer", LargeBinary, nullable=True),
+    CheckConstraint("(answer IS NULL) = (content_type IS NULL)", name="whole"),
+    Index(None, "expires_ns"),
 )
 
 operator = Table(

@@ -17,12 +17,14 @@ from gateway.sequences import usage_by_request
 from gateway.services import Services
 from tenancy.closing import inactive_among
 from tenancy.credits import tenants_with_due_credit
+from tenancy.idempotency import forget_expired
 from tenancy.ledger import due_holds, expire_credit
 
 REAP_INTERVAL_S = 5.0
 REAP_BATCH_MAX = 256  # holds settled in one round
 WATCH_INTERVAL_S = 0.5  # a suspended tenant's sequences end within a second
 KEY_USE_INTERVAL_S = 60.0
+FORGET_INTERVAL_S = 60.0
 
 
 class Housekeeping:
@@ -38,6 +40,7 @@ class Housekeeping:
             Loop("watch", WATCH_INTERVAL_S, self.watch),
             Loop("key uses", KEY_USE_INTERVAL_S, self.write_key_uses),
             Loop("credit", REAP_INTERVAL_S, self.expire_credit),
+            Loop("answers", FORGET_INTERVAL_S, self.forget_answers),
             Loop("heartbeat", float(settings.heartbeat_interval_s), engine.heartbeat),
         )
 
@@ -86,6 +89,11 @@ class Housekeeping:
             async with services.database.transaction() as conn:
                 expired = await expire_credit(conn, tenant_id, now_ns)
                 await append_expired(conn, expired, now_ns, entropy=services.world.entropy)
+
+    async def forget_answers(self) -> None:
+        """Delete idempotency keys that have expired, with their answers."""
+        async with self._services.database.transaction() as conn:
+            await forget_expired(conn, self._services.world.now_ns())
 
     async def watch(self) -> None:
         """End what runs for tenants that are no longer active: looked at, not signalled, so none is missed."""
