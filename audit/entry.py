@@ -65,6 +65,8 @@ _BUDGET = (
     Field("hard", "bool"),
 )
 
+_CREDIT_KIND = Field("credit_kind", "str", choices=("promotional", "paid"))
+
 OUTCOMES = ("captured", "voided", "expired", "recovered")
 
 _ALL = (
@@ -140,9 +142,15 @@ _ALL = (
     ),
     Kind(
         "credit.granted",
+        2,
+        "A tenant's account was credited. An expiry of 0 is none.",
+        (*_text("transfer_id", "memo"), *_count("amount_nano_usd"), _CREDIT_KIND, *_count("expires_ns")),
+    ),
+    Kind(
+        "credit.expired",
         1,
-        "A tenant's account was credited.",
-        (*_text("transfer_id", "memo"), *_count("amount_nano_usd")),
+        "A credit ended and this much of it was left and not held: it is no longer there.",
+        (*_text("transfer_id"), _CREDIT_KIND, *_count("amount_nano_usd", "expires_ns")),
     ),
     Kind(
         "credit.refunded",
@@ -208,6 +216,7 @@ _ALL = (
     ),
     Kind("operator.created", 1, "An operator account was created.", _text("name")),
     Kind("operator.logged_in", 1, "An operator logged in.", _text("name")),
+    Kind("operator.logged_out", 1, "An operator logged out; a session that ran out has no entry.", _text("name")),
     Kind(
         "operator.login_failed",
         1,

@@ -7,7 +7,7 @@ from pathlib import Path
 from engine.errors import ConfigError
 
 DTYPES = ("bfloat16", "float32")
-KERNELS = ("auto", "torch", "portable", "avx2", "avx512")
+KERNELS = ("auto", "torch", "portable", "avx2", "avx512", "avx512_bf16")
 PRODUCTS = ("auto", "own", "onednn")
 
 

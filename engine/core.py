@@ -196,7 +196,7 @@ class EngineCore:
                 self.pool.launched(self.step_number)
                 try:
                     picks = self._runner.execute(batch)  # 4
-                    self._observer.after_launch(self.step_number, picks.token_ids)
+                    self._observer.after_launch(self.step_number, picks)
                     break
                 except OwnershipError as refusal:
                     self._punish([refused(refusal, batch)], rows, result)
@@ -244,7 +244,8 @@ class EngineCore:
         """Arrays that the observer has nothing to say against, or None where no row is left."""
         self._show_events()
         while rows:
-            batch = build_batch(self.step_number, rows, self._runner.block_size, self._runner.state_of)
+            sizes = self._runner.block_size, self._runner.state_of, self.pool.num_free
+            batch = build_batch(self.step_number, rows, *sizes)
             violations = self._observer.before_launch(batch.evidence)
             if not violations:
                 return batch
@@ -274,6 +275,7 @@ class EngineCore:
             return
         result.outputs = []
         self._punish(violations, [], result)
+        self.pool.forget_domains(sorted({domain for violation in violations for domain in violation[2]}))
         named = {name for violation in violations for name in violation[1]}
         result.outputs = with_endings(outputs, named, result.outputs)
 

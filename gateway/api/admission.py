@@ -22,6 +22,7 @@ from audit.outbox import append
 from gateway.api.auth import Caller
 from gateway.api.problems import CreditExhaustedError, Headers, NeverFitsError, RateLimitedError
 from gateway.api.translation import Work
+from gateway.budget_alerts import append_expired
 from gateway.services import Services
 from gateway.world import new_id
 from tenancy.closing import TenantInactiveError, require_active
@@ -75,7 +76,9 @@ async def admit(
     claim.hold_id = new_id("hold", services.world.entropy)
     try:
         async with services.database.transaction() as conn:
-            admission = await _hold(conn, services, caller, work, claim.request_id, claim.lease, claim.hold_id)
+            admission = await write_admission(
+                conn, services, caller, work, claim.request_id, claim.lease, claim.hold_id
+            )
     except (CreditExhaustedError, PriceMissingError, TenantInactiveError):
         claim.hold_id = None  # refused before anything was held
         raise
@@ -106,10 +109,10 @@ async def _acquire(services: Services, caller: Caller, work: Work, request_id: s
     return result
 
 
-async def _hold(
+async def write_admission(
     conn: AsyncConnection, services: Services, caller: Caller, work: Work, request_id: str, lease: Lease, hold_id: str
 ) -> Admission:
-    """T1's statements."""
+    """T1's statements. Raises CreditExhaustedError, PriceMissingError or TenantInactiveError: roll back then."""
     started_ns = services.world.now_ns()
     tenant_id = caller.principal.tenant_id
     price = await price_at(conn, work.model, started_ns)
@@ -128,10 +131,12 @@ async def _hold(
         expires_ns=started_ns + services.settings.hold_ttl_s * 1_000_000_000,
     )
     held = await _place(conn, admission)
+    expired = held.expired
     if isinstance(held, InsufficientCredit):
         admission = _lowered(admission, held)
         held = await _place(conn, admission)
         assert not isinstance(held, InsufficientCredit), "the refused hold had locked the tenant's accounts"
+    await append_expired(conn, expired, started_ns, entropy=services.world.entropy)
     await require_active(conn, tenant_id)  # after the hold: see tenancy/closing.py
     body: dict[str, str | int | bool | list[str]] = {
         "request_id": admission.request_id,

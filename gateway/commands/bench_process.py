@@ -26,13 +26,15 @@ def measure(*arguments: str, module: str = "engine.bench") -> dict[str, Any]:
     return speak(module, "--model-dir", str(model_dir()), *arguments)
 
 
-def speak(module: str, *arguments: str) -> dict[str, Any]:
-    """The JSON object that a module prints last, run in a process of its own. Raises CommandError."""
+def speak(module: str, *arguments: str, folder: Path | None = None, timeout_s: int = TIMEOUT_S) -> dict[str, Any]:
+    """The JSON object that a module prints last, run in a process of its own, in ``folder``. Raises CommandError."""
     command = [sys.executable, "-m", module, *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=folder
+        )
     except subprocess.TimeoutExpired as error:
-        raise CommandError(f"a measurement took longer than {TIMEOUT_S} s: ask for less of it") from error
+        raise CommandError(f"a measurement took longer than {timeout_s} s: ask for less of it") from error
     if done.returncode != 0:
         raise CommandError(f"a measurement failed ({' '.join(arguments)}):\n{done.stderr[-2_000:]}")
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -136,7 +136,6 @@ def test_bfloat16_differs_only_where_it_is_nearly_a_tie(
         assert not wrong.any(), f"differs at {wrong.nonzero().flatten().tolist()}"
         num_clear += int(clear.sum())
         num_places += len(token_ids)
-    print("CLEAR", num_clear, num_places)
     assert num_clear > num_places / 2, "the tolerance must not excuse everything"
     assert "Paris" in texts[0]
 
