@@ -84,7 +84,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         block_size=config.block_size,
         num_blocks=runner.num_blocks,
         dtype=config.dtype,
-        device="cpu",
+        device=runner.model.backend.device.type,
         kernels=runner.model.backend.name,
         isolation=isolation,
     )

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.backend import KernelError, OwnershipError, StepTables
+from kernels.backend import KernelError, OwnershipError, StepTables, check_tables
 from kernels.cpu.library import DTYPES, AttentionArgs, NormArgs, RopeArgs, SiluArgs, load, optional_pointer, pointer
 from kernels.cpu.product import NativeProduct
 from kernels.cpu.trial import multiplies
@@ -45,6 +45,7 @@ class NativeBackend:
     Raises KernelError where it cannot be had."""
 
     exact = True
+    device = torch.device("cpu")
 
     def __init__(self, isa: str = "", num_threads: int = 1, log: Callable[[str], None] = lambda line: None) -> None:
         self._library = load()
@@ -67,12 +68,7 @@ class NativeBackend:
     def plan(self, tables: StepTables) -> Plan:
         num_new = np.diff(tables.cu_seqlens)
         num_tokens = int(tables.cu_seqlens[-1])
-        if tables.cu_seqlens[0] != 0 or (num_new < 0).any() or (tables.kv_lens < num_new).any():
-            raise ValueError("rows must be in order and no longer than their keys")
-        if (tables.kv_lens > tables.block_tables.shape[1] * tables.block_size).any():
-            raise ValueError("a row is longer than its block table")
-        if len(tables.slot_mapping) != num_tokens or len(tables.kv_lens) != len(num_new) != len(tables.row_tags):
-            raise ValueError("tables of different steps")
+        check_tables(tables)
         num_items = -(-num_new // ITEM_TOKENS_MAX)
         rows = np.repeat(np.arange(len(num_new)), num_items)
         first = (np.arange(len(rows)) - np.repeat(np.cumsum(num_items) - num_items, num_items)) * ITEM_TOKENS_MAX
