@@ -21,7 +21,7 @@ FLAGS = [
     "-pthread",
     "-Wall",
     "-Wextra",
-    "-ffp-contract=fast",
+    "-ffp-contract=off",
     "-fno-math-errno",
     "-fvisibility=hidden",
 ]

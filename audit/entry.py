@@ -220,7 +220,8 @@ _ALL = (
         "isolation.violation",
         1,
         "The isolation auditor, or as `kernel_ownership` a kernel, stopped a step; "
-        "-1 as block_id stands for no single block.",
+        "-1 as block_id stands for no single block. The rule `admission_closed` says that such steps became too many "
+        "and that the worker takes nothing in until it is restarted.",
         (
             *_text("epoch", "rule", "detail"),
             *_count("step"),

@@ -51,7 +51,13 @@ SETTLE_WAIT_S = 2.0  # how long the last frame waits for T2; then it is settled 
 DEADLINE_MARGIN = 0.1  # of the hold's life, kept for settling before it expires
 COMPLETE = frozenset({"stop", "length"})
 # The engine's error codes as a usage row's finish reason (at most 16 characters).
-REASON_OF_ERROR = {"isolation_violation": "isolation", "busy": "busy", "draining": "draining", "abort": "draining"}
+REASON_OF_ERROR = {
+    "isolation_violation": "isolation",
+    "closed": "isolation",
+    "busy": "busy",
+    "draining": "draining",
+    "abort": "draining",
+}
 
 log = structlog.get_logger("gateway.api.exchange")
 

@@ -234,6 +234,9 @@ def _engine_refused(error: EngineRefusedError) -> Problem:
             return Problem(503, "server_error", "The engine's queue is full.", None, "engine_busy", retry_after(1_000))
         case "draining" | "abort":
             return Problem(503, "server_error", "The server is shutting down.", None, "draining", retry_after(2_000))
+        case "closed":
+            message = "The engine has stopped taking requests: its isolation audit found too many violations."
+            return Problem(503, "server_error", message, None, "isolation_closed", retry_after(30_000))
         case "too_long":
             message = "The prompt is longer than the engine can hold."
             return Problem(400, "invalid_request_error", message, None, "context_length_exceeded")

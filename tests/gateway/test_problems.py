@@ -68,6 +68,7 @@ ROWS: list[tuple[Callable[[], Exception], int, str, str | None, str]] = [
     (lambda: problems.EngineRefusedError("busy"), 503, "server_error", "engine_busy", "later"),
     (lambda: problems.EngineRefusedError("draining"), 503, "server_error", "draining", "later"),
     (lambda: problems.EngineRefusedError("abort"), 503, "server_error", "draining", "later"),
+    (lambda: problems.EngineRefusedError("closed"), 503, "server_error", "isolation_closed", "later"),
     (lambda: problems.EngineRefusedError("too_long"), 400, "invalid_request_error", "context_length_exceeded", "open"),
     (lambda: problems.EngineRefusedError("isolation_violation"), 500, "server_error", "isolation_violation", "open"),
     (lambda: problems.EngineRefusedError("engine_failure"), 502, "server_error", "engine_failure", "open"),

@@ -20,15 +20,16 @@ ROTATED = Features(rotate=False)
 
 
 def real_row(shape: Shape, length: int, seed: int) -> Row:
-    """Queries and keys after rotation: some keys' outliers are large, with the largest late in one head, early in the
-    next, so that running maxima move and stay."""
+    """Queries and keys after rotation. The largest outliers come late in one head and early in the next, so that
+    running maxima move and stay; in the third whole tiles are large one way, then the other."""
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn((length, HEADS + 2 * KV_HEADS, HEAD_SIZE), generator=generator)
     at = torch.arange(length)
     reach = sum(share * share for share in OUTLIERS.values()) * KEY_MAX * HEAD_SIZE**-0.5
     for kv_head in range(KV_HEADS):
-        drift = (at + 1) / length if kv_head == 0 else (length - at) / length if kv_head == 1 else torch.ones(length)
-        size = KEY_MAX * drift * torch.cos(at * 0.7 + kv_head)
+        swing = torch.cos(at * 0.7 + kv_head)
+        turns = (swing * (at + 1) / length, swing * (length - at) / length, 1.0 - 2.0 * (at // 32 % 2))
+        size = KEY_MAX * turns[kv_head]
         for channel, share in OUTLIERS.items():
             qkv[:, HEADS + kv_head, channel] = size * share
             for index, strength in enumerate(STRENGTHS):

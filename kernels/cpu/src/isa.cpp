@@ -25,7 +25,7 @@ template <class T> void rms_norm(const NormArgs* a, int64_t begin, int64_t end) 
             if (residual)
                 v += load_upto(residual + i, n);
             store_upto(total + i, v, n);
-            squares += v * v;
+            squares = fma(v, v, squares);
         }
         const float scale = 1.0f / __builtin_sqrtf(sum_lanes(squares) / (float)size + a->epsilon);
         for (int64_t i = 0; i < size; i += W) {
@@ -53,8 +53,8 @@ template <class T> void turn(const T* from, T* to, const float* cos, const float
         const int n = upto(half - i);
         const vf c = load_upto(cos + i, n), s = load_upto(sin + i, n);
         const vf first = load_upto(from + i, n), second = load_upto(from + half + i, n);
-        store_upto(to + i, first * c - second * s, n);
-        store_upto(to + half + i, second * c + first * s, n);
+        store_upto(to + i, fma(first, c, -(second * s)), n);
+        store_upto(to + half + i, fma(second, c, first * s), n);
     }
 }
 
@@ -101,13 +101,8 @@ void rope_and_store_any(const RopeArgs* a, int64_t begin, int64_t end) {
     a->dtype == BFLOAT16 ? rope_and_store<bf16>(a, begin, end) : rope_and_store<float>(a, begin, end);
 }
 
-void attention_any(const AttentionArgs* a, int64_t begin, int64_t end, float* scratch) {
-    for (int64_t piece = begin; piece < end; piece++)
-        a->dtype == BFLOAT16 ? attend<bf16>(a, piece, scratch) : attend<float>(a, piece, scratch);
-}
-
 } // namespace
 
 extern const Ops OPS;
-const Ops OPS = {rms_norm_any, silu_and_mul_any, rope_and_store_any, attention_any,
-                 ready_bytes,  make_ready,       product_any,        PANEL,         Halves::INPUTS};
+const Ops OPS = {rms_norm_any, silu_and_mul_any, rope_and_store_any, attention_scratch, attention_any,
+                 ready_bytes,  make_ready,       product_any,        PANEL,             Halves::INPUTS};

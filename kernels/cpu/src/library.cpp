@@ -98,10 +98,12 @@ struct AttentionJob {
     const AttentionArgs* args;
     const Ops* ops;
     size_t scratch_floats;
+    int64_t num, chunk;
 };
 
 constexpr int64_t TOKENS_PER_PIECE = 8;
 constexpr int64_t PIECES_PER_THREAD = 8;     // so that threads end together
+constexpr int64_t ITEMS_PER_THREAD_MIN = 4;  // with fewer, an item's heads are shared out
 constexpr int64_t PANELS_PER_PIECE_MIN = 2;  // some microseconds of work
 
 } // namespace
@@ -138,15 +140,17 @@ EXPORT void bulkhead_rope_and_store(int isa, const RopeArgs* args) {
 }
 
 EXPORT void bulkhead_attention(int isa, const AttentionArgs* args) {
-    const size_t stride = (static_cast<size_t>(args->head_size) + 15) / 16 * 16;
-    const size_t queries = static_cast<size_t>(args->item_tokens_max) * (args->num_heads / args->num_kv_heads);
-    const AttentionJob job{args, ISAS[isa].ops, 2 * 32 * stride + queries * (2 * stride + 2)};
+    const Ops* ops = ISAS[isa].ops;
+    const int64_t num_heads = args->num_kv_heads;
+    const int64_t chunk = args->num_items >= ITEMS_PER_THREAD_MIN * pool().num_threads() ? num_heads : 1;
+    const AttentionJob job{args, ops, static_cast<size_t>(ops->attention_scratch(args)), args->num_items * num_heads, chunk};
     pool().run(
         [](const void* context, int64_t piece) {
             const auto* j = static_cast<const AttentionJob*>(context);
-            j->ops->attention(j->args, piece, piece + 1, scratch.at_least(j->scratch_floats));
+            const int64_t begin = piece * j->chunk, end = begin + j->chunk;
+            j->ops->attention(j->args, begin, end < j->num ? end : j->num, scratch.at_least(j->scratch_floats));
         },
-        &job, args->num_items * args->num_kv_heads);
+        &job, (job.num + chunk - 1) / chunk);
 }
 
 // Whether this processor multiplies tiles of bfloat16 (AMX), which no set here does.

@@ -78,6 +78,7 @@ struct Ops {
     void (*rms_norm)(const NormArgs*, int64_t begin, int64_t end);
     void (*silu_and_mul)(const SiluArgs*, int64_t begin, int64_t end);
     void (*rope_and_store)(const RopeArgs*, int64_t begin, int64_t end);
+    int64_t (*attention_scratch)(const AttentionArgs*);  // floats
     void (*attention)(const AttentionArgs*, int64_t begin, int64_t end, float* scratch);
     int64_t (*ready_bytes)(const ProductArgs*);
     void (*make_ready)(const ProductArgs*, int64_t begin, int64_t end);  // rows
