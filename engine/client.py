@@ -8,6 +8,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from msgspec.structs import replace
+
+from engine.endings import withheld
 from engine.errors import EngineConnectError, EngineGoneError, ProtocolError
 from engine.protocol import (
     PROTOCOL_VERSION,
@@ -27,6 +30,7 @@ from engine.protocol import (
 
 READ_BYTES = 256 * 1024
 CONNECT_RETRY_S = 0.05
+CROSSED = "crossed_output"  # the kind of an Incident
 
 
 class Generation(AsyncIterator[TokenOutput]):
@@ -34,6 +38,8 @@ class Generation(AsyncIterator[TokenOutput]):
 
     def __init__(self, submit: Submit) -> None:
         self.sequence_id = submit.sequence_id
+        self.domain = submit.domain
+        self.nonce = submit.nonce
         self.num_prompt_tokens = 0  # of the last frame received, consumed or not
         self.num_completion_tokens = 0
         self._pending: TokenOutput | None = None
@@ -226,6 +232,8 @@ class EngineClient:
             case TokenOutput():
                 generation = self._generations.get(message.sequence_id)
                 if generation is not None:
+                    if message.nonce != generation.nonce:
+                        message = self._crossed(generation, message)
                     generation.put(message)
                     if message.finish_reason is not None:
                         del self._generations[message.sequence_id]
@@ -236,6 +244,22 @@ class EngineClient:
                     self._on_incident(message)
             case Ready():
                 raise ProtocolError("a second Ready frame")
+
+    def _crossed(self, generation: Generation, output: TokenOutput) -> TokenOutput:
+        """Its content is somebody else's: nothing of it is passed on, the sequence ends, and the incident is told."""
+        if self._on_incident is not None:
+            detail = "an output carried another sequence's nonce"
+            names, domains = [generation.sequence_id], [generation.domain]
+            self._on_incident(Incident(CROSSED, self.stats.step if self.stats else 0, names, domains, -1, detail))
+        self.abort(generation.sequence_id)
+        return withheld(
+            replace(
+                output,
+                num_prompt_tokens=generation.num_prompt_tokens,
+                num_cached_tokens=0,
+                num_completion_tokens=generation.num_completion_tokens,
+            )
+        )
 
     def _end(self) -> None:
         if not self.closed.is_set():

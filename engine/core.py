@@ -28,7 +28,6 @@ from msgspec.structs import replace
 from engine.batch import Batch, build_batch, refused
 from engine.cache.block_pool import BlockPool
 from engine.cache.cache_shares import CacheShares
-from engine.cache.prefix_key import root_key
 from engine.contamination import contaminated
 from engine.endings import refusal, with_endings
 from engine.events import EngineEvent, Observer, Violation
@@ -127,22 +126,12 @@ class EngineCore:
         )
         invalid = invalid or bool(submit.sampling.grammar and self._matchers is None)
         if invalid or submit.sequence_id in self._sequences or submit.priority not in TIERS.values():
-            return refusal(submit.sequence_id, "invalid_input")
+            return refusal(submit, "invalid_input")
         if self.scheduler.num_waiting_from(submit.priority) >= self._max_waiting:
-            return refusal(submit.sequence_id, "busy")
-        sequence = Sequence(
-            sequence_id=submit.sequence_id,
-            domain=submit.domain,
-            cache_salt=submit.cache_salt,
-            token_ids=list(submit.prompt_token_ids),
-            sampling=submit.sampling,
-            arrival=self._num_arrived,
-            tier=submit.priority,
-            weight=submit.weight,
-            root_key=root_key(domain=submit.domain, cache_salt=submit.cache_salt, model_digest=self._model_digest),
-        )
+            return refusal(submit, "busy")
+        sequence = Sequence.of(submit, arrival=self._num_arrived, model_digest=self._model_digest)
         if not self.scheduler.can_ever_fit(sequence):
-            return refusal(submit.sequence_id, "too_long")
+            return refusal(submit, "too_long")
         self._num_arrived += 1
         self._sequences[sequence.sequence_id] = sequence
         self._answers[sequence.sequence_id] = Answer(self._decode, submit.sampling)
@@ -392,6 +381,7 @@ class EngineCore:
             finish_reason=sequence.finish_reason,
             error=sequence.error,
             logprobs=piece.logprobs,
+            nonce=sequence.nonce,
         )
 
     def _show_events(self) -> None:

@@ -5,12 +5,12 @@ from collections.abc import Sequence as Line
 
 from msgspec.structs import replace
 
-from engine.protocol import TokenOutput
+from engine.protocol import Submit, TokenOutput
 
 
-def refusal(sequence_id: str, error: str) -> TokenOutput:
+def refusal(submit: Submit, error: str) -> TokenOutput:
     """The only output of a sequence that was never taken in: nothing computed, nothing to charge."""
-    return TokenOutput(sequence_id, "", (), 0, 0, 0, "error", error)
+    return TokenOutput(submit.sequence_id, "", (), 0, 0, 0, "error", error, nonce=submit.nonce)
 
 
 def withheld(output: TokenOutput) -> TokenOutput:

@@ -154,9 +154,9 @@ class EngineThread:
 
     def _submit(self, connection: Connection, submit: Submit) -> None:
         if self._drain_until_s is not None:
-            refused: TokenOutput | None = refusal(submit.sequence_id, "draining")
+            refused: TokenOutput | None = refusal(submit, "draining")
         elif self.closed:
-            refused = refusal(submit.sequence_id, "closed")
+            refused = refusal(submit, "closed")
         else:
             refused = self.core.add(submit)
         if refused is None:

@@ -14,7 +14,7 @@ import msgspec
 
 from engine.errors import ProtocolError
 
-PROTOCOL_VERSION = 3  # 3: a worker that knows less would drop what a request asked for
+PROTOCOL_VERSION = 4  # 4: a worker that knows less would not give a sequence's nonce back
 FRAME_BYTES_MAX = (
     8 * 1024 * 1024
 )  # a prompt of a million token ids still fits; a lost reader cannot make us buffer more
@@ -104,7 +104,8 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
 
     ``domain`` is the isolation tag: KV blocks never pass between domains. ``cache_salt`` has no default on purpose.
     ``priority`` is the service tier, a number of engine/scheduling/tiers.py; ``weight`` is the domain's share within a
-    tier.
+    tier. ``nonce`` is nobody's but this sequence's: its outputs carry it back, and one that carries another is not
+    passed on (engine/client.py).
     """
 
     sequence_id: str
@@ -114,6 +115,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     sampling: SamplingParams
     priority: int = 0
     weight: int = 1
+    nonce: int = 0  # below 2^63
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -181,6 +183,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, tag="token"):
     error: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    nonce: int = 0  # its Submit's
 
 
 class Stats(msgspec.Struct, frozen=True, array_like=True, tag="stats"):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from engine.cache.prefix_index import Prefix
-from engine.cache.prefix_key import block_key
-from engine.protocol import SamplingParams
+from engine.cache.prefix_key import block_key, root_key
+from engine.protocol import SamplingParams, Submit
 
 
 class Status(Enum):
@@ -62,6 +62,7 @@ class Sequence:
     arrival: int
     tier: int = 0  # engine/scheduling/tiers.py
     weight: int = 1
+    nonce: int = 0  # of its Submit, for its outputs
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as anybody asked
     root_key: bytes = b""
     num_prompt_tokens: int = field(init=False)
@@ -79,6 +80,21 @@ class Sequence:
     status: Status = Status.WAITING
     error: str = ""
     rank: int = field(init=False)  # its tier, or tiers.RESCUED
+
+    @classmethod
+    def of(cls, submit: Submit, *, arrival: int, model_digest: str) -> "Sequence":
+        return cls(
+            sequence_id=submit.sequence_id,
+            domain=submit.domain,
+            cache_salt=submit.cache_salt,
+            token_ids=list(submit.prompt_token_ids),
+            sampling=submit.sampling,
+            arrival=arrival,
+            tier=submit.priority,
+            weight=submit.weight,
+            nonce=submit.nonce,
+            root_key=root_key(domain=submit.domain, cache_salt=submit.cache_salt, model_digest=model_digest),
+        )
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)

@@ -122,6 +122,7 @@ class Exchange:
             tenant_id=admission.principal.tenant_id,
             weight=admission.principal.weight,
             secrets=services.secrets,
+            entropy=services.world.entropy,
         )
         self._choices = Choices(client, submits)
         self._pull: asyncio.Task[tuple[int, TokenOutput]] | None = None

@@ -243,7 +243,14 @@ def _room(num_prompt: int, asked: int | None, asked_in: str, prompt_in: str, con
 
 
 def submits_of(
-    work: Work, *, max_tokens: int, request_id: str, tenant_id: str, weight: int, secrets: Secrets
+    work: Work,
+    *,
+    max_tokens: int,
+    request_id: str,
+    tenant_id: str,
+    weight: int,
+    secrets: Secrets,
+    entropy: Callable[[int], bytes],
 ) -> list[Submit | None]:
     """The engine's view: the tenant is only a domain and a salt. A client's own salt subdivides its tenant's.
 
@@ -261,6 +268,7 @@ def submits_of(
             sampling=sampling,
             priority=TIERS[work.tier],
             weight=weight,
+            nonce=int.from_bytes(entropy(8)) >> 1,
         )
         if sampling is not None
         else None

@@ -78,6 +78,7 @@ class Script:
     deaf: bool = False  # do not even answer an abort
     withhold: int = 0  # send text only with every so many tokens, as stop strings make the engine do
     delay_s: float = 0.0  # between tokens
+    crossed_after: int | None = None  # after this many tokens its outputs carry another sequence's nonce
 
 
 @dataclass
@@ -190,6 +191,8 @@ class IntegerWorker:
                 if not script.deaf:
                     self._end(writer, submit, counts, "abort", "")
                 return
+            if script.crossed_after is not None and index >= script.crossed_after:
+                submit = replace(submit, nonce=submit.nonce ^ 1)
             counts.num_completion_tokens += 1
             last = index == len(tokens) - 1
             withheld += text_of(token)
@@ -226,6 +229,7 @@ class IntegerWorker:
             counts.num_cached_tokens,
             counts.num_completion_tokens,
             reason,
+            nonce=submit.nonce,
         )
 
     def _ready(self) -> Ready:
