@@ -11,6 +11,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = Path("kernels/cpu/src")
 FLAGS = [
@@ -20,21 +21,16 @@ FLAGS = [
     "-pthread",
     "-Wall",
     "-Wextra",
-    "-ffp-contract=fast",
+    "-ffp-contract=off",
     "-fno-math-errno",
     "-fvisibility=hidden",
 ]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 ISAS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mfma",
-        "-mprefer-vector-width=512",
-    ],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
 
@@ -50,8 +46,11 @@ class BuildNative(build_ext):
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         sanitize = SANITIZE if os.environ.get("BULKHEAD_NATIVE_SANITIZE") == "1" else []
         objects = []
+        macros: list[tuple[str, str | None]] = []
         for name, flags in ISAS.items():
-            if x86 or name == "portable":
+            if not x86 and name != "portable":
+                continue
+            try:
                 objects += self.compiler.compile(
                     [str(SOURCES / "isa.cpp")],
                     output_dir=str(Path(self.build_temp) / name),
@@ -59,10 +58,15 @@ class BuildNative(build_ext):
                     extra_postargs=[*FLAGS, *flags, *sanitize],
                     depends=[str(path) for path in SOURCES.iterdir()],
                 )
+                macros.append((f"BULKHEAD_{name.upper()}", None))
+            except CompileError as error:
+                if name == "portable":
+                    raise
+                self.warn(f"this compiler does not know {name} ({error}): the library comes without it")
         objects += self.compiler.compile(
             [str(SOURCES / "library.cpp")],
             output_dir=self.build_temp,
-            macros=[("BULKHEAD_X86", "1")] if x86 else [],
+            macros=macros,
             extra_postargs=[*FLAGS, *sanitize],
             depends=[str(path) for path in SOURCES.iterdir()],
         )

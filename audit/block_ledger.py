@@ -12,7 +12,8 @@ A block changes hands only so:
 and between two domains there is a scrub while it is free. Generations only grow. A block has one writer; it has several
 readers only if each of them shared it after it was published, is of its domain, and consists of the same tokens up to
 the block's end (audit/sequence_ledger.py). Any other event is a violation and its block is quarantined: whoever gets or
-touches it from then on is flagged, until the worker restarts.
+touches it from then on is flagged, until the worker restarts. A `quarantine` event does the same without a violation:
+the engine has put the block away.
 """
 
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from audit.sequence_ledger import AuditedSequence
 FREE, WRITING, SEALED, QUARANTINED, UNREAD = 0, 1, 2, 3, 4  # unread: published, and nobody holds it
 NOBODY = -1  # no domain
 STRANGER = -2  # a domain that was never heard of: equal to no owner
-KINDS = ("begin", "end", "allocate", "seal", "publish", "share", "evict", "free", "scrub")
+KINDS = ("begin", "end", "allocate", "seal", "publish", "share", "evict", "free", "scrub", "quarantine")
 
 IntArray = npt.NDArray[np.int64]
 Problem = tuple[str, str]  # rule, detail
@@ -60,6 +61,7 @@ class BlockLedger:
     domain_ids: dict[str, int]
     domain_names: list[str]
     sequences: dict[str, AuditedSequence]
+    ended: dict[str, AuditedSequence]  # since the last outputs were checked: their last one may still be on its way
 
     @classmethod
     def empty(cls, num_blocks: int, block_size: int) -> "BlockLedger":
@@ -69,7 +71,9 @@ class BlockLedger:
         state = np.full(num_blocks, FREE, np.int8)
         nobody: list[frozenset[str]] = [frozenset()] * num_blocks
         unpublished: list[bytes | None] = [None] * num_blocks
-        return cls(block_size, state, full(NOBODY), full(-1), full(NOBODY), full(0), nobody, unpublished, {}, [], {})
+        return cls(
+            block_size, state, full(NOBODY), full(-1), full(NOBODY), full(0), nobody, unpublished, {}, [], {}, {}
+        )
 
     def copy(self) -> "BlockLedger":
         """Independent of this one, but for the sequences that both know: those must be left alone."""
@@ -85,6 +89,7 @@ class BlockLedger:
             domain_ids=dict(self.domain_ids),
             domain_names=list(self.domain_names),
             sequences=dict(self.sequences),
+            ended={},
         )
 
     def owner(self, block_id: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -115,8 +120,10 @@ class BlockLedger:
         state, last = int(self.state[block_id]), int(self.generation[block_id])
         if state == QUARANTINED:
             # The engine puts such a block away after the first report; only giving it out or writing on is new.
-            quiet = kind in ("free", "scrub", "evict")
+            quiet = kind in ("free", "scrub", "evict", "quarantine")
             return None if quiet else ("quarantined_block", f"{kind} of a block in quarantine")
+        if kind == "quarantine":
+            return None  # from whatever state: never given out again
         if kind == "scrub":
             return None if state == FREE else ("scrub_of_live_block", "scrub of a block that is in use or published")
         if kind == "allocate":
@@ -193,6 +200,7 @@ class BlockLedger:
         sequence = self.sequences.pop(event.sequence_id, None)
         if sequence is None:
             return "unknown_sequence", "end of a sequence that never began"
+        self.ended[event.sequence_id] = sequence
         held = [block_id for block_id in sequence.blocks if self.state[block_id] != QUARANTINED]
         self.state[held] = QUARANTINED
         return ("end_with_blocks", f"the sequence ended and holds {len(held)} blocks") if held else None
@@ -238,6 +246,10 @@ class BlockLedger:
 
     def _scrub(self, event: Happening) -> None:
         self.residue[event.block_id] = NOBODY
+
+    def _quarantine(self, event: Happening) -> None:
+        self.state[event.block_id] = QUARANTINED
+        self.published[event.block_id] = None
 
     def _put_back(self, block_id: int) -> None:
         self.state[block_id] = FREE

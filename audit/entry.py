@@ -65,6 +65,8 @@ _BUDGET = (
     Field("hard", "bool"),
 )
 
+_CREDIT_KIND = Field("credit_kind", "str", choices=("promotional", "paid"))
+
 OUTCOMES = ("captured", "voided", "expired", "recovered")
 
 _ALL = (
@@ -95,6 +97,12 @@ _ALL = (
             *_count("num_prompt_tokens", "num_cached_tokens", "num_completion_tokens", "amount_nano_usd"),
             Field("outcome", "str", choices=OUTCOMES),
         ),
+    ),
+    Kind(
+        "request.replayed",
+        1,
+        "An answer was given again under its idempotency key; nothing was run or charged.",
+        _text("request_id", "original_request_id", "key_id"),
     ),
     Kind("tenant.created", 1, "A tenant was created.", _text("organisation_id", "name")),
     Kind(
@@ -140,9 +148,15 @@ _ALL = (
     ),
     Kind(
         "credit.granted",
+        2,
+        "A tenant's account was credited. An expiry of 0 is none.",
+        (*_text("transfer_id", "memo"), *_count("amount_nano_usd"), _CREDIT_KIND, *_count("expires_ns")),
+    ),
+    Kind(
+        "credit.expired",
         1,
-        "A tenant's account was credited.",
-        (*_text("transfer_id", "memo"), *_count("amount_nano_usd")),
+        "A credit ended and this much of it was left and not held: it is no longer there.",
+        (*_text("transfer_id"), _CREDIT_KIND, *_count("amount_nano_usd", "expires_ns")),
     ),
     Kind(
         "credit.refunded",
@@ -197,7 +211,8 @@ _ALL = (
         "isolation.violation",
         1,
         "The isolation auditor, or as `kernel_ownership` a kernel, stopped a step; "
-        "-1 as block_id stands for no single block.",
+        "-1 as block_id stands for no single block. The rule `admission_closed` says that such steps became too many "
+        "and that the worker takes nothing in until it is restarted.",
         (
             *_text("epoch", "rule", "detail"),
             *_count("step"),
@@ -208,6 +223,7 @@ _ALL = (
     ),
     Kind("operator.created", 1, "An operator account was created.", _text("name")),
     Kind("operator.logged_in", 1, "An operator logged in.", _text("name")),
+    Kind("operator.logged_out", 1, "An operator logged out; a session that ran out has no entry.", _text("name")),
     Kind(
         "operator.login_failed",
         1,

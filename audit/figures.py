@@ -50,6 +50,9 @@ class TenantFigures:
     num_completion_tokens: int = 0
     charged_nano_usd: int = 0
     granted_nano_usd: int = 0
+    refunded_nano_usd: int = 0
+    adjusted_nano_usd: int = 0  # given less taken: may be below zero
+    expired_nano_usd: int = 0
 
 
 @dataclass(slots=True)
@@ -70,6 +73,9 @@ class RequestFigures:
 class MoneyFigures:
     charged_nano_usd: int = 0
     granted_nano_usd: int = 0
+    refunded_nano_usd: int = 0
+    adjusted_nano_usd: int = 0  # given less taken: may be below zero
+    expired_nano_usd: int = 0
 
 
 @dataclass(slots=True)
@@ -141,6 +147,12 @@ class Figures:
     verdict: Verdict
 
 
+_CREDIT = {
+    "credit.granted": "granted_nano_usd",
+    "credit.refunded": "refunded_nano_usd",
+    "credit.adjusted": "adjusted_nano_usd",
+    "credit.expired": "expired_nano_usd",
+}
 _ACCESS = {
     "operator.created": "operators_created",
     "operator.logged_in": "logins",
@@ -181,7 +193,7 @@ def count_figures(
         leaves.opened += 1
         if leaf.kind == "isolation.violation":
             incidents.append(_incident(leaf, body))
-        elif leaf.kind in ("request.admitted", "request.settled", "credit.granted"):
+        elif leaf.kind in ("request.admitted", "request.settled") or leaf.kind in _CREDIT:
             tenant = tenants.setdefault(leaf.tenant, TenantFigures(leaf.tenant))
             _count_money_leaf(leaf.kind, body, tenant, requests, money, settled_requests)
     coverage = _count_coverage(coverage_leaves, scope, last_entry_ns)
@@ -206,9 +218,10 @@ def _count_money_leaf(
     money: MoneyFigures,
     settled_requests: frozenset[str],
 ) -> None:
-    if kind == "credit.granted":
-        tenant.granted_nano_usd += int(body["amount_nano_usd"])
-        money.granted_nano_usd += int(body["amount_nano_usd"])
+    if name := _CREDIT.get(kind):
+        amount = int(body["amount_nano_usd"]) * (-1 if body.get("direction") == "take" else 1)
+        setattr(tenant, name, getattr(tenant, name) + amount)
+        setattr(money, name, getattr(money, name) + amount)
         return
     if kind == "request.admitted":
         tenant.num_admitted += 1

@@ -25,77 +25,82 @@ checked again with fewer rows: the newest check of a step is the one that counts
 A block is read by several sequences only after `publish` and `share` events, which audit/block_ledger.py judges: one
 domain, the same tokens up to the block's end by the auditor's own digests, sealed and full by what was written here.
 
-Not seen here: the bytes in the cache, what a kernel does with correct arrays, and steps launched without asking.
+Bytes are sampled (audit/cache_bytes.py): every slot is noted when it is written; before each launch some of the slots
+that it reads are compared, and all of a block when it is shared; a block that has been scrubbed, or was never used, is
+read when it is given out and has to be zero.
+
+After the launch the arrays that the kernels held are compared with what was approved (audit/launch.py).
+
+Not seen here: what a kernel does with correct arrays, and steps launched without asking.
 """
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from audit.block_ledger import (
-    FREE,
-    NOBODY,
-    QUARANTINED,
-    SEALED,
-    STRANGER,
-    UNREAD,
-    WRITING,
-    BlockLedger,
-    Happening,
-    IntArray,
-)
+from audit.block_ledger import FREE, NOBODY, QUARANTINED, UNREAD, BlockLedger, Happening
+from audit.cache_bytes import CacheBytes
+from audit.launch import KernelArrays, Launch, array_problems
 from audit.released_tokens import Output, output_problems
-from audit.sampling_rows import SampledRow, SamplingFacts, sampling_problems
+from audit.sampling_rows import SampledRow, SamplingFacts, ScoredRow
 from audit.self_test import passes
-from audit.step_arrays import StepArrays, shape_problem
+from audit.sequence_ledger import AuditedSequence
+from audit.step_arrays import StepArrays
+from audit.step_check import NOTHING, Verdict, Violation, check, sampled_of
 
-BoolArray = npt.NDArray[np.bool_]
-
-
-class Violation(NamedTuple):
-    """A broken rule. `domains` names the row's domain first, then the owner's where there is one; block_id -1: none."""
-
-    kind: str
-    sequence_ids: tuple[str, ...]
-    domains: tuple[str, ...]
-    block_id: int
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Verdict:
-    violations: list[Violation]
-    num_blocks: int
-    written: tuple[IntArray, IntArray, IntArray]  # block ids, their generations, their `filled` after the step
-    computed: list[tuple[str, int, list[int]]]  # sequence, first position and tokens of each row that may run
-
-
-_NONE = np.zeros(0, np.int64)
+SLOTS_PER_STEP = 256  # of the cache whose bytes are compared before a launch, unless the settings say otherwise
 
 
 class IsolationAuditor:
-    """One per worker and epoch. Threads take turns on a lock: a self test may come from another one than the steps."""
+    """One per worker and epoch. Threads take turns on a lock: a self test may come from another one than the steps.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    ``memory``: views of the cache (audit/cache_bytes.py), none: bytes are not read. ``spell``: the bytes that a token
+    stands for in text, None: text is not compared. ``seed`` decides which bytes are read.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        memory: Sequence[npt.NDArray[Any]] = (),
+        spell: Callable[[int], bytes] | None = None,
+        slots_per_step: int = SLOTS_PER_STEP,
+        seed: int = 0,
+    ) -> None:
         if num_blocks < 2 or block_size < 1:
             raise ValueError(f"the auditor needs 2 blocks of 1 slot at least, not {num_blocks} of {block_size}")
         self._lock = threading.Lock()
         self._ledger = BlockLedger.empty(num_blocks, block_size)
+        self._bytes = CacheBytes(memory, num_blocks, block_size, seed)
+        self._spell = spell
+        self._slots_per_step = slots_per_step
         self._from_events: list[Violation] = []
-        self._written = (_NONE, _NONE, _NONE)
-        self._computed: list[tuple[str, int, list[int]]] = []  # of the step that was checked last
+        self._from_launch: list[Violation] = []
+        self._approved: KernelArrays | None = None  # a copy of the arrays of the step that was checked last
+        self._written = (NOTHING, NOTHING, NOTHING)
+        self._rows: list[str] = []  # the sequences of that step's rows
+        self._computed: list[tuple[str, int, list[int]]] = []
         self._sampled: list[str] = []  # the sequences that its sampled tokens belong to
+        self._scored: dict[int, int] = {}  # rows whose prompts are scored, and at how many places
+        self._finished: list[AuditedSequence] = []  # sent their last output and have to be over by the next step
+        self._free_difference = 0  # between the engine's count of free blocks and the ledger's, when last told
         self._counters = {
             "num_steps": 0,
             "num_rows": 0,
             "num_rows_sampled": 0,
             "num_outputs": 0,
+            "num_texts_checked": 0,
+            "num_logprobs_checked": 0,
+            "num_launches_compared": 0,
             "num_slots_checked": 0,
             "num_blocks_checked": 0,
+            "num_slots_noted": 0,
+            "num_slots_read": 0,
+            "num_zero_blocks_read": 0,
             "num_events": 0,
             "num_violations": 0,
             "num_self_tests": 0,
@@ -131,7 +136,14 @@ class IsolationAuditor:
             self._settle()
         in_range = 0 <= event.block_id < len(self._ledger.state)
         owners, owner_domains = self._ledger.owner(event.block_id) if in_range and event.kind != "scrub" else ((), ())
+        clean = event.kind == "allocate" and in_range and self._ledger.residue[event.block_id] == NOBODY
         problem = self._ledger.apply(event)
+        if problem is None and clean and self._bytes.can_read:
+            self._counters["num_zero_blocks_read"] += 1
+            if not self._bytes.is_zero(event.block_id, event.generation):
+                problem = "unscrubbed_bytes", "the block is said to be zero and is not"
+        elif problem is None and event.kind == "share" and self._changed_slots(event.block_id):
+            problem = "changed_bytes", "the shared block does not hold what was written into it"
         if problem is not None:
             rule, detail = problem
             sequences = tuple(dict.fromkeys((*filter(None, [event.sequence_id]), *owners)))
@@ -150,15 +162,31 @@ class IsolationAuditor:
         block_tables: Any,
         slot_mapping: Any,
         sampled: Sequence[SampledRow] | None = None,
+        scored: Sequence[ScoredRow] = (),
+        positions: Any = None,
+        num_blocks_free: int = -1,
     ) -> list[Violation]:
         """Check one step before its launch; call it once for every launch.
 
         Shapes: token_ids [T], cu_seqlens [R+1], kv_lens [R] (tokens after this step's writes), block_tables [R, B]
         (-1 padded), slot_mapping [T] (block * block_size + offset of each token written), all of integer type.
-        ``sampled``: the rows that sample; None where that is not told.
+        ``sampled``: the rows that sample; None where that is not told. ``scored``: those whose prompts are scored.
+        ``positions`` [T], ``num_blocks_free`` by the engine's own count: None and -1 where that is not told.
         The violations name the sequences that must not run. An empty list means that the step may be launched.
         """
-        arrays = StepArrays(sequence_ids, domains, token_ids, cu_seqlens, kv_lens, block_tables, slot_mapping, sampled)
+        arrays = StepArrays(
+            sequence_ids,
+            domains,
+            token_ids,
+            cu_seqlens,
+            kv_lens,
+            block_tables,
+            slot_mapping,
+            sampled,
+            scored,
+            positions,
+            num_blocks_free,
+        )
         with self._lock:
             return self._check_step(step, arrays)
 
@@ -171,14 +199,20 @@ class IsolationAuditor:
             found.append(Violation("step_order", *everyone, -1, detail))
         elif step > self._counters["last_step"]:
             self._settle()
+        found += self._endings_missing() + self._free_count(arrays.num_blocks_free)
         distrusted = frozenset(name for violation in found for name in violation.sequence_ids)
-        verdict = _check(self._ledger, arrays, distrusted)
+        verdict = check(self._ledger, arrays, distrusted)
         self._written = verdict.written
+        self._rows = list(arrays.sequence_ids)
         self._computed = verdict.computed
-        self._sampled = [arrays.sequence_ids[one.row] for one in sampled_of(arrays)]
+        sampled = sampled_of(arrays)
+        self._sampled = [arrays.sequence_ids[one.row] for one in sampled]
         for name, start, tokens in verdict.computed:
             self._ledger.sequences[name].takes(start, tokens)
         found += verdict.violations
+        if not verdict.violations:
+            found += self._bytes_read(arrays, verdict)
+        self._approve(arrays, sampled)
         self._counters["num_steps"] += 1
         self._counters["num_rows"] += len(arrays.sequence_ids)
         self._counters["num_rows_sampled"] += len(self._sampled)
@@ -188,30 +222,42 @@ class IsolationAuditor:
         self._counters["last_step"] = step
         return found
 
-    def on_sampled(self, step: int, token_ids: Sequence[int]) -> None:
-        """What the launch of the step that was checked last gave, below 0 where a row's numbers broke."""
+    def on_sampled(self, step: int, token_ids: Sequence[int], launch: Launch | None = None) -> None:
+        """What the launch of the step that was checked last gave, below 0 where a row's numbers broke; and, where that
+        is told, what it had been given. What does not fit becomes a violation of the step's check_outputs."""
         with self._lock:
             for name, start, tokens in self._computed:
                 if name in self._ledger.sequences:
                     self._ledger.sequences[name].launched(start, len(tokens))
             if len(token_ids) != len(self._sampled):
                 detail = f"step {step}: {len(token_ids)} tokens for {len(self._sampled)} rows that sample"
-                self._from_events.append(Violation("malformed_sampling", tuple(self._sampled), (), -1, detail))
+                self._from_launch.append(Violation("malformed_sampling", tuple(self._sampled), (), -1, detail))
                 return
             for name, token_id in zip(self._sampled, token_ids, strict=True):
                 if token_id >= 0 and name in self._ledger.sequences:
-                    self._ledger.sequences[name].samples(int(token_id))
+                    spelled = self._spell(int(token_id)) if self._spell is not None else b""
+                    self._ledger.sequences[name].samples(int(token_id), spelled)
+            if launch is not None:
+                self._hear(step, launch, token_ids)
+            self._note_written()
 
     def check_outputs(self, step: int, outputs: Sequence[Output]) -> list[Violation]:
         """Check a step's outputs before they leave. The violations name the sequences whose outputs must not."""
         with self._lock:
-            sequences = self._ledger.sequences
-            found = []
-            for name, rule, detail in output_problems(sequences, outputs, self._sampled):
+            sequences = self._ledger.ended | self._ledger.sequences
+            self._ledger.ended.clear()
+            found, self._from_launch = self._from_launch, []
+            knows_text = self._spell is not None
+            for name, rule, detail in output_problems(sequences, outputs, self._sampled, knows_text=knows_text):
                 domains = (sequences[name].domain,) if name in sequences else ()
                 found.append(Violation(rule, (name,), domains, -1, f"step {step}: {detail}"))
             self._sampled = []
+            self._finished += [
+                sequences[one.sequence_id] for one in outputs if one.finish_reason and one.sequence_id in sequences
+            ]
             self._counters["num_outputs"] += len(outputs)
+            self._counters["num_texts_checked"] += len(outputs) * knows_text
+            self._counters["num_logprobs_checked"] += sum(len(o.logprobs) + len(o.prompt_logprobs) for o in outputs)
             self._counters["num_violations"] += len(found)
             return found
 
@@ -222,7 +268,7 @@ class IsolationAuditor:
         """
         with self._lock:
             try:
-                passed = passes(self._ledger, _check)
+                passed = passes(self._ledger, check)
             except Exception:  # an auditor that breaks is blind; whatever broke it
                 passed = False
             self._counters["num_self_tests"] += 1
@@ -235,140 +281,117 @@ class IsolationAuditor:
         ids, generations, filled = self._written
         same = (self._ledger.generation[ids] == generations) & ~np.isin(self._ledger.state[ids], (FREE, UNREAD))
         self._ledger.filled[ids[same]] = filled[same]
-        self._written = (_NONE, _NONE, _NONE)
+        self._written = (NOTHING, NOTHING, NOTHING)
 
+    def _changed_slots(self, block_id: int) -> bool:
+        """Whether what was noted of a block's slots is there no more."""
+        size = self._ledger.block_size
+        slots = np.arange(block_id * size, block_id * size + int(self._ledger.filled[block_id]))
+        self._counters["num_slots_read"] += len(slots) * self._bytes.can_read
+        return bool(self._bytes.changed(slots, np.full(len(slots), self._ledger.generation[block_id])).any())
 
-def sampled_of(step: StepArrays) -> Sequence[SampledRow]:
-    """The rows that sample, none where a row is named that is not there."""
-    sampled = step.sampled or ()
-    return sampled if all(0 <= one.row < len(step.sequence_ids) for one in sampled) else ()
+    def _bytes_read(self, arrays: StepArrays, verdict: Verdict) -> list[Violation]:
+        """Some of the slots that the step reads: do they hold what was written?"""
+        rows, ids, before = verdict.read
+        ends = np.cumsum(before)
+        chosen = self._bytes.choose(int(ends[-1]) if len(ends) else 0, self._slots_per_step)
+        if not len(chosen):
+            return []
+        entry = np.searchsorted(ends, chosen, side="right")
+        slots = ids[entry] * self._ledger.block_size + chosen - (ends - before)[entry]
+        bad = np.unique(entry[self._bytes.changed(slots, self._ledger.generation[ids[entry]])])
+        self._counters["num_slots_read"] += len(slots)
+        found = []
+        for row, block_id in zip(rows[bad].tolist(), ids[bad].tolist(), strict=True):
+            owners, domains = self._ledger.owner(block_id)
+            names = tuple(dict.fromkeys((arrays.sequence_ids[row], *owners)))
+            detail = f"row {row}: a block that it reads does not hold what was written into it"
+            found.append(Violation("changed_bytes", names, domains, block_id, detail))
+        return found
 
+    def _note_written(self) -> None:
+        """The launch has written: remember what the slots hold now."""
+        if self._approved is not None and self._bytes.can_read:
+            slots = self._approved.slot_mapping.astype(np.int64)
+            slots = slots[(slots >= 0) & (slots < len(self._ledger.state) * self._ledger.block_size)]
+            self._bytes.note(slots, self._ledger.generation[slots // self._ledger.block_size])
+            self._counters["num_slots_noted"] += len(slots)
 
-def _check(ledger: BlockLedger, step: StepArrays, distrusted: frozenset[str] = frozenset()) -> _Verdict:
-    """Compare the step with the ledger. Writes of `distrusted` sequences are not taken for granted afterwards."""
-    num_rows = len(step.sequence_ids)
-    problem = shape_problem(step)
-    if problem is not None:
-        everyone = Violation(
-            "malformed_step", tuple(step.sequence_ids), tuple(dict.fromkeys(step.domains)), -1, problem
-        )
-        return _Verdict([everyone], 0, (_NONE, _NONE, _NONE), [])
-    if num_rows == 0:
-        return _Verdict([], 0, (_NONE, _NONE, _NONE), [])
-    size, num_blocks = ledger.block_size, len(ledger.state)
-    cu = np.asarray(step.cu_seqlens).astype(np.int64)
-    kv = np.asarray(step.kv_lens).astype(np.int64)
-    tables = np.asarray(step.block_tables).astype(np.int64)
-    slots = np.asarray(step.slot_mapping).astype(np.int64)
-    q = np.diff(cu)
-    row_domain = np.array([ledger.domain_ids.get(name, STRANGER) for name in step.domains], np.int64)
-    given = np.full(tables.shape, NOBODY, np.int64)  # what each row's sequence was given, by the ledger
-    for index, name in enumerate(step.sequence_ids):
-        if name in ledger.sequences:
-            own = ledger.sequences[name].blocks[: tables.shape[1]]
-            given[index, : len(own)] = own
-    flags = _Flags(ledger, step)
+    def _approve(self, arrays: StepArrays, sampled: Sequence[SampledRow]) -> None:
+        """Keep a copy of what may be launched."""
+        wanted = [one.token_index for one in sampled]
+        wanted += [place for one in arrays.scored for place in one.token_indices]
+        self._scored = {one.row: len(one.token_indices) for one in arrays.scored}
+        self._approved = KernelArrays(
+            arrays.token_ids,
+            () if arrays.positions is None else arrays.positions,
+            np.array(wanted, np.int64),
+            np.array([one.position for one in sampled], np.int64),
+            np.array([one.stable_row for one in sampled], np.int64),
+            arrays.cu_seqlens,
+            arrays.kv_lens,
+            arrays.block_tables,
+            arrays.slot_mapping,
+        ).copy()
 
-    # Lengths: a row that points outside its own table is flagged and takes no further part.
-    inside = (q <= kv) & (kv >= 0) & (kv <= tables.shape[1] * size)
-    flags.rows(~inside, "length_out_of_table", "kv_len is below q_len or beyond the block table")
-    start = np.where(inside, kv - q, 0)
-    kv = np.where(inside, kv, 0)
+    def _hear(self, step: int, launch: Launch, token_ids: Sequence[int]) -> None:
+        """Compare what the kernels held with what was approved, and note the log probabilities."""
+        sequences, found = self._ledger.sequences, dict[str, tuple[str, str]]()
+        if launch.arrays is not None and self._approved is not None:
+            self._counters["num_launches_compared"] += 1
+            for row, name in array_problems(self._approved, launch.arrays):
+                for sequence_id in [self._rows[row]] if row >= 0 else self._rows:
+                    found[sequence_id] = "unapproved_launch", f"the kernels had other {name} than were approved"
+            for sequence_id in self._owners_of(launch.arrays.slot_mapping):
+                found[sequence_id] = "unapproved_launch", "a launch wrote into its blocks that was not approved"
+        for place, told in launch.logprobs.items():
+            if not 0 <= place < len(self._sampled) or told.token_id != token_ids[place]:
+                everyone = self._sampled if not 0 <= place < len(self._sampled) else [self._sampled[place]]
+                found |= dict.fromkeys(everyone, ("foreign_logprobs", "log probabilities of a token it did not sample"))
+            elif self._sampled[place] in sequences:
+                sequences[self._sampled[place]].pending_logprobs.append(told)
+        for row, scores in launch.scores.items():
+            sequence = sequences.get(self._rows[row]) if 0 <= row < len(self._rows) else None
+            if scores is None or sequence is None:
+                continue
+            first = sequence.num_scored + 1
+            own = sequence.tokens[first : first + len(scores)]
+            if len(scores) != self._scored.get(row, 0) or [one.token_id for one in scores] != own:
+                found[sequence.sequence_id] = "foreign_scores", "log probabilities of other tokens than its prompt's"
+            sequence.num_scored += len(scores)
+            sequence.pending_scores += scores
+        for sequence_id, (rule, detail) in found.items():
+            domains = (sequences[sequence_id].domain,) if sequence_id in sequences else ()
+            self._from_launch.append(Violation(rule, (sequence_id,), domains, -1, f"step {step}: {detail}"))
 
-    # Reads: every block that the row can reach.
-    row, column = np.nonzero(np.arange(tables.shape[1]) < -(-kv // size)[:, None])
-    ids = tables[row, column]
-    real = (ids >= 0) & (ids < num_blocks)
-    flags.blocks(~real, row, ids, "block_out_of_range", "a block id in the table is outside of the pool")
-    at = np.where(real, ids, 0)
-    state = ledger.state[at]
-    held = real & ((state == WRITING) | (state == SEALED))
-    flags.blocks(real & ((state == FREE) | (state == UNREAD)), row, ids, "unallocated_block", "reads a free block")
-    flags.blocks(real & (state == QUARANTINED), row, ids, "quarantined_block", "reads a block in quarantine")
-    own_domain = ledger.domain[at] == row_domain[row]
-    placed = given[row, column] == ids
-    flags.blocks(held & ~own_domain, row, ids, "foreign_block", "reads a block of another domain")
-    flags.blocks(held & own_domain & ~placed, row, ids, "foreign_lineage", "reads a block that is not its own there")
+    def _owners_of(self, slot_mapping: Any) -> set[str]:
+        """Who holds the blocks of slots that were written and not approved."""
+        assert self._approved is not None
+        blocks = np.setdiff1d(slot_mapping, self._approved.slot_mapping) // self._ledger.block_size
+        real = blocks[(blocks >= 0) & (blocks < len(self._ledger.state))]
+        return {name for block_id in real.tolist() for name in self._ledger.owner(block_id)[0]}
 
-    # History: what lies in the blocks is exactly what came before.
-    before = np.clip(start[row] - column * size, 0, size)
-    mine = held & own_domain & placed
-    flags.blocks(mine & (ledger.filled[at] != before), row, ids, "history_mismatch", "tokens before this step differ")
+    def _endings_missing(self) -> list[Violation]:
+        """Sequences whose last output has left and that are still alive."""
+        sequences, late = self._ledger.sequences, self._finished
+        self._finished = []
+        return [
+            Violation("end_missing", (one.sequence_id,), (one.domain,), -1, "it sent its last output and is not over")
+            for one in late
+            if sequences.get(one.sequence_id) is one
+        ]
 
-    # Writes: exactly the new positions, through the table, into blocks being written, one writer each.
-    writer = np.repeat(np.arange(num_rows), q)
-    position = start[writer] + np.arange(len(slots)) - cu[writer]
-    sound = inside[writer]
-    target = tables[writer, np.where(sound, position // size, 0)] if tables.shape[1] else np.full(len(slots), -1)
-    expected = target * size + position % size
-    slot_block = slots // size
-    slot_real = (slots >= 0) & (slot_block < num_blocks)
-    flags.blocks(~slot_real, writer, slot_block, "slot_out_of_range", "writes outside of the cache")
-    slot_at = np.where(slot_real, slot_block, 0)
-    foreign = slot_real & (ledger.domain[slot_at] != row_domain[writer])
-    flags.blocks(foreign, writer, slot_block, "foreign_write", "writes into a block of another domain")
-    flags.blocks(sound & (slots != expected), writer, slot_block, "slot_mismatch", "writes beside its own positions")
-    closed = slot_real & ~foreign & (ledger.state[slot_at] != WRITING)
-    flags.blocks(closed, writer, slot_block, "write_to_closed_block", "writes into a block not in writing state")
-    _, first, count = np.unique(slots, return_inverse=True, return_counts=True)
-    flags.blocks(count[first] > 1, writer, slot_block, "double_writer", "a slot has two writers in this step")
-    # Tokens: every row computes its own.
-    tokens = [part.tolist() for part in np.split(np.asarray(step.token_ids), cu[1:-1])]
-    rows = list(zip(step.sequence_ids, start.tolist(), tokens, strict=True))
-    alien = np.array([not _own_tokens(ledger, *computed) for computed in rows], np.bool_)
-    flags.rows(inside & alien, "foreign_tokens", "computes tokens that are not its sequence's")
-    if step.sampled is not None:
-        for one, rule, detail in sampling_problems(ledger.sequences, step, cu.tolist(), kv.tolist()):
-            flags.row(one, rule, detail)
-    twice = len(set(step.sequence_ids)) != num_rows
-    flags.rows(np.full(num_rows, twice), "duplicate_row", "a sequence has two rows in this step")
-
-    trusted = np.array([name not in distrusted for name in step.sequence_ids], np.bool_)
-    good = (trusted & ~flags.bad)[row]
-    after = np.clip(kv[row] - column * size, 0, size)
-    return _Verdict(
-        flags.found,
-        len(ids),
-        (ids[good], ledger.generation[at][good], after[good]),
-        [computed for computed, fine in zip(rows, trusted & ~flags.bad, strict=True) if fine],
-    )
-
-
-def _own_tokens(ledger: BlockLedger, name: str, start: int, tokens: list[int]) -> bool:
-    known = ledger.sequences[name].tokens if name in ledger.sequences else []
-    return start <= len(known) and known[start : start + len(tokens)] == tokens[: max(0, len(known) - start)]
-
-
-class _Flags:
-    """Collects violations: one for each row and rule, with the first block that shows it."""
-
-    def __init__(self, ledger: BlockLedger, step: StepArrays) -> None:
-        self.found: list[Violation] = []
-        self.bad: BoolArray = np.zeros(len(step.sequence_ids), np.bool_)
-        self._ledger = ledger
-        self._step = step
-
-    def rows(self, mask: BoolArray, rule: str, detail: str) -> None:
-        for row in np.nonzero(mask)[0]:
-            self._add(int(row), -1, rule, detail)
-
-    def row(self, row: int, rule: str, detail: str) -> None:
-        self._add(row, -1, rule, detail)
-
-    def blocks(self, mask: BoolArray, rows: IntArray, ids: IntArray, rule: str, detail: str) -> None:
-        if not mask.any():
-            return
-        unique, first = np.unique(rows[mask], return_index=True)
-        for row, block_id in zip(unique, ids[mask][first], strict=True):
-            self._add(int(row), int(block_id), rule, detail)
-
-    def _add(self, row: int, block_id: int, rule: str, detail: str) -> None:
-        self.bad[row] = True
-        sequences: tuple[str, ...] = (self._step.sequence_ids[row],)
-        domains: tuple[str, ...] = (self._step.domains[row],)
-        if 0 <= block_id < len(self._ledger.state):
-            owners, owner_domains = self._ledger.owner(block_id)
-            domains = tuple(dict.fromkeys((*domains, *owner_domains)))
-            if rule in ("foreign_write", "double_writer"):  # the owner's content is at stake too
-                sequences = tuple(dict.fromkeys((*sequences, *owners)))
-        self.found.append(Violation(rule, sequences, domains, block_id, f"row {row}: {detail}"))
+    def _free_count(self, num_told: int) -> list[Violation]:
+        """Whether the engine's count of free blocks is the ledger's; told once for each difference. Blocks that this
+        ledger alone has put into quarantine may be either."""
+        if num_told < 0:
+            return []
+        state = self._ledger.state
+        least = int(np.count_nonzero((state == FREE) | (state == UNREAD)))
+        most = least + int(np.count_nonzero(state == QUARANTINED))
+        difference = min(num_told - least, 0) + max(num_told - most, 0)
+        known, self._free_difference = self._free_difference, difference
+        if difference in (0, known):
+            return []
+        detail = f"the engine says that {num_told} blocks are free, by its own events {least} are"
+        return [Violation("free_count", (), (), -1, detail)]

@@ -118,6 +118,7 @@ def _tenant(row: dict[str, Any], names: dict[str, str]) -> list[str]:
         f"{row['num_cached_tokens']:,}",
         f"{row['num_completion_tokens']:,}",
         usd(int(row["charged_nano_usd"])),
+        usd(int(row.get("refunded_nano_usd", 0))),  # version 1 had none
     ]
 
 

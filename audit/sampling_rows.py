@@ -44,6 +44,39 @@ class SampledRow(NamedTuple):
     num_counted: int = 0  # tokens in both
 
 
+class ScoredRow(NamedTuple):
+    """A row of which some places are looked at for the prompt's own next tokens."""
+
+    row: int
+    token_indices: Sequence[int]  # in the batch
+    next_token_ids: Sequence[int]
+
+
+def scoring_problems(
+    sequences: dict[str, AuditedSequence], step: StepArrays, cu: Sequence[int], kv: Sequence[int]
+) -> list[Finding]:
+    """Every row whose prompt would be scored from another's logits, against other tokens, twice or with gaps."""
+    found: list[Finding] = []
+    for one in step.scored:
+        if not 0 <= one.row < len(step.sequence_ids):
+            return [(row, "foreign_scores", f"row {one.row} is scored") for row in range(len(step.sequence_ids))]
+        sequence = sequences.get(step.sequence_ids[one.row])
+        if sequence is None:
+            continue
+        begin, end = cu[one.row], cu[one.row + 1]
+        first = begin + sequence.num_scored - (kv[one.row] - (end - begin))
+        places = list(range(first, first + len(one.token_indices)))
+        then = sequence.num_scored + 1
+        if (
+            list(one.token_indices) != places
+            or (places and not begin <= first <= places[-1] < end)
+            or list(one.next_token_ids) != sequence.tokens[then : then + len(places)]
+            or then + len(places) > max(sequence.num_prompt, then)
+        ):
+            found.append((one.row, "foreign_scores", "its prompt is scored at other places or against other tokens"))
+    return found
+
+
 def sampling_problems(
     sequences: dict[str, AuditedSequence], step: StepArrays, cu: Sequence[int], kv: Sequence[int]
 ) -> list[Finding]:

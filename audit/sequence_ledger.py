@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from audit.launch import Logprob
+
 
 @dataclass(slots=True)
 class AuditedSequence:
@@ -21,6 +23,11 @@ class AuditedSequence:
     facts: Any = None  # audit/sampling_rows.py: how it samples
     blocks: list[int] = field(default_factory=list)  # its block table
     pending: list[int] = field(default_factory=list)  # sampled and not yet sent
+    pending_logprobs: list[Logprob] = field(default_factory=list)  # of its tokens, told by a launch and not yet sent
+    pending_scores: list[Logprob] = field(default_factory=list)  # of its prompt's tokens, likewise
+    unsaid: bytearray = field(default_factory=bytearray)  # what its tokens spell and no text has said
+    has_spoken: bool = False
+    num_scored: int = 0  # prompt tokens whose successors have been scored
     num_prompt: int = field(init=False)
     num_released: int = 0  # tokens sent
     num_computed: int = 0  # the most tokens that were ever in the cache
@@ -51,10 +58,11 @@ class AuditedSequence:
             self.first_start = start
         self.num_computed = max(self.num_computed, start + num_tokens)
 
-    def samples(self, token_id: int) -> None:
-        """Its row gave this token: it is the sequence's next, and waits to be sent."""
+    def samples(self, token_id: int, spelled: bytes = b"") -> None:
+        """Its row gave this token: it is the sequence's next, and waits to be sent and said."""
         self.tokens.append(token_id)
         self.pending.append(token_id)
+        self.unsaid += spelled
 
     def takes(self, start: int, tokens: list[int]) -> bool:
         """Whether `tokens` from position `start` on are its own; tokens beyond the known ones become known."""

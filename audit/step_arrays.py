@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from audit.sampling_rows import SampledRow
+    from audit.sampling_rows import SampledRow, ScoredRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,9 @@ class StepArrays:
     block_tables: Any
     slot_mapping: Any
     sampled: "Sequence[SampledRow] | None" = None  # None: how rows sample is not told, and not checked
+    scored: "Sequence[ScoredRow]" = ()
+    positions: Any = None  # None: not told
+    num_blocks_free: int = -1  # by the engine's own count; -1: not told
 
 
 def shape_problem(step: StepArrays) -> str | None:
@@ -43,6 +46,8 @@ def shape_problem(step: StepArrays) -> str | None:
         return f"block_tables {tables.shape} or slot_mapping {arrays['slot_mapping'].shape} has the wrong shape"
     if arrays["token_ids"].shape != arrays["slot_mapping"].shape:
         return f"{arrays['token_ids'].shape} tokens for {arrays['slot_mapping'].shape} slots"
+    if step.positions is not None and np.shape(step.positions) != arrays["token_ids"].shape:
+        return f"{np.shape(step.positions)} positions for {arrays['token_ids'].shape} tokens"
     cu = cu.astype(np.int64)
     if cu[0] != 0 or (np.diff(cu) < 0).any() or cu[-1] != len(arrays["slot_mapping"]):
         return f"cu_seqlens must rise from 0 to {len(arrays['slot_mapping'])}, the number of slots"

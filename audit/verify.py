@@ -45,7 +45,9 @@ from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PublicKey
 ED25519, MLDSA_LOG, MLDSA_REPORT = "Ed25519", "ML-DSA-44 (checkpoint)", "ML-DSA-44 (report)"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
-PREDICATE_TYPE = "https://bulkhead.dev/attestation/isolation-report/v1"
+PREDICATE_TYPES = {  # version 1 had no refunds and adjustments among its money figures
+    f"https://bulkhead.dev/attestation/isolation-report/v{version}": version for version in (1, 2)
+}
 
 # The registry, as kind -> version -> fields. s text, i number, d number as decimal text, b truth value, l list of text.
 KINDS: dict[str, dict[int, str]] = {
@@ -60,6 +62,7 @@ KINDS: dict[str, dict[int, str]] = {
         1: "request_id:s finish_reason:s num_prompt_tokens:i num_cached_tokens:i num_completion_tokens:i "
         "amount_nano_usd:d outcome:s"
     },
+    "request.replayed": {1: "request_id:s original_request_id:s key_id:s"},
     "tenant.created": {1: "organisation_id:s name:s"},
     "tenant.status_changed": {1: "status:s reason:s"},
     "tenant.deleted": {1: "name:s reason:s num_keys_revoked:i credit_nano_usd:d"},
@@ -73,7 +76,11 @@ KINDS: dict[str, dict[int, str]] = {
         1: "price_id:s model:s input_pico_usd:i cached_input_pico_usd:i output_pico_usd:i request_nano_usd:d "
         "effective_from_ns:d"
     },
-    "credit.granted": {1: "transfer_id:s memo:s amount_nano_usd:d"},
+    "credit.granted": {
+        1: "transfer_id:s memo:s amount_nano_usd:d",
+        2: "transfer_id:s memo:s amount_nano_usd:d credit_kind:s expires_ns:d",
+    },
+    "credit.expired": {1: "transfer_id:s credit_kind:s amount_nano_usd:d expires_ns:d"},
     "credit.refunded": {1: "transfer_id:s request_id:s reason:s amount_nano_usd:d"},
     "credit.adjusted": {1: "transfer_id:s corrects_id:s reason:s direction:s amount_nano_usd:d"},
     "limits.changed": {
@@ -92,6 +99,7 @@ KINDS: dict[str, dict[int, str]] = {
     "isolation.violation": {1: "epoch:s rule:s detail:s step:i block_id:i sequence_ids:l domains:l"},
     "operator.created": {1: "name:s"},
     "operator.logged_in": {1: "name:s"},
+    "operator.logged_out": {1: "name:s"},
     "operator.login_failed": {1: "name:s"},
     "report.issued": {1: "name:s statement_sha256:s since_ns:d until_ns:d"},
     "opening.erased": {1: "reason:s leaf_indexes:l"},
@@ -467,7 +475,7 @@ def verify_report(path: str, log_folder: str | None = None, key_texts: Sequence[
         # (13) Figures: counted again.
         leaves = log.leaves[: report["head"].size] if log is not None else []
         predicate = report["statement"]["predicate"]
-        counted = count_figures(leaves, predicate["scope"])
+        counted = count_figures(leaves, predicate["scope"], PREDICATE_TYPES[report["statement"]["predicateType"]])
         differences = list(_differences(predicate["figures"], counted, "figures"))
         late = sum(x.body is None and log.receipts.get(x.index, 0) >= len(leaves) for x in leaves) if log else 0
         if differences and late:
@@ -500,7 +508,7 @@ def verify_report(path: str, log_folder: str | None = None, key_texts: Sequence[
     return findings
 
 
-def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any]) -> dict[str, Any]:
+def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any], version: int = 2) -> dict[str, Any]:
     """Every figure of a report, from leaves with their openings. Definitions: docs/report.md."""
     since, until, gap_max = (int(scope[name]) for name in ("since_ns", "until_ns", "heartbeat_gap_max_ns"))
     period = [leaf for leaf in leaves if since <= leaf.at_ns < until]
@@ -511,9 +519,12 @@ def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any]) -> dict[str, An
     outcomes = dict.fromkeys(OUTCOMES, 0)
     settled_ever = {body["request_id"] for _, body in _opened(leaves, "request.settled")}
     open_requests = 0
+    money_names: tuple[str, ...] = ("charged_nano_usd", "granted_nano_usd")
+    if version > 1:
+        money_names += ("refunded_nano_usd", "adjusted_nano_usd", "expired_nano_usd")
 
     def tenant(leaf: Leaf) -> dict[str, int]:
-        names = ("num_admitted", "num_settled", *_TOKENS, "charged_nano_usd", "granted_nano_usd")
+        names = ("num_admitted", "num_settled", *_TOKENS, *money_names)
         return tenants.setdefault(leaf.tenant, dict.fromkeys(names, 0))
 
     for leaf, body in _opened(period, "request.admitted"):
@@ -528,9 +539,11 @@ def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any]) -> dict[str, An
         outcomes[body["outcome"]] += 1
     for leaf, body in _opened(period, "credit.granted"):
         tenant(leaf)["granted_nano_usd"] += int(body["amount_nano_usd"])
+    others = ("credit.refunded", "credit.adjusted", "credit.expired") if version > 1 else ()
+    for leaf, body in (found for kind in others for found in _opened(period, kind)):
+        sign = -1 if body.get("direction") == "take" else 1
+        tenant(leaf)[leaf.kind.removeprefix("credit.") + "_nano_usd"] += sign * int(body["amount_nano_usd"])
     totals = {name: sum(row[name] for row in tenants.values()) for name in ("num_admitted", "num_settled", *_TOKENS)}
-    charged = sum(row["charged_nano_usd"] for row in tenants.values())
-    granted = sum(row["granted_nano_usd"] for row in tenants.values())
     incidents = [
         {
             "leaf_index": leaf.index,
@@ -551,7 +564,7 @@ def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any]) -> dict[str, An
             "by_kind": by_kind,
         },
         "requests": {**totals, **outcomes, "open": open_requests},
-        "money": {"charged_nano_usd": str(charged), "granted_nano_usd": str(granted)},
+        "money": {name: str(sum(row[name] for row in tenants.values())) for name in money_names},
         "tenants": [
             {"tenant": name, **{k: str(v) if k.endswith("_nano_usd") else v for k, v in row.items()}}
             for name, row in sorted(tenants.items())
@@ -811,11 +824,13 @@ def _open_envelope(raw: bytes, place: str) -> tuple[bytes, dict[str, Any], list[
             key_id = bytes.fromhex(identifier)
         except ValueError as error:
             raise Failure(f"{place}: keyid {entry['keyid'][:60]!r} is not NAME+ID") from error
+        if identifier != key_id.hex():
+            raise Failure(f"{place}: keyid {entry['keyid'][:60]!r} is not in lower-case hex")
         signatures.append((name, key_id, _base64(entry["sig"], f"{place}: signature of {name}")))
     statement = _json(body, f"{place} payload")
     try:
         predicate = statement["predicate"]
-        known = statement["_type"] == STATEMENT_TYPE and statement["predicateType"] == PREDICATE_TYPE
+        known = statement["_type"] == STATEMENT_TYPE and statement["predicateType"] in PREDICATE_TYPES
         parts = (statement["subject"], predicate["figures"], predicate["scope"], predicate["log"], predicate["keys"])
     except (KeyError, TypeError) as error:
         raise Failure(f"{place} payload: not a Bulkhead statement ({error} is missing)") from error

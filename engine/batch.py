@@ -8,18 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.events import SamplingState, StepEvidence, Violation
+from engine.events import SamplingState, Scored, StepEvidence, Violation
 from engine.scheduling.schedule import ScheduledRow
 from kernels.backend import OwnershipError
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """The places of one row that are looked at for the prompt's own next tokens."""
-
-    index: int  # batch row
-    row: int  # its stable row
-    next_token_ids: tuple[int, ...]  # of each place
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +30,11 @@ class Batch:
 
 
 def build_batch(
-    step: int, rows: Rows[ScheduledRow], block_size: int, state_of: Callable[[int], SamplingState]
+    step: int,
+    rows: Rows[ScheduledRow],
+    block_size: int,
+    state_of: Callable[[int], SamplingState],
+    num_blocks_free: int = -1,
 ) -> Batch:
     """Every row's tokens num_computed..num_computed + num_new. A row samples when nothing of it is left to compute. Its
     prompt's places are scored as they are computed, each once.
@@ -76,6 +71,7 @@ def build_batch(
     sampled_tokens = cu_seqlens[1:][at].astype(np.int64) - 1
     sampled_positions = kv_lens[at].astype(np.int64)
     sampled_rows = np.array([rows[index].sequence.row for index in sampled], dtype=np.int64)
+    scored_places = np.array(scored_tokens, dtype=np.int64)
     return Batch(
         token_ids=token_ids,
         positions=positions,
@@ -83,7 +79,7 @@ def build_batch(
         sampled_positions=sampled_positions,
         sampled_rows=sampled_rows,
         sampled_index=sampled,
-        scored_tokens=np.array(scored_tokens, dtype=np.int64),
+        scored_tokens=scored_places,
         scored=tuple(scored),
         evidence=StepEvidence(
             step=step,
@@ -99,6 +95,10 @@ def build_batch(
             sampled_rows=sampled_rows,
             sampled_index=sampled,
             sampling=tuple(state_of(row) for row in sampled_rows.tolist()),
+            positions=positions,
+            scored_tokens=scored_places,
+            scored=tuple(scored),
+            num_blocks_free=num_blocks_free,
         ),
     )
 

@@ -8,7 +8,7 @@ import torch
 from engine.config import WorkerConfig
 from engine.core import EngineCore
 from engine.errors import ConfigError
-from engine.events import NullObserver, Observer
+from engine.events import NullObserver, Observer, Watched
 from engine.model_runner import ModelRunner
 from engine.models.load import check_vocabulary
 from engine.models.weights import model_digest
@@ -19,15 +19,15 @@ from engine.text.tokenizer import Tokenizer
 from engine.worker_log import log
 from kernels.backend import choose
 
-MakeObserver = Callable[[int, int], Observer]
+MakeObserver = Callable[[Watched], Observer]
 
 
-def unobserved(num_blocks: int, block_size: int) -> Observer:
+def unobserved(watched: Watched) -> Observer:
     return NullObserver()
 
 
 def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") -> tuple[EngineCore, Ready]:
-    """Load everything; ``make_observer`` is called with the number of blocks and their size, once both are known.
+    """Load everything; ``make_observer`` is called with what it may look at, once that is there.
 
     Raises ConfigError, or KernelError, with one clear line.
     """
@@ -63,7 +63,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         max_batched_tokens=config.max_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         max_waiting=config.max_waiting,
-        observer=make_observer(runner.num_blocks, config.block_size),
+        observer=make_observer(Watched(runner.num_blocks, config.block_size, config.model_dir, runner.cache.words())),
         scheduling=config.scheduling,
         wait_max_tokens=config.wait_max_tokens,
         max_prompt_tokens=config.max_prompt_tokens,

@@ -7,7 +7,7 @@ from pathlib import Path
 from engine.errors import ConfigError
 
 DTYPES = ("bfloat16", "float32")
-KERNELS = ("auto", "torch", "portable", "avx2", "avx512")
+KERNELS = ("auto", "torch", "portable", "avx2", "avx512", "avx512_bf16")
 PRODUCTS = ("auto", "own", "onednn")
 
 
@@ -41,6 +41,7 @@ class WorkerConfig:
     cache_ceiling_percent: int = 100  # of the blocks, for each domain's cached ones
     drain_timeout_ms: int = 10_000  # after SIGTERM
     num_failures_max: int = 3  # failed steps in a row before the worker gives up
+    violating_steps_max: int = 3  # steps that broke isolation before the worker takes nothing in any more
 
     def __post_init__(self) -> None:
         for name in (
@@ -50,6 +51,7 @@ class WorkerConfig:
             "kv_cache_bytes",
             "wait_max_tokens",
             "num_failures_max",
+            "violating_steps_max",
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")

@@ -20,7 +20,6 @@ sequences their lives (`engine_failure`), not the engine: its blocks are release
 import traceback
 from collections.abc import Callable
 from collections.abc import Sequence as Line
-from dataclasses import dataclass, field
 from itertools import chain
 
 from msgspec.structs import replace
@@ -42,15 +41,9 @@ from engine.scheduling.schedule import ScheduledRow
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.tiers import TIERS
 from engine.sequence import Event, Sequence
+from engine.step_result import StepResult
 from engine.text.answer import Answer, Piece
 from kernels.backend import OwnershipError
-
-
-@dataclass(slots=True)
-class StepResult:
-    outputs: list[TokenOutput] = field(default_factory=list)
-    incidents: list[Incident] = field(default_factory=list)
-    failure: str = ""  # traceback of a failed launch, for the log
 
 
 class EngineCore:
@@ -198,7 +191,7 @@ class EngineCore:
                 self.pool.launched(self.step_number)
                 try:
                     picks = self._runner.execute(batch)  # 4
-                    self._observer.after_launch(self.step_number, picks.token_ids)
+                    self._observer.after_launch(self.step_number, picks)
                     break
                 except OwnershipError as refusal:
                     self._punish([refused(refusal, batch)], rows, result)
@@ -246,7 +239,8 @@ class EngineCore:
         """Arrays that the observer has nothing to say against, or None where no row is left."""
         self._show_events()
         while rows:
-            batch = build_batch(self.step_number, rows, self._runner.block_size, self._runner.state_of)
+            sizes = self._runner.block_size, self._runner.state_of, self.pool.num_free
+            batch = build_batch(self.step_number, rows, *sizes)
             violations = self._observer.before_launch(batch.evidence)
             if not violations:
                 return batch
@@ -276,6 +270,7 @@ class EngineCore:
             return
         result.outputs = []
         self._punish(violations, [], result)
+        self.pool.forget_domains(sorted({domain for violation in violations for domain in violation[2]}))
         named = {name for violation in violations for name in violation[1]}
         result.outputs = with_endings(outputs, named, result.outputs)
 

@@ -10,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from engine.core import EngineCore
 from engine.endings import refusal
 from engine.journal import Journal, record_of
@@ -66,6 +68,8 @@ class EngineThread:
     commands: "queue.SimpleQueue[Command]" = field(default_factory=queue.SimpleQueue)
     stats: Stats | None = None
     exit_code: int = 0
+    violating_steps_max: int = 3
+    num_violating_steps: int = 0
     _owners: dict[str, Connection] = field(default_factory=dict)
     _drain_until_s: float | None = None
 
@@ -95,7 +99,7 @@ class EngineThread:
             result = self.core.step()
             if result.failure:
                 log(f"step {self.core.step_number} failed:\n{result.failure}")
-            self._emit(result.outputs, result.incidents)
+            self._emit(result.outputs, result.incidents + self._closing(result.incidents))
             if self.core.num_failures_in_a_row >= self.num_failures_max:
                 log(f"{self.core.num_failures_in_a_row} steps in a row failed: giving up")
                 self._emit(self.core.abort_all("engine_failure"), [])
@@ -104,6 +108,21 @@ class EngineThread:
         elif self._drain_until_s is not None:
             return False
         return True
+
+    @property
+    def closed(self) -> bool:
+        """Isolation broke in too many steps to go on: nothing is taken in until somebody restarts the worker."""
+        return self.num_violating_steps >= self.violating_steps_max
+
+    def _closing(self, incidents: list[Incident]) -> list[Incident]:
+        """Count a step with violations; the incident that says so when the worker closes with it."""
+        was_closed = self.closed
+        self.num_violating_steps += bool(incidents)
+        if was_closed or not self.closed:
+            return []
+        detail = f"isolation broke in {self.num_violating_steps} steps: nothing is taken in until a restart"
+        log(detail)
+        return [Incident("admission_closed", self.core.step_number, [], [], -1, detail)]
 
     def _take_commands(self) -> list[Command]:
         commands: list[Command] = []
@@ -136,6 +155,8 @@ class EngineThread:
     def _submit(self, connection: Connection, submit: Submit) -> None:
         if self._drain_until_s is not None:
             refused: TokenOutput | None = refusal(submit.sequence_id, "draining")
+        elif self.closed:
+            refused = refusal(submit.sequence_id, "closed")
         else:
             refused = self.core.add(submit)
         if refused is None:
@@ -149,7 +170,7 @@ class EngineThread:
         if strangers:
             outputs = [output for output in outputs if output.sequence_id in self._owners]
             incidents = incidents + self._turn_away(strangers, incidents)
-        self.stats = self.core.stats()
+        self.stats = replace(self.core.stats(), closed=self.closed)
         self.journal.append([record_of(output) for output in outputs])
         frames: defaultdict[Connection, bytearray] = defaultdict(bytearray)
         for output in outputs:

@@ -8,14 +8,18 @@ beyond the step (a copy is cheap).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.protocol import SamplingParams, TokenOutput
 
-EventKind = Literal["begin", "end", "allocate", "seal", "publish", "share", "evict", "free", "scrub"]
+if TYPE_CHECKING:
+    from engine.sampling.sampler import Picks
+
+EventKind = Literal["begin", "end", "allocate", "seal", "publish", "share", "evict", "free", "scrub", "quarantine"]
 EVENT_KINDS: frozenset[str] = frozenset(get_args(EventKind))
 
 
@@ -32,6 +36,8 @@ class EngineEvent:
     evict:    the block may not be shared any more; who reads it goes on. ``sequence_id`` is empty.
     free:     the sequence let go of it; the step in flight may still read it.
     scrub:    its content was overwritten with zeros; ``domain`` and ``sequence_id`` are empty.
+
+    quarantine: the block is put away for good; ``domain`` and ``sequence_id`` are empty.
 
     A sequence's allocate and share events come in the order of its block table.
     """
@@ -70,6 +76,41 @@ class SamplingState:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """The places of one row that are looked at for the prompt's own next tokens."""
+
+    index: int  # batch row
+    row: int  # its stable row
+    next_token_ids: tuple[int, ...]  # of each place
+
+
+@dataclass(frozen=True, slots=True)
+class KernelArrays:
+    """What the kernels held during a launch: their own arrays, not the evidence that was shown before it."""
+
+    token_ids: NDArray[np.int64]  # [T]
+    positions: NDArray[np.int64]  # [T]
+    wanted: NDArray[np.int64]  # [S + P] of the rows that sample, then of the scored places
+    sampled_positions: NDArray[np.int64]  # [S]
+    sampled_rows: NDArray[np.int64]  # [S]
+    cu_seqlens: NDArray[np.int32]  # [R+1]
+    kv_lens: NDArray[np.int32]  # [R]
+    block_tables: NDArray[np.int32]  # [R, B]
+    slot_mapping: NDArray[np.int64]  # [T]
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What an observer may look at from the start on. ``memory``: views of the KV cache itself, unsigned integers
+    [places, num_blocks, block_size, words], a place being a layer's keys or values; it must not write there."""
+
+    num_blocks: int
+    block_size: int
+    model_dir: Path
+    memory: tuple[NDArray[Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepEvidence:
     """Everything that decides what a step computes, which KV slots it reads and writes, and how it samples. Rows are in
     batch order; T tokens, R rows, S of them sample."""
@@ -87,6 +128,10 @@ class StepEvidence:
     sampled_rows: NDArray[np.int64]  # [S] stable row of each
     sampled_index: tuple[int, ...]  # [S] batch row of each: its sequence gets the token
     sampling: tuple[SamplingState, ...]  # [S] what lies in those stable rows
+    positions: NDArray[np.int64]  # [T] place of each token in its sequence
+    scored_tokens: NDArray[np.int64]  # [P] places in the batch whose logits are wanted for the prompt, row after row
+    scored: tuple[Scored, ...]  # whose they are: P in all
+    num_blocks_free: int  # by the pool's own count, -1 where that is not known
 
 
 # (kind, sequence_ids, domains, block_id, detail): plain values, so that the auditor shares no type with the engine.
@@ -101,8 +146,8 @@ class Observer(Protocol):
         """Called before every launch. Sequences that a violation names are aborted and not executed."""
         ...
 
-    def after_launch(self, step: int, token_ids: NDArray[np.int64]) -> None:
-        """What the launch gave [S], below 0 where a row's numbers broke; before anything is done with it."""
+    def after_launch(self, step: int, picks: "Picks") -> None:
+        """What the launch gave and which arrays the kernels held, before anything is done with it."""
 
     def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:
         """Called with a step's outputs before they leave. Those that a violation names are withheld."""
@@ -122,7 +167,7 @@ class NullObserver:
     def before_launch(self, evidence: StepEvidence) -> list[Violation]:
         return []
 
-    def after_launch(self, step: int, token_ids: NDArray[np.int64]) -> None:
+    def after_launch(self, step: int, picks: "Picks") -> None:
         return None
 
     def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from engine.batch import Batch
 from engine.cache.kv_cache import KVCache, block_bytes, row_tags
 from engine.errors import ConfigError
-from engine.events import SamplingState
+from engine.events import KernelArrays, SamplingState
 from engine.models.facts import Model
 from engine.models.load import load_model
 from engine.protocol import TokenLogprob
@@ -69,6 +69,7 @@ class ModelRunner:
             dtype=model.dtype,
         )
         self._rows: list[Row | None] = [None] * max_num_seqs
+        self._arrays: KernelArrays | None = None  # of the last launch
 
     @classmethod
     def load(
@@ -109,7 +110,8 @@ class ModelRunner:
     def execute(self, batch: Batch) -> Picks:
         logits = self.logits(batch)
         num_sampled = len(batch.sampled_index)
-        picks = Picks(np.empty(num_sampled, dtype=np.int64), {}, self._scores(batch, logits[num_sampled:]))
+        scores, arrays = self._scores(batch, logits[num_sampled:]), self._arrays
+        picks = Picks(np.empty(num_sampled, dtype=np.int64), {}, scores, arrays)
         positions = batch.sampled_positions.tolist()
         for index, number in enumerate(batch.sampled_rows.tolist()):
             row = self._rows[number]
@@ -140,23 +142,33 @@ class ModelRunner:
         evidence = batch.evidence
         tags = row_tags(evidence.domains)
         self.cache.claim(evidence.slot_mapping, np.repeat(tags, np.diff(evidence.cu_seqlens)))
-        plan = self.model.backend.plan(
-            StepTables(
-                cu_seqlens=evidence.cu_seqlens,
-                kv_lens=evidence.kv_lens,
-                block_tables=evidence.block_tables,
-                slot_mapping=evidence.slot_mapping,
-                row_tags=tags,
-                block_tags=self.cache.block_tags,
-                block_size=self.block_size,
-            )
+        tables = StepTables(
+            cu_seqlens=evidence.cu_seqlens,
+            kv_lens=evidence.kv_lens,
+            block_tables=evidence.block_tables,
+            slot_mapping=evidence.slot_mapping,
+            row_tags=tags,
+            block_tags=self.cache.block_tags,
+            block_size=self.block_size,
+        )
+        wanted = np.concatenate((batch.sampled_tokens, batch.scored_tokens))
+        self._arrays = KernelArrays(
+            token_ids=batch.token_ids,
+            positions=batch.positions,
+            wanted=wanted,
+            sampled_positions=batch.sampled_positions,
+            sampled_rows=batch.sampled_rows,
+            cu_seqlens=tables.cu_seqlens,
+            kv_lens=tables.kv_lens,
+            block_tables=tables.block_tables,
+            slot_mapping=tables.slot_mapping,
         )
         logits = self.model.forward(
             torch.from_numpy(batch.token_ids),
             torch.from_numpy(batch.positions),
             cache=self.cache,
-            plan=plan,
-            wanted=torch.from_numpy(np.concatenate((batch.sampled_tokens, batch.scored_tokens))),
+            plan=self.model.backend.plan(tables),
+            wanted=torch.from_numpy(wanted),
         )
         values: NDArray[np.float32] = logits.numpy()
         return values

@@ -21,7 +21,9 @@ FRAME_BYTES_MAX = (
 _LENGTH_BYTES = 4
 
 FINISH_REASONS = frozenset({"stop", "length", "abort", "error"})
-ERROR_CODES = frozenset({"isolation_violation", "engine_failure", "too_long", "busy", "draining", "invalid_input"})
+ERROR_CODES = frozenset(
+    {"isolation_violation", "engine_failure", "too_long", "busy", "draining", "closed", "invalid_input"}
+)
 
 REPETITION_PENALTY_MIN = 0.01  # smaller or larger ones leave the range of numbers
 REPETITION_PENALTY_MAX = 100.0
@@ -202,10 +204,14 @@ class Stats(msgspec.Struct, frozen=True, array_like=True, tag="stats"):
     num_blocks_scrubbed: int = 0
     num_preemptions_kept: int = 0  # of num_preemptions: blocks kept, nothing lost
     num_rescued: int = 0  # sequences that had waited too long
+    closed: bool = False  # nothing is taken in any more: too many steps broke isolation
 
 
 class Incident(msgspec.Struct, frozen=True, array_like=True, tag="incident"):
-    """A broken isolation rule. Its sequences end with error ``isolation_violation`` before a byte of theirs leaves."""
+    """A broken isolation rule. Its sequences end with error ``isolation_violation`` before a byte of theirs leaves.
+
+    Kind ``admission_closed`` names nobody: such steps have become too many, and the worker takes nothing in any more.
+    """
 
     kind: str
     step: int

@@ -44,7 +44,13 @@ class Server:
         self._connections: set[Connection] = set()
         self._stop = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._engine = EngineThread(core, journal, config.num_failures_max, self._deliver)
+        self._engine = EngineThread(
+            core,
+            journal,
+            config.num_failures_max,
+            self._deliver,
+            violating_steps_max=config.violating_steps_max,
+        )
         self._engine.stats = core.stats()
 
     async def serve(self) -> int:

@@ -6,17 +6,22 @@ Digests of sampling parameters are made here, from the objects themselves: neith
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from audit.isolation import IsolationAuditor
+from audit.isolation import SLOTS_PER_STEP, IsolationAuditor
+from audit.launch import KernelArrays, Launch, Logprob
 from audit.released_tokens import Output
-from audit.sampling_rows import SampledRow, SamplingFacts
-from engine.events import EngineEvent, SamplingState, StepEvidence, Violation
-from engine.protocol import SamplingParams, TokenOutput
+from audit.sampling_rows import SampledRow, SamplingFacts, ScoredRow
+from engine.events import EngineEvent, SamplingState, StepEvidence, Violation, Watched
+from engine.protocol import SamplingParams, TokenLogprob, TokenOutput
+from engine.sampling.sampler import Picks
+from engine.text.tokenizer import Tokenizer
+from gateway.spelling import spelling
 
 SELF_TEST_INTERVAL_STEPS = 256  # how often the auditor must prove that it is awake while the engine is busy
 SELF_TEST_INTERVAL_S = 5.0  # and at the latest after this long, so that an idle engine is covered too
@@ -50,11 +55,60 @@ def bias_bytes(ids: NDArray[np.int64], values: NDArray[np.float64]) -> bytes:
     return ids.tobytes() + values.tobytes()
 
 
+def _logprob(told: TokenLogprob) -> Logprob:
+    return Logprob(told.token_id, told.logprob, told.top, told.rank)
+
+
+def _logprobs(told: Sequence[TokenLogprob]) -> list[Logprob]:
+    return [_logprob(one) for one in told] if told else []
+
+
+def _scored(evidence: StepEvidence) -> list[ScoredRow]:
+    rows, at = [], 0
+    for one in evidence.scored:
+        end = at + len(one.next_token_ids)
+        rows.append(ScoredRow(one.index, evidence.scored_tokens[at:end].tolist(), one.next_token_ids))
+        at = end
+    return rows
+
+
+def observer_of(
+    watched: Watched,
+    *,
+    slots_per_step: int = SLOTS_PER_STEP,
+    seed: int = 0,
+    log: Callable[[str], None] = lambda line: None,
+) -> "AuditObserver":
+    """The auditor of one engine, with what it may look at; ``seed`` decides which bytes of the cache are read."""
+    spell = spelling(Tokenizer.load(watched.model_dir))
+    if spell is None:
+        log("the text of this vocabulary is not its tokens' bytes: the auditor does not compare text")
+    return AuditObserver(
+        watched.num_blocks,
+        watched.block_size,
+        memory=watched.memory,
+        spell=spell,
+        slots_per_step=slots_per_step,
+        seed=seed,
+    )
+
+
 class AuditObserver:
     """The engine's Observer, backed by the isolation auditor."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self._auditor = IsolationAuditor(num_blocks, block_size)
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        memory: Sequence[NDArray[Any]] = (),
+        spell: Callable[[int], bytes] | None = None,
+        slots_per_step: int = SLOTS_PER_STEP,
+        seed: int = 0,
+    ) -> None:
+        self._auditor = IsolationAuditor(
+            num_blocks, block_size, memory=memory, spell=spell, slots_per_step=slots_per_step, seed=seed
+        )
         self._digests = Digests()
         self._last_self_test_s = float("-inf")
         self._steps_since_self_test = 0
@@ -84,12 +138,22 @@ class AuditObserver:
             block_tables=evidence.block_tables,
             slot_mapping=evidence.slot_mapping,
             sampled=self._sampled(evidence),
+            scored=_scored(evidence),
+            positions=evidence.positions,
+            num_blocks_free=evidence.num_blocks_free,
         )
         self._steps_since_self_test += 1
         return [(v.kind, v.sequence_ids, v.domains, v.block_id, v.detail) for v in violations]
 
-    def after_launch(self, step: int, token_ids: NDArray[np.int64]) -> None:
-        self._auditor.on_sampled(step, token_ids.tolist())
+    def after_launch(self, step: int, picks: Picks) -> None:
+        held = picks.arrays
+        arrays = None
+        if held is not None:
+            given = held.token_ids, held.positions, held.wanted, held.sampled_positions, held.sampled_rows
+            arrays = KernelArrays(*given, held.cu_seqlens, held.kv_lens, held.block_tables, held.slot_mapping)
+        logprobs = {place: _logprob(one) for place, one in picks.logprobs.items()}
+        scores = {row: None if told is None else _logprobs(told) for row, told in picks.scores.items()}
+        self._auditor.on_sampled(step, picks.token_ids.tolist(), Launch(arrays, logprobs, scores))
 
     def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:
         violations = self._auditor.check_outputs(
@@ -102,6 +166,10 @@ class AuditObserver:
                     output.num_cached_tokens,
                     output.num_completion_tokens,
                     bool(output.error),
+                    output.text,
+                    _logprobs(output.logprobs),
+                    _logprobs(output.prompt_logprobs),
+                    output.finish_reason or "",
                 )
                 for output in outputs
             ],

@@ -1,4 +1,4 @@
-"""Budget alerts become log entries in the transaction that reached the threshold: exactly once, as it is."""
+"""Budget alerts and credit that expired become log entries in the transaction that found them: each once, as it is."""
 
 from collections.abc import Callable, Iterable
 
@@ -7,6 +7,29 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from audit.entry import Entry
 from audit.outbox import append
 from tenancy.budget_use import Budget, BudgetAlert
+from tenancy.credits import ExpiredCredit
+from tenancy.ledger import Settled
+
+
+async def append_settled(
+    conn: AsyncConnection, settled: Settled, at_ns: int, *, entropy: Callable[[int], bytes]
+) -> None:
+    """What the end of a hold has brought with it."""
+    await append_alerts(conn, settled.alerts, at_ns, entropy=entropy)
+    await append_expired(conn, settled.expired, at_ns, entropy=entropy)
+
+
+async def append_expired(
+    conn: AsyncConnection, expired: Iterable[ExpiredCredit], at_ns: int, *, entropy: Callable[[int], bytes]
+) -> None:
+    for one in expired:
+        body: dict[str, str | int | bool | list[str]] = {
+            "transfer_id": one.credit_id,
+            "credit_kind": one.kind,
+            "amount_nano_usd": one.amount_nano_usd,
+            "expires_ns": one.expires_ns,
+        }
+        await append(conn, Entry("credit.expired", one.tenant_id, at_ns, body), entropy=entropy)
 
 
 async def append_alerts(

@@ -16,6 +16,7 @@ from gateway.budget_alerts import append_alerts, budget_fields
 from gateway.world import new_id
 from tenancy import budgets, closing, corrections, directory, keys, ledger, limits, operators, prices, rotation
 from tenancy.budget_use import BudgetScope
+from tenancy.credits import CreditKind
 from tenancy.key_rules import UNRESTRICTED, KeyRules
 from tenancy.periods import Period
 
@@ -195,17 +196,39 @@ class Clerk:
         await self._log("price.added", "", body)
         return price.price_id
 
-    async def grant_credit(self, tenant_id: str, amount_nano_usd: int, *, transfer_id: str = "", memo: str) -> None:
+    async def grant_credit(
+        self,
+        tenant_id: str,
+        amount_nano_usd: int,
+        *,
+        transfer_id: str = "",
+        memo: str,
+        kind: CreditKind = "paid",
+        expires_ns: int | None = None,
+    ) -> None:
         """Prepaid credit; a repeat with the same transfer id changes and logs nothing."""
         transfer_id = transfer_id or new_id("trf", self.entropy)
         await ledger.lock_balance(self.conn, tenant_id)  # a repeat at the same moment waits here
         is_new = not await ledger.has_transaction(self.conn, transfer_id)
         await ledger.grant_credit(
-            self.conn, tenant_id, amount_nano_usd, transfer_id=transfer_id, now_ns=self.now_ns, memo=memo
+            self.conn,
+            tenant_id,
+            amount_nano_usd,
+            transfer_id=transfer_id,
+            now_ns=self.now_ns,
+            memo=memo,
+            kind=kind,
+            expires_ns=expires_ns,
         )
         if not is_new:
             return
-        body: Body = {"transfer_id": transfer_id, "memo": memo, "amount_nano_usd": amount_nano_usd}
+        body: Body = {
+            "transfer_id": transfer_id,
+            "memo": memo,
+            "amount_nano_usd": amount_nano_usd,
+            "credit_kind": kind,
+            "expires_ns": expires_ns or 0,
+        }
         await self._log("credit.granted", tenant_id, body)
 
     async def refund(self, request_id: str, amount_nano_usd: int, *, transfer_id: str = "", reason: str) -> str:

@@ -16,7 +16,7 @@ from gateway.commands import audit as audit_commands
 from gateway.commands import bench as bench_commands
 from gateway.commands import bench_kernels as bench_kernels_commands
 from gateway.commands import budgets as budgets_commands
-from gateway.commands import corrections as corrections_commands
+from gateway.commands import credits as credits_commands
 from gateway.commands import directory as directory_commands
 from gateway.commands import keys as keys_commands
 from gateway.commands import limits as limits_commands
@@ -31,9 +31,7 @@ app.add_typer(keys_commands.key_app, name="key")
 app.add_typer(limits_commands.limits_app, name="limits")
 app.add_typer(budgets_commands.budget_app, name="budget")
 app.add_typer(directory_commands.price_app, name="price")
-directory_commands.credit_app.command("refund")(corrections_commands.credit_refund)
-directory_commands.credit_app.command("adjust")(corrections_commands.credit_adjust)
-app.add_typer(directory_commands.credit_app, name="credit")
+app.add_typer(credits_commands.credit_app, name="credit")
 app.add_typer(directory_commands.admin_app, name="admin")
 app.add_typer(audit_commands.app, name="audit")
 bench_commands.app.command("kernels")(bench_kernels_commands.bench_kernels)

@@ -96,11 +96,16 @@ class Settings:
     prefix_cache: bool = _setting(True, _boolean)  # share computed blocks within a tenant
     cache_floor_percent: int = _setting(10, _percent(0, 50))  # engine/cache/cache_shares.py
     cache_ceiling_percent: int = _setting(100, _percent(1, 100))
+    audit_slots_per_step: int = _setting(256, _not_negative)  # audit/cache_bytes.py
+    violating_steps_max: int = _setting(3, _positive)  # engine/engine_thread.py
     body_bytes_max: int = _setting(4 * 1024 * 1024, _positive)
     header_bytes_max: int = _setting(32 * 1024, _positive)
     max_tokens_default: int = _setting(256, _positive)  # where the client names none
     hold_ttl_s: int = _setting(600, _positive)
     lease_ttl_s: int = _setting(60, _positive)
+    idempotency_ttl_s: int = _setting(86_400, _positive)
+    idempotency_bytes_max: int = _setting(1024 * 1024, _positive)  # of one answer; a larger one is not retained
+    idempotency_keys_max: int = _setting(10_000, _positive)  # of a tenant
     send_timeout_s: int = _setting(20, _positive)  # a client that reads nothing for this long is gone
     checkpoint_interval_ms: int = _setting(2_000, _positive)
     heartbeat_interval_s: int = _setting(10, _positive)

@@ -4,27 +4,33 @@ import argparse
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from gateway.audit_observer import AuditObserver
+from audit.isolation import SLOTS_PER_STEP
+from gateway.audit_observer import observer_of
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bulkhead worker", description="Run one engine worker on a unix socket.")
-    parser.add_argument("--config", required=True, help="WorkerConfig as a JSON object")
+    parser.add_argument("--config", required=True, help="WorkerConfig as a JSON object, and audit_slots_per_step")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the gateway, which stops its workers in order
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # The imports wait until here: torch takes seconds, and a wrong command line should not.
     from engine.config import WorkerConfig
     from engine.worker import run_worker
+    from engine.worker_log import log
+    from gateway.world import real_world
 
     raw = msgspec.json.decode(arguments.config.encode())
+    slots_per_step = raw.pop("audit_slots_per_step", SLOTS_PER_STEP)
     paths = {name: Path(raw[name]) for name in ("model_dir", "socket_path", "journal_dir")}
     config = WorkerConfig(**{**raw, **paths})
-    return run_worker(config, AuditObserver)
+    observe = partial(observer_of, slots_per_step=slots_per_step, seed=int.from_bytes(real_world().entropy(7)), log=log)
+    return run_worker(config, observe)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Backend(Protocol):
         ...
 
     def head(self, weight: Tensor) -> Head:
-        """weight [out, in]; takes and gives float32, whatever the weight's dtype."""
+        """weight [out, in]; takes inputs of the weight's dtype and gives float32."""
         ...
 
     def rms_norm(

@@ -121,19 +121,20 @@ class Bench:
                 )
 
     def head(self, rows: Sequence[int]) -> None:
-        """bfloat16 weights, float32 in and out; the others need a float32 copy of the weights."""
+        """bfloat16 in, float32 out; the others need float32 copies of both."""
         weight = torch.randn((VOCAB, HIDDEN)).mul(0.05).bfloat16()
         ours, slabs, wide = self.ours.head(weight), SlabLinear(weight.float()), weight.float()
         for num_rows in rows:
-            x = torch.randn((num_rows, HIDDEN))
+            x = torch.randn((num_rows, HIDDEN)).bfloat16()
+            x_wide = x.float()
             self.measure(
                 f"head {HIDDEN}x{VOCAB}",
                 f"{num_rows} rows float32",
-                weight.numel() * 2 + num_rows * (HIDDEN + VOCAB) * 4,
+                weight.numel() * 2 + num_rows * (HIDDEN * 2 + VOCAB * 4),
                 2.0 * weight.numel() * num_rows,
                 [_applied(ours, x)],
-                [_applied(slabs, x)],
-                [_linear(x, wide)],
+                [_applied(slabs, x_wide)],
+                [_linear(x_wide, wide)],
             )
 
     def elementwise(self, rows: Sequence[int], dtype: torch.dtype) -> None:

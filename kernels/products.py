@@ -21,7 +21,7 @@ class Product(Protocol):
 
 
 class Head(Product, Protocol):
-    """x float32 [T, in] -> logits float32 [T, out]: a bfloat16 logit near 25 has steps of 0.125."""
+    """x [T, in] -> logits float32 [T, out], whatever the dtype: a bfloat16 logit near 25 has steps of 0.125."""
 
     def rows(self, indices: Tensor) -> Tensor:
         """The matrix's own rows, int64 [T] -> [T, in] in its dtype: the embeddings of a model that ties the two."""
@@ -56,6 +56,9 @@ class PlainHead(PlainProduct):
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight.float())
         self._rows = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x.float())
 
     def rows(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self._rows)

@@ -1,4 +1,6 @@
-"""Deleting a tenant: its keys are revoked and nothing new is admitted; what it paid and used stays on the books.
+"""Deleting a tenant: its keys are revoked, answers retained for it are deleted, nothing new is admitted.
+
+What it paid and used stays on the books.
 
 Refused while money is held, so that no request of a deleted tenant is ever left to settle. Against a request that is
 admitted at the same moment the tenant's account rows decide: placing a hold takes them too, and looks at the tenant's
@@ -12,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
 from tenancy.directory import Tenant, set_tenant_status
+from tenancy.idempotency import forget_tenant
 from tenancy.keys import revoke_keys_of
 from tenancy.ledger import lock_balance
 
@@ -39,6 +42,7 @@ async def delete_tenant(conn: AsyncConnection, tenant_id: str, *, now_ns: int) -
             f"requests of the tenant still hold {balance.held_nano_usd} nano-USD: suspend it and wait for them to end"
         )
     tenant = await set_tenant_status(conn, tenant_id, "deleted")
+    await forget_tenant(conn, tenant_id)
     num_keys_revoked = await revoke_keys_of(conn, tenant_id, now_ns=now_ns)
     return Closed(tenant, num_keys_revoked, balance.credit_nano_usd)
 

@@ -4,14 +4,16 @@
     adjustment   funding -x    credit +x      more credit: a grant was too small, goodwill
                  credit  -x    funding +x     less credit, never below zero: a grant was too large, money paid out
 
-A refund does not give a budget back: a budget counts what was charged. Idempotent by the caller's transfer id, as
-grants are. Locks: the tenant's account rows only; a captured hold is terminal.
+What is given is paid credit without an end, also where the request had used promotional credit; what is taken comes
+first from the credit that `corrects_id` names. A refund does not give a budget back: a budget counts what was charged.
+Idempotent by the caller's transfer id, as grants are. Locks: the tenant's account rows only; a captured hold is
+terminal.
 """
 
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy import tables
+from tenancy import credits, tables
 from tenancy.ledger import Hold, LedgerConflictError, get_hold
 from tenancy.money import require_amount, require_int
 from tenancy.posting import account_id, lock_accounts, post
@@ -52,6 +54,7 @@ async def refund(
         raise CorrectionError(f"of {request_id} {left_nano_usd} nano-USD are left to refund, not {amount_nano_usd}")
     changes = {"revenue": -amount_nano_usd, "credit": amount_nano_usd}
     await post(conn, tenant_id, balances, changes, transfer_id, "refund", now_ns, memo=reason, corrects_id=corrects_id)
+    await credits.give_back(conn, tenant_id, transfer_id, amount_nano_usd, now_ns)
     return tenant_id, True
 
 
@@ -95,6 +98,10 @@ async def adjust(
         memo=reason,
         corrects_id=corrects_id or None,
     )
+    if amount_nano_usd > 0:
+        await credits.give_back(conn, tenant_id, transfer_id, amount_nano_usd, now_ns)
+    else:
+        await credits.take(conn, tenant_id, transfer_id, -amount_nano_usd, now_ns, first=corrects_id)
     return True
 
 

@@ -8,6 +8,7 @@ Every tenant has four accounts, and every transaction moves money between them s
     voided    held    -x    credit  +x                       it ended and costs nothing
     expired   held    -x    credit  +x                       nobody settled it in time
     refund, adjustment                                       set an earlier one right: corrections.py
+    expiry    credit  -x    funding +x                       a credit ended with this much left: credits.py
 
     hold states:  pending -> captured | voided | expired     (the last three are terminal: exactly once)
 
@@ -26,15 +27,16 @@ place_hold takes the accounts first, but never waits for a hold row. A transacti
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Literal, cast
 
 from sqlalchemy import Select, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy import budget_use, tables
+from tenancy import budget_use, credits, tables
 from tenancy.budget_use import BudgetAlert, BudgetUse, Spender
+from tenancy.credits import CreditKind, ExpiredCredit
 from tenancy.money import MoneyRangeError, require_amount, require_int
 from tenancy.posting import ACCOUNT_KINDS, CURRENCY, account_id, lock_accounts, post, read_accounts
 
@@ -71,6 +73,7 @@ class Hold:
     settled_ns: int | None  # None while pending
     project_id: str | None = None
     key_id: str | None = None
+    expired: tuple[ExpiredCredit, ...] = field(default=(), compare=False)  # when it was placed; to be logged then
 
     @property
     def spender(self) -> Spender:
@@ -89,16 +92,17 @@ class Limiter:
 
 @dataclass(frozen=True, slots=True)
 class InsufficientCredit:
-    """The hold was refused; nothing was moved. `available_nano_usd` is what the tightest limiter has."""
+    """The hold was refused. `available_nano_usd` is what the tightest limiter has."""
 
     available_nano_usd: int
     needed_nano_usd: int
     limiters: tuple[Limiter, ...] = field(default=(), compare=False)
+    expired: tuple[ExpiredCredit, ...] = field(default=(), compare=False)  # to be logged in this transaction
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """How a hold ended: captured + released = the amount that was held. A repeat has no alerts."""
+    """How a hold ended: captured + released = the amount that was held. A repeat has nothing to log."""
 
     hold_id: str
     tenant_id: str
@@ -107,6 +111,7 @@ class Settled:
     released_nano_usd: int
     settled_ns: int
     alerts: tuple[BudgetAlert, ...] = ()  # to be logged in this transaction
+    expired: tuple[ExpiredCredit, ...] = ()  # the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,19 +139,33 @@ async def open_accounts(conn: AsyncConnection, tenant_id: str, *, now_ns: int) -
 
 
 async def grant_credit(
-    conn: AsyncConnection, tenant_id: str, amount_nano_usd: int, *, transfer_id: str, now_ns: int, memo: str = ""
+    conn: AsyncConnection,
+    tenant_id: str,
+    amount_nano_usd: int,
+    *,
+    transfer_id: str,
+    now_ns: int,
+    memo: str = "",
+    kind: CreditKind = "paid",
+    expires_ns: int | None = None,
 ) -> Balance:
-    """Add prepaid credit; returns the balance now. Raises LedgerConflictError, UnknownAccountError, MoneyRangeError."""
+    """Add prepaid credit; returns the balance now.
+
+    Raises LedgerConflictError, UnknownAccountError, MoneyRangeError; ValueError for an end that is not in the future.
+    """
     require_amount(amount_nano_usd, "amount_nano_usd", minimum=1)
     require_int(now_ns, "now_ns")
     balances = await lock_accounts(conn, tenant_id)
     earlier = await _find_transaction(conn, transfer_id)
     if earlier is not None:
-        if earlier != ("grant", tenant_id, memo, amount_nano_usd):
+        if earlier != ("grant", tenant_id, memo, amount_nano_usd, kind, expires_ns):
             raise LedgerConflictError(f"transfer {transfer_id!r} was already made with other arguments")
         return _balance(balances)
+    await credits.require_addable(conn, tenant_id, kind, expires_ns, now_ns)
     changes = {"funding": -amount_nano_usd, "credit": amount_nano_usd}
-    return _balance(await post(conn, tenant_id, balances, changes, transfer_id, "grant", now_ns, memo=memo))
+    after = await post(conn, tenant_id, balances, changes, transfer_id, "grant", now_ns, memo=memo)
+    await credits.add_credit(conn, tenant_id, transfer_id, amount_nano_usd, kind, expires_ns, now_ns)
+    return _balance(after)
 
 
 async def place_hold(
@@ -190,31 +209,17 @@ async def place_hold(
         if _asked(earlier) != _asked(made):
             raise LedgerConflictError(f"hold {hold_id!r} was already placed with other arguments")
         return earlier
+    balances, expired = await credits.expire_due(conn, tenant_id, balances, now_ns)
     uses = await budget_use.open_counters(conn, made.spender, now_ns)
     limiters = (Limiter("credit", balances["credit"], balances["held"]), *(_limiter(u) for u in uses if u.budget.hard))
     available_nano_usd = max(0, min(limiter.available_nano_usd for limiter in limiters))
     if available_nano_usd < amount_nano_usd:
-        return InsufficientCredit(available_nano_usd, amount_nano_usd, limiters)
-    await conn.execute(
-        insert(_HOLD).values(
-            id=hold_id,
-            tenant_id=tenant_id,
-            request_id=request_id,
-            price_id=price_id,
-            amount_nano_usd=amount_nano_usd,
-            state="pending",
-            captured_nano_usd=None,
-            created_ns=now_ns,
-            expires_ns=expires_ns,
-            settled_ns=None,
-            project_id=project_id,
-            key_id=key_id,
-        )
-    )
+        return InsufficientCredit(available_nano_usd, amount_nano_usd, limiters, expired)
+    await conn.execute(insert(_HOLD).values({name: getattr(made, made_as) for made_as, name in _HOLD_COLUMNS.items()}))
     await budget_use.reserve(conn, uses, amount_nano_usd)
     changes = {"credit": -amount_nano_usd, "held": amount_nano_usd}
     await post(conn, tenant_id, balances, changes, f"{hold_id}:hold", "hold", now_ns, hold_id=hold_id)
-    return made
+    return replace(made, expired=expired)
 
 
 async def capture(conn: AsyncConnection, hold_id: str, amount_nano_usd: int, now_ns: int) -> Settled:
@@ -235,6 +240,12 @@ async def void(conn: AsyncConnection, hold_id: str, now_ns: int) -> Settled:
 async def expire(conn: AsyncConnection, hold_id: str, now_ns: int) -> Settled:
     """Give back the whole of a hold that nobody settled in time. Raises HoldSettledError or UnknownHoldError."""
     return await _settle(conn, hold_id, "expired", 0, now_ns)
+
+
+async def expire_credit(conn: AsyncConnection, tenant_id: str, now_ns: int) -> tuple[ExpiredCredit, ...]:
+    """Take back what has expired of a tenant's credit and is not held; what is to be logged. A repeat finds nothing."""
+    _, expired = await credits.expire_due(conn, tenant_id, await lock_accounts(conn, tenant_id), now_ns)
+    return expired
 
 
 async def due_holds(conn: AsyncConnection, now_ns: int, limit: int) -> list[Hold]:
@@ -303,26 +314,32 @@ async def _settle(
         changes["revenue"] = captured_nano_usd
     if released or state != "captured":
         changes["credit"] = released
-    await post(conn, hold.tenant_id, balances, changes, f"{hold_id}:settle", state, now_ns, hold_id=hold_id)
+    transaction_id = f"{hold_id}:settle"
+    after = await post(conn, hold.tenant_id, balances, changes, transaction_id, state, now_ns, hold_id=hold_id)
+    if captured_nano_usd:
+        await credits.take(conn, hold.tenant_id, transaction_id, captured_nano_usd, now_ns)
+    _, expired = await credits.expire_due(conn, hold.tenant_id, after, now_ns)
     alerts = await budget_use.settle(conn, hold.spender, hold.created_ns, hold.amount_nano_usd, captured_nano_usd)
-    return replace(_settled(hold), alerts=alerts)
+    return replace(_settled(hold), alerts=alerts, expired=expired)
 
 
 def _limiter(use: BudgetUse) -> Limiter:
     return Limiter(use.budget.name, use.left_nano_usd, use.held_nano_usd, use.period_end_ns)
 
 
-async def _find_transaction(conn: AsyncConnection, transaction_id: str) -> tuple[str, str, str, int] | None:
-    """(kind, tenant id, memo, credited amount) of a transaction, or None."""
-    table, entry = tables.ledger_transaction, tables.ledger_entry
+async def _find_transaction(conn: AsyncConnection, transaction_id: str) -> tuple[Any, ...] | None:
+    """(kind, tenant id, memo, credited amount; of a grant also its credit's kind and end) of a transaction, or None."""
+    table, entry, of = tables.ledger_transaction, tables.ledger_entry, tables.credit
     row = (
         await conn.execute(
-            select(table.c.kind, table.c.tenant_id, table.c.memo, entry.c.amount_nano_usd)
+            select(table.c.kind, table.c.tenant_id, table.c.memo, entry.c.amount_nano_usd, of.c.kind, of.c.expires_ns)
             .join(entry, entry.c.transaction_id == table.c.id)
+            .outerjoin(of, of.c.id == table.c.id)
             .where(table.c.id == transaction_id, entry.c.amount_nano_usd > 0)
         )
     ).first()
-    return None if row is None else (row.kind, row.tenant_id, row.memo, row.amount_nano_usd)
+    # A grant from before there were credits (0006) is paid and has no end.
+    return None if row is None else (*row[:4], row[4] or "paid", row[5])
 
 
 async def _require_hold(conn: AsyncConnection, hold_id: str) -> Hold:
@@ -347,17 +364,6 @@ def _settled(hold: Hold) -> Settled:
 
 
 _HOLD: Final = tables.hold
-_HOLDS: Final[Select[Any]] = select(
-    _HOLD.c.id,
-    _HOLD.c.tenant_id,
-    _HOLD.c.request_id,
-    _HOLD.c.price_id,
-    _HOLD.c.amount_nano_usd,
-    _HOLD.c.state,
-    _HOLD.c.captured_nano_usd,
-    _HOLD.c.created_ns,
-    _HOLD.c.expires_ns,
-    _HOLD.c.settled_ns,
-    _HOLD.c.project_id,
-    _HOLD.c.key_id,
-)
+# A Hold's fields and their columns, in the order of its constructor.
+_HOLD_COLUMNS: Final = {one.name: one.name.removeprefix("hold_") for one in fields(Hold) if one.name != "expired"}
+_HOLDS: Final[Select[Any]] = select(*(_HOLD.c[name] for name in _HOLD_COLUMNS.values()))

@@ -2,7 +2,8 @@
 
 Checked: every transaction has at least two entries and sums to zero; every account's balance is the sum of its
 entries; every tenant's held balance is the sum of its pending holds; every settled hold has one settling transaction
-and every pending one has none. Not checked: that the amounts are the right ones (that is usage against prices).
+and every pending one has none; every credit has left its amount less its uses, and a tenant's credits have left what
+its accounts `credit` and `held` have. Not checked: that the amounts are the right ones (that is usage against prices).
 """
 
 from dataclasses import dataclass
@@ -24,12 +25,13 @@ class LedgerCheck:
     wrong_balances: list[str]  # account ids whose balance is not the sum of their entries
     wrong_held: list[str]  # tenant ids whose held balance is not the sum of their pending holds
     wrong_holds: list[str]  # hold ids whose state and settling transaction disagree
+    wrong_credits: list[str]  # credit ids whose rest is not their amount less their uses
+    wrong_money: list[str]  # tenant ids whose credits are not what the accounts have
 
     @property
     def ok(self) -> bool:
-        return not (
-            self.unbalanced or self.total_nano_usd or self.wrong_balances or self.wrong_held or self.wrong_holds
-        )
+        found = (self.unbalanced, self.wrong_balances, self.wrong_held, self.wrong_holds)
+        return not (self.total_nano_usd or any(found) or self.wrong_credits or self.wrong_money)
 
 
 async def check_ledger(conn: AsyncConnection) -> LedgerCheck:
@@ -76,6 +78,28 @@ async def check_ledger(conn: AsyncConnection) -> LedgerCheck:
         .order_by(hold.c.id)
     )
 
+    credit, use = tables.credit, tables.credit_use
+    wrong_credits = (
+        select(credit.c.id)
+        .outerjoin(use, use.c.credit_id == credit.c.id)
+        .group_by(credit.c.id, credit.c.amount_nano_usd, credit.c.left_nano_usd)
+        .having(credit.c.amount_nano_usd - func.coalesce(func.sum(use.c.amount_nano_usd), 0) != credit.c.left_nano_usd)
+        .order_by(credit.c.id)
+    )
+    left = (
+        select(credit.c.tenant_id, func.sum(credit.c.left_nano_usd).label("left_nano_usd"))
+        .group_by(credit.c.tenant_id)
+        .subquery()
+    )
+    wrong_money = (
+        select(account.c.tenant_id)
+        .outerjoin(left, left.c.tenant_id == account.c.tenant_id)
+        .where(account.c.kind.in_(("credit", "held")))
+        .group_by(account.c.tenant_id, left.c.left_nano_usd)
+        .having(func.sum(account.c.balance_nano_usd) != func.coalesce(left.c.left_nano_usd, 0))
+        .order_by(account.c.tenant_id)
+    )
+
     async def ids(query: Select[tuple[str]]) -> list[str]:
         return list(await conn.scalars(query.limit(FINDINGS_MAX)))
 
@@ -87,4 +111,6 @@ async def check_ledger(conn: AsyncConnection) -> LedgerCheck:
         wrong_balances=await ids(wrong_balances),
         wrong_held=await ids(wrong_held),
         wrong_holds=await ids(wrong_holds),
+        wrong_credits=await ids(wrong_credits),
+        wrong_money=await ids(wrong_money),
     )

@@ -1,12 +1,12 @@
 """The tables of tenancy. SQLite and PostgreSQL hold the same rows; times are ns since the epoch (UTC), money nano-USD.
 
 Three kinds of rows:
-- append-only (price, usage_record, ledger_transaction, ledger_entry): triggers in the database refuse UPDATE and
-  DELETE, so that a mistake in our code cannot rewrite history. `append_only_ddl` is the text; create_all installs it
-  and the migration executes the same text.
-- lifecycle (tenant, api_key, hold, operator): one state column or timestamp moves forward, never back.
-- current values (scope_limit, budget, budget_use, account.balance_nano_usd): may change; a balance is always the sum of
-  its entries, a budget's figures the sums of its period's holds.
+- append-only (price, usage_record, ledger_transaction, ledger_entry, credit_use): triggers in the database refuse
+  UPDATE and DELETE, so that a mistake in our code cannot rewrite history. `append_only_ddl` is the text; create_all
+  installs it and the migration executes the same text.
+- lifecycle (tenant, api_key, hold, operator, idempotency_key): one state column or timestamp moves forward, never back.
+- current values (scope_limit, budget, budget_use, account.balance_nano_usd, credit.left_nano_usd): may change; a
+  balance is always the sum of its entries, a budget's figures the sums of its period's holds.
 """
 
 from typing import Any, Final
@@ -193,7 +193,7 @@ ledger_transaction = Table(
     metadata,
     _id(128),
     _ref("tenant_id", "tenant.id"),
-    Column("kind", String(16), nullable=False),  # grant, hold, captured, voided, expired, refund, adjustment
+    Column("kind", String(16), nullable=False),  # grant, hold, captured, voided, expired, refund, adjustment, expiry
     Column("hold_id", String(64), nullable=True),
     Column("memo", Text, nullable=False),
     _int("created_ns"),
@@ -210,6 +210,36 @@ ledger_entry = Table(
     Column("account_id", String(128), ForeignKey("account.id"), nullable=False),
     _int("amount_nano_usd"),
     Index(None, "account_id"),
+)
+
+# What the credit is made of (credits.py). left_nano_usd is always the amount less the sum of its uses.
+credit = Table(
+    "credit",
+    metadata,
+    _id(128),
+    _ref("tenant_id", "tenant.id"),
+    Column("kind", String(16), nullable=False),
+    _int("amount_nano_usd"),
+    _int("left_nano_usd"),
+    _int("expires_ns", nullable=True),
+    _int("created_ns"),
+    CheckConstraint("kind IN ('promotional', 'paid')", name="kind"),
+    CheckConstraint("left_nano_usd >= 0", name="not_negative"),
+    Index(
+        "ix_credit_open",
+        "tenant_id",
+        sqlite_where=text("left_nano_usd > 0"),
+        postgresql_where=text("left_nano_usd > 0"),
+    ),
+)
+
+credit_use = Table(
+    "credit_use",
+    metadata,
+    Column("transaction_id", String(128), ForeignKey("ledger_transaction.id"), primary_key=True),
+    Column("credit_id", String(128), ForeignKey("credit.id"), primary_key=True),
+    _int("amount_nano_usd"),  # below zero: what came back
+    Index(None, "credit_id"),
 )
 
 hold = Table(
@@ -262,6 +292,21 @@ usage_record = Table(
     Index(None, "finished_ns"),
 )
 
+idempotency_key = Table(
+    "idempotency_key",
+    metadata,
+    Column("tenant_id", String(64), ForeignKey("tenant.id"), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("request_id", String(64), nullable=False),
+    Column("fingerprint", LargeBinary(32), nullable=False),
+    _int("created_ns"),
+    _int("expires_ns"),
+    Column("content_type", String(100), nullable=True),  # null, as the answer, until there is a whole one
+    Column("answer", LargeBinary, nullable=True),
+    CheckConstraint("(answer IS NULL) = (content_type IS NULL)", name="whole"),
+    Index(None, "expires_ns"),
+)
+
 operator = Table(
     "operator",
     metadata,
@@ -272,7 +317,7 @@ operator = Table(
     _int("disabled_ns", nullable=True),
 )
 
-APPEND_ONLY: Final = (price, usage_record, ledger_transaction, ledger_entry)
+APPEND_ONLY: Final = (price, usage_record, ledger_transaction, ledger_entry, credit_use)
 
 
 def append_only_ddl(dialect: str, table: Table) -> list[str]:

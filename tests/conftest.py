@@ -7,6 +7,9 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+# Before anything imports Triton: without a GPU its kernels are interpreted. `make gpu` sets it to 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests.model import model_dir
 from tests.servers import postgres_server, valkey_socket
 

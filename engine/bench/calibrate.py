@@ -59,7 +59,7 @@ def calibrate(model_dir: Path, *, num_threads: int, now: Callable[[], float]) ->
         max_batched_tokens=MAX_BATCHED_TOKENS,
         num_threads=num_threads,
     )
-    core, ready = build(config, lambda num_blocks, block_size: times)
+    core, ready = build(config, lambda _: times)
     random = np.random.default_rng(0)
     shapes = [(rows, num_prompt) for rows in ROWS for num_prompt in PROMPT_TOKENS]
     for rows, num_prompt in shapes[:1] + shapes:

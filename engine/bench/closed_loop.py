@@ -10,14 +10,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from engine.bench.timeline import Timeline
 from engine.bench.workloads import Job
 from engine.core import EngineCore
 from engine.events import EngineEvent, NullObserver, Observer, StepEvidence, Violation
 from engine.protocol import SamplingParams, Submit, TokenOutput
+from engine.sampling.sampler import Picks
 
 
 @dataclass(slots=True)
@@ -45,9 +43,9 @@ class StepCounter:
         self.observer_s += self.now() - started_s
         return violations
 
-    def after_launch(self, step: int, token_ids: NDArray[np.int64]) -> None:
+    def after_launch(self, step: int, picks: Picks) -> None:
         started_s = self.now()
-        self.observer.after_launch(step, token_ids)
+        self.observer.after_launch(step, picks)
         self.observer_s += self.now() - started_s
 
     def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:

@@ -14,7 +14,7 @@ from engine.bench.timeline import Timeline, summary
 from engine.bench.workloads import Job, draw
 from engine.build import MakeObserver, build
 from engine.config import WorkerConfig
-from engine.events import Observer
+from engine.events import Observer, Watched
 from engine.models.load import DTYPES
 
 MODES = ("continuous", "static", "hf_static")
@@ -62,8 +62,8 @@ def _ours(setup: Setup, now: Callable[[], float], make_observer: MakeObserver) -
         kernels=setup.kernels,
     )
 
-    def watch(num_blocks: int, block_size: int) -> Observer:
-        counter.observer = make_observer(num_blocks, block_size)
+    def watch(watched: Watched) -> Observer:
+        counter.observer = make_observer(watched)
         return counter
 
     core, ready = build(config, watch)

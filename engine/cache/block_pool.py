@@ -229,8 +229,10 @@ class BlockPool:
                 self._free.remove(block_id)
             if block.state is BlockState.FENCED:
                 self._fenced.remove(block_id)
-            self.num_usable -= block.state is not BlockState.QUARANTINED
-            block.state = BlockState.QUARANTINED
+            if block.state is not BlockState.QUARANTINED:
+                self.num_usable -= 1
+                block.state = BlockState.QUARANTINED
+                self._emit("quarantine", block, domain="", sequence_id="")
         self._available.clear()
 
     def launched(self, step: int) -> None:

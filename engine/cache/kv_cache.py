@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,6 +78,16 @@ class KVCache:
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Views of a layer's keys and values."""
         return self._layers[index][0], self._layers[index][1]
+
+    def words(self) -> tuple[NDArray[Any], ...]:
+        """The cache itself as unsigned integers [places, num_blocks, block_size, words], one array for each shape of
+        layers; a place is a layer's keys or values."""
+        views = []
+        for memory in self._memory.values():
+            places, slot = memory.flatten(0, 1).flatten(3), memory[0, 0, 0, 0].numel() * memory.element_size()
+            size = next(size for size in (8, 4, 2, 1) if slot % size == 0)
+            views.append(places.view(torch.uint8).numpy().view(f"u{size}"))
+        return tuple(views)
 
     def scrub(self, block_ids: list[int]) -> None:
         """Overwrite blocks with zeros, in every layer."""

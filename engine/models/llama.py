@@ -143,7 +143,7 @@ class LlamaModel:
         ops.check(plan)
         assert residual is not None
         x, _ = ops.rms_norm(x[wanted], self.norm, epsilon, residual[wanted])
-        return _scaled(self.head(x.float()), config.logits_scale)
+        return _scaled(self.head(x), config.logits_scale)
 
     def _norm_heads(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor) -> None:
         """RMS norm of each query and key head in place; qkv [T, Hq + 2 * Hkv, D]."""

@@ -15,6 +15,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from engine.events import KernelArrays
 from engine.protocol import TokenLogprob
 from engine.sampling.adjustments import adjusted
 from engine.sampling.row import Row
@@ -37,12 +38,14 @@ class Pick:
 class Picks:
     """A step's tokens [S], and the log probabilities of those rows that asked, by their index in it.
 
-    ``scores``: of prompt tokens, by batch row; None where the numbers broke.
+    ``scores``: of prompt tokens, by batch row; None where the numbers broke. ``arrays``: what the kernels were given,
+    None where a model has none.
     """
 
     token_ids: NDArray[np.int64]
     logprobs: dict[int, TokenLogprob]
     scores: dict[int, tuple[TokenLogprob, ...] | None] = field(default_factory=dict)
+    arrays: KernelArrays | None = None
 
 
 BROKEN = Pick(NOT_FINITE)

@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import ConfigError, TokenizerError
 from engine.text.detokenizer import IncrementalDetokenizer
+from engine.text.spellings import Hidden, Spellings
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how SentencePiece models spell single bytes
 _SPACE = "\u2581"  # and how they spell spaces
@@ -54,7 +55,9 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids
         self.context_max = context_max
         self.model_id = model_id
-        self._added = {id_: token.content for id_, token in tokenizer.get_added_tokens_decoder().items()}
+        added = tokenizer.get_added_tokens_decoder()
+        self._added = {id_: token.content for id_, token in added.items()}
+        self._spellings = Spellings(token.content for token in added.values() if token.special)
         self._byte_level = tokenizer.decoder is not None and b'"ByteLevel"' in tokenizer.decoder.__getstate__()
 
     @classmethod
@@ -106,20 +109,28 @@ class Tokenizer:
         return offsets
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, ending where the assistant's answer begins.
+        """Token ids of a conversation, ending where the assistant's answer begins. What is spelled like a special token
+        inside a message is text (engine/text/spellings.py).
 
         Raises TokenizerError where the template refuses the messages or the model has none.
         """
-        return list(self._tokenizer.encode(self.render_chat(messages), add_special_tokens=False).ids)
+        text, hidden = self._render(messages)
+        return hidden.encode(text, lambda part: list(self._tokenizer.encode(part, add_special_tokens=False).ids))
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """The conversation as the text that encode_chat tokenises. Raises TokenizerError."""
+        text, hidden = self._render(messages)
+        return hidden.show(text)
+
+    def _render(self, messages: list[dict[str, str]]) -> tuple[str, Hidden]:
         if self._template is None:
             raise TokenizerError(f"the model {self.model_id} has no chat template")
+        marked, hidden = self._spellings.hide(messages)
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            text = self._template.render(messages=marked, add_generation_prompt=True, **self._special_tokens)
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise TokenizerError(f"the chat template refused the messages: {error}") from error
+        return text, hidden
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids; special tokens give no text, unfinished characters give U+FFFD."""

@@ -60,6 +60,14 @@ class LoginDesk:
         await self._attempts.forgive(name, address)
         return session_id
 
+    async def log_out(self, session_id: str, operator_name: str) -> None:
+        """The session ends first: a log that cannot be written must not keep it alive. Raises as `log_in` does."""
+        await self._sessions.destroy(session_id)
+        world = self._services.world
+        async with self._services.database.transaction() as conn:
+            entry = Entry("operator.logged_out", "", world.now_ns(), {"name": operator_name})
+            await append(conn, entry, entropy=world.entropy)
+
     async def _record(self, operator: Operator | None, name: str) -> None:
         world = self._services.world
         async with self._services.database.transaction() as conn:

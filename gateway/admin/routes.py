@@ -179,7 +179,7 @@ class AdminSite:
         form = await forms.read_form(request)
         if not session.accepts(form.get("csrf_token", "")):
             raise HTTPException(403, "This form belongs to another session. Go back, refresh the page and try again.")
-        await self.sessions.destroy(request.cookies.get(COOKIE, ""))
+        await self.desk.log_out(request.cookies.get(COOKIE, ""), session.operator_name)
         response = RedirectResponse(LOGIN, status_code=303)
         response.delete_cookie(COOKIE, path="/", secure=True, httponly=True, samesite="strict")
         return response

@@ -11,12 +11,14 @@ from gateway.admin.wording import count, duration, plural, usd_in_column, utc
 from gateway.services import Services
 from tenancy.budget_use import BudgetUse, budget_uses
 from tenancy.corrections import refunded_nano_usd
+from tenancy.credits import Credit, list_credits
 from tenancy.meter import TenantUsage
 from tenancy.money import format_nano_usd
 from tenancy.posting import CURRENCY
 
 REQUESTS_PER_PAGE = 50
 KEYS_MAX = 200
+CREDITS_MAX = 50
 HOLDS_MAX = 100
 INT64_MAX = 2**63 - 1
 
@@ -61,6 +63,15 @@ class BudgetLine:
 
 
 @dataclass(frozen=True, slots=True)
+class CreditLine:
+    kind: str
+    left: str
+    granted: str
+    expires: str
+    transfer_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class KeyLine:
     public_id: str
     name: str
@@ -80,6 +91,8 @@ class TenantPage:
     money: tuple[MoneyFact, ...]
     check: Fact
     chart: Chart
+    credits: tuple[CreditLine, ...]
+    credits_note: str
     budgets: tuple[BudgetLine, ...]
     requests: tuple[RequestLine, ...]
     older: str  # cursor of the next page; empty when there is none
@@ -110,6 +123,7 @@ async def gather(services: Services, tenant_id: str, *, before: str) -> TenantPa
         holds = await queries.tenant_holds(conn, tenant_id, HOLDS_MAX)
         keys = await queries.tenant_keys(conn, tenant_id, KEYS_MAX)
         uses = await budget_uses(conn, tenant_id, now_ns)
+        credits = await list_credits(conn, tenant_id, now_ns)
     shown = requests[:REQUESTS_PER_PAGE]
     return TenantPage(
         tenant_id=tenant.tenant_id,
@@ -120,6 +134,9 @@ async def gather(services: Services, tenant_id: str, *, before: str) -> TenantPa
         money=_money(balances, billed, refunded, num_held),
         check=check_account(balances, sums, billed.amount_nano_usd - refunded, held_nano_usd),
         chart=stacked_bars(minutes or empty_minutes(now_ns), subject=tenant.name),
+        credits=tuple(_credit_line(credit, now_ns) for credit in credits[:CREDITS_MAX]),
+        credits_note="In the order in which they are used"
+        + (f"; the first {CREDITS_MAX} of {len(credits)}" if len(credits) > CREDITS_MAX else ""),
         budgets=tuple(_budget_line(use) for use in uses),
         requests=tuple(_request_line(row) for row in shown),
         older=format_cursor(shown[-1]) if len(requests) > len(shown) else "",
@@ -198,6 +215,16 @@ def _hold_line(row: queries.HoldRow, now_ns: int) -> HoldLine:
     left_ns = row.expires_ns - now_ns
     expires = f"in {duration(left_ns)}" if left_ns > 0 else f"{duration(-left_ns)} ago, waiting to be settled"
     return HoldLine(row.request_id, usd_in_column(row.amount_nano_usd), expires)
+
+
+def _credit_line(credit: Credit, now_ns: int) -> CreditLine:
+    if credit.expires_ns is None:
+        expires = "never"
+    else:
+        expires = utc(credit.expires_ns) if credit.expires_ns > now_ns else "expired"
+    # What came back by refunds and adjustments was never granted.
+    granted = usd_in_column(credit.amount_nano_usd) if credit.amount_nano_usd else "-"
+    return CreditLine(credit.kind, usd_in_column(credit.left_nano_usd), granted, expires, credit.credit_id)
 
 
 def _budget_line(use: BudgetUse) -> BudgetLine:

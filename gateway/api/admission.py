@@ -1,7 +1,7 @@
 """From an authenticated request to a right to run: a lease in Valkey, then one transaction.
 
     acquire   all limits of the caller or none; costs prompt + max_tokens, the most it can use
-    T1        price pinned, worst case held in nano-USD, `request.admitted` in the outbox
+    T1        price pinned, worst case held in nano-USD, `request.admitted` in the outbox, idempotency key claimed
 
 When the credit or a hard budget does not cover the worst case, max_tokens is lowered to what the smallest remainder
 covers, and the answer names that one in `x-bulkhead-budget`; it is refused only when one token is not covered.
@@ -20,11 +20,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from audit.entry import Entry
 from audit.outbox import append
 from gateway.api.auth import Caller
-from gateway.api.problems import CreditExhaustedError, Headers, NeverFitsError, RateLimitedError
+from gateway.api.problems import ClaimTakenError, CreditExhaustedError, Headers, NeverFitsError, RateLimitedError
 from gateway.api.translation import Work
+from gateway.budget_alerts import append_expired
 from gateway.services import Services
 from gateway.world import new_id
 from tenancy.closing import TenantInactiveError, require_active
+from tenancy.idempotency import IdempotencyKey, TooManyKeysError
+from tenancy.idempotency import claim as take_key
 from tenancy.keys import Principal
 from tenancy.ledger import Hold, InsufficientCredit, place_hold
 from tenancy.prices import Price, PriceMissingError, affordable_tokens, price_at, worst_case_nano_usd
@@ -59,6 +62,7 @@ class Claim:
     request_id: str
     lease: Lease | None = None
     hold_id: str | None = None  # set before T1: whether it committed may stay unknown
+    key: IdempotencyKey | None = None  # the client's own name for the request, claimed in T1
 
 
 async def admit(
@@ -67,6 +71,7 @@ async def admit(
     """Lease, then T1. Leaves the x-ratelimit headers in `state` for whatever answer follows.
 
     Raises RateLimitedError, NeverFitsError, CreditExhaustedError, PriceMissingError, TenantInactiveError;
+    ClaimTakenError or TooManyKeysError for its idempotency key;
     QuotaUnavailableError or DatabaseUnavailableError: without Valkey and database nothing is served. The caller then
     undoes `claim`.
     """
@@ -75,14 +80,28 @@ async def admit(
     claim.hold_id = new_id("hold", services.world.entropy)
     try:
         async with services.database.transaction() as conn:
-            admission = await _hold(conn, services, caller, work, claim.request_id, claim.lease, claim.hold_id)
-    except (CreditExhaustedError, PriceMissingError, TenantInactiveError):
+            admission = await write_admission(
+                conn, services, caller, work, claim.request_id, claim.lease, claim.hold_id
+            )
+            if claim.key is not None:
+                await _claim_key(conn, services, claim.key, admission)
+    except (CreditExhaustedError, PriceMissingError, TenantInactiveError, ClaimTakenError, TooManyKeysError):
         claim.hold_id = None  # refused before anything was held
         raise
     if admission.lowered_by:
         lowered = f"{admission.lowered_by}; max_tokens={admission.max_tokens}"
         state["answer_headers"] += (("x-bulkhead-budget", lowered),)
     return admission
+
+
+async def _claim_key(conn: AsyncConnection, services: Services, key: IdempotencyKey, admission: Admission) -> None:
+    """Raises ClaimTakenError or TooManyKeysError."""
+    settings, now_ns = services.settings, admission.started_ns
+    ttl_s = max(settings.idempotency_ttl_s, settings.hold_ttl_s)  # never free while the request may run
+    expires_ns = now_ns + ttl_s * 1_000_000_000
+    keys_max = settings.idempotency_keys_max
+    if not await take_key(conn, key, admission.request_id, now_ns=now_ns, expires_ns=expires_ns, keys_max=keys_max):
+        raise ClaimTakenError
 
 
 async def show_limits(services: Services, caller: Caller, state: MutableMapping[str, Any]) -> None:
@@ -106,10 +125,10 @@ async def _acquire(services: Services, caller: Caller, work: Work, request_id: s
     return result
 
 
-async def _hold(
+async def write_admission(
     conn: AsyncConnection, services: Services, caller: Caller, work: Work, request_id: str, lease: Lease, hold_id: str
 ) -> Admission:
-    """T1's statements."""
+    """T1's statements. Raises CreditExhaustedError, PriceMissingError or TenantInactiveError: roll back then."""
     started_ns = services.world.now_ns()
     tenant_id = caller.principal.tenant_id
     price = await price_at(conn, work.model, started_ns)
@@ -128,10 +147,12 @@ async def _hold(
         expires_ns=started_ns + services.settings.hold_ttl_s * 1_000_000_000,
     )
     held = await _place(conn, admission)
+    expired = held.expired
     if isinstance(held, InsufficientCredit):
         admission = _lowered(admission, held)
         held = await _place(conn, admission)
         assert not isinstance(held, InsufficientCredit), "the refused hold had locked the tenant's accounts"
+    await append_expired(conn, expired, started_ns, entropy=services.world.entropy)
     await require_active(conn, tenant_id)  # after the hold: see tenancy/closing.py
     body: dict[str, str | int | bool | list[str]] = {
         "request_id": admission.request_id,

@@ -42,6 +42,7 @@ from gateway.api.streaming import HEARTBEAT, HEARTBEAT_S, EventStream, SlowReade
 from gateway.api.translation import Work, submits_of
 from gateway.services import Services
 from tenancy.closing import TenantInactiveError
+from tenancy.idempotency import IdempotencyKey
 from tenancy.meter import Usage
 from tenancy.quota import QuotaUnavailableError
 
@@ -50,7 +51,13 @@ SETTLE_WAIT_S = 2.0  # how long the last frame waits for T2; then it is settled 
 DEADLINE_MARGIN = 0.1  # of the hold's life, kept for settling before it expires
 COMPLETE = frozenset({"stop", "length"})
 # The engine's error codes as a usage row's finish reason (at most 16 characters).
-REASON_OF_ERROR = {"isolation_violation": "isolation", "busy": "busy", "draining": "draining", "abort": "draining"}
+REASON_OF_ERROR = {
+    "isolation_violation": "isolation",
+    "closed": "isolation",
+    "busy": "busy",
+    "draining": "draining",
+    "abort": "draining",
+}
 
 log = structlog.get_logger("gateway.api.exchange")
 
@@ -69,18 +76,21 @@ async def serve(
     scope: Scope,
     receive: Receive,
     send: Send,
-) -> None:
-    """Admit, run, settle. Raises what problems.py knows, as long as nothing has been sent."""
+    key: IdempotencyKey | None = None,
+) -> bool:
+    """Admit, run, settle; whether the answer was whole. Raises what problems.py knows, as long as nothing was sent."""
     request_id: str = scope["state"]["request_id"]
     settler.opened()
-    claim = Claim(request_id)
+    claim = Claim(request_id, key=key)
     claiming = asyncio.create_task(admit(services, caller, work, claim, scope["state"]))
     try:
         admission = await asyncio.shield(claiming)  # never cut in the middle: a script or commit ends by itself
     except BaseException:
         settler.undo(claim, claiming)
         raise
-    await Exchange(services, settler, client, admission, work, shape, receive, send).run()
+    exchange = Exchange(services, settler, client, admission, work, shape, receive, send)
+    await exchange.run()
+    return exchange.answered
 
 
 class Exchange:
@@ -121,6 +131,7 @@ class Exchange:
         self._dismissal: asyncio.Task[Any] | None = None
         self._started_ns = services.world.monotonic_ns()
         self._first_text = False
+        self.answered = False  # wholly, and so settled
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()  # complete before anything of an answer
 
     async def run(self) -> None:
@@ -133,6 +144,7 @@ class Exchange:
         try:
             async with asyncio.timeout(life_s):
                 await self._answer()
+            self.answered = True
         except ClientGoneError:
             await self._client_left("client_gone")
         except SlowReaderError:

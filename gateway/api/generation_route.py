@@ -13,12 +13,14 @@ from engine.protocol import Ready
 from gateway.api.admission import show_limits
 from gateway.api.auth import authenticated
 from gateway.api.exchange import serve
+from gateway.api.idempotency import idempotency_key, serve_once
 from gateway.api.problems import ModelNotFoundError, TierNotAllowedError
 from gateway.api.settlement import Settler
 from gateway.api.shapes import Frame, Shape, fingerprint
 from gateway.api.translation import Work
 from gateway.api.wire import Common
 from gateway.services import Services
+from tenancy.idempotency import IdempotencyKey
 
 RequestT = TypeVar("RequestT", bound=Common)
 
@@ -45,7 +47,9 @@ class GenerationRoute(Generic[RequestT]):
         services = self._services
         caller = await authenticated(services, scope)  # before a byte of the body is read
         try:
-            request = self._parse(await Request(scope, receive).body())
+            body = await Request(scope, receive).body()
+            key = idempotency_key(scope, caller.principal.tenant_id, body)
+            request = self._parse(body)
             if not caller.principal.rules.allows_model(request.model):
                 raise ModelNotFoundError(request.model)
             if request.tier == "priority" and not services.settings.may_use_priority(caller.principal.tenant_name):
@@ -63,4 +67,12 @@ class GenerationRoute(Generic[RequestT]):
             work=work,
             token_bytes=services.tokenizer.token_bytes,
         )
-        await serve(services, self._settler, client, caller, work, self._shape(frame), scope, receive, send)
+        shape = self._shape(frame)
+
+        async def run(receive: Receive, send: Send, key: IdempotencyKey | None = None) -> bool:
+            return await serve(services, self._settler, client, caller, work, shape, scope, receive, send, key)
+
+        if key is None:
+            await run(receive, send)
+        else:
+            await serve_once(services, caller, key, run, scope, receive, send)

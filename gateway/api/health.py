@@ -70,6 +70,10 @@ class Readiness:
                 "model_digest": ready.model_digest,
             }
         if status.stats is not None:
+            audit = status.stats.audit
+            blind = audit.get("num_self_tests_failed", 0) > 0
+            found |= {"closed": status.stats.closed, "audit_blind": blind}
+            found["ok"] = found["ok"] and not (status.stats.closed or blind)
             found |= {"num_running": status.stats.num_running, "num_waiting": status.stats.num_waiting}
         return found
 

@@ -22,6 +22,7 @@ from engine.errors import EngineGoneError
 from gateway.database import DatabaseUnavailableError
 from gateway.engine_link import EngineUnavailableError
 from tenancy.closing import TenantInactiveError
+from tenancy.idempotency import TooManyKeysError
 from tenancy.keys import InvalidApiKeyError
 from tenancy.ledger import Limiter
 from tenancy.prices import PriceMissingError
@@ -117,6 +118,22 @@ class CreditExhaustedError(Exception):
     def __init__(self, limiter: Limiter, needed_nano_usd: int) -> None:
         super().__init__(needed_nano_usd)
         self.limiter, self.needed_nano_usd = limiter, needed_nano_usd
+
+
+class IdempotencyMismatchError(Exception):
+    """The idempotency key was used before, for another request."""
+
+
+class ClaimTakenError(Exception):
+    """Another request took the same idempotency key at the same moment; it never reaches a client."""
+
+
+class RequestRunningError(Exception):
+    """The request that has the idempotency key has not ended in time."""
+
+
+class AnswerLostError(Exception):
+    """The request that has the idempotency key was billed and has no whole answer to give again."""
 
 
 class EngineRefusedError(Exception):
@@ -217,6 +234,9 @@ def _engine_refused(error: EngineRefusedError) -> Problem:
             return Problem(503, "server_error", "The engine's queue is full.", None, "engine_busy", retry_after(1_000))
         case "draining" | "abort":
             return Problem(503, "server_error", "The server is shutting down.", None, "draining", retry_after(2_000))
+        case "closed":
+            message = "The engine has stopped taking requests: its isolation audit found too many violations."
+            return Problem(503, "server_error", message, None, "isolation_closed", retry_after(30_000))
         case "too_long":
             message = "The prompt is longer than the engine can hold."
             return Problem(400, "invalid_request_error", message, None, "context_length_exceeded")
@@ -225,6 +245,19 @@ def _engine_refused(error: EngineRefusedError) -> Problem:
             return Problem(500, "server_error", message, None, "isolation_violation")
         case _:
             return Problem(502, "server_error", "The engine failed while answering.", None, "engine_failure")
+
+
+def _running(_: Any) -> Problem:
+    message = "The request with this Idempotency-Key is still running."
+    return _invalid(409, message, "idempotency_request_running", "Idempotency-Key", retry_after(1_000))
+
+
+def _answer_lost(error: AnswerLostError) -> Problem:
+    message = (
+        f"The request with this Idempotency-Key ({error}) was billed for what it had produced, but its whole answer is "
+        "not there: it was cut, too large to keep, or the gateway ended. Send another key to run it again."
+    )
+    return _invalid(409, message, "idempotency_answer_lost", "Idempotency-Key", FINAL)
 
 
 def _http(error: HTTPException) -> Problem:
@@ -271,6 +304,30 @@ TABLE: tuple[tuple[type[BaseException], Callable[[Any], Problem]], ...] = (
     (NeverFitsError, _never_fits),
     (CreditExhaustedError, _credit_exhausted),
     (TenantInactiveError, lambda _: _invalid(403, "This account is not active.", "account_inactive", None, FINAL)),
+    (
+        IdempotencyMismatchError,
+        lambda _: _invalid(
+            422,
+            "This Idempotency-Key was used for another request: send another key.",
+            "idempotency_key_reused",
+            "Idempotency-Key",
+            FINAL,
+        ),
+    ),
+    (ClaimTakenError, _running),
+    (RequestRunningError, _running),
+    (AnswerLostError, _answer_lost),
+    (
+        TooManyKeysError,
+        lambda _: Problem(
+            429,
+            "requests",
+            "Too many idempotency keys are kept for this account: send the request without one, or wait.",
+            "Idempotency-Key",
+            "idempotency_keys_exhausted",
+            FINAL,
+        ),
+    ),
     (EngineRefusedError, _engine_refused),
     (EngineUnavailableError, _unavailable("engine", "engine_unavailable", 2_000)),
     (EngineGoneError, _unavailable("engine", "engine_gone", 1_000)),

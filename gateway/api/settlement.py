@@ -26,7 +26,7 @@ from audit.outbox import append
 from gateway.api.admission import Admission, Claim
 from gateway.api.choices import NOTHING
 from gateway.api.problems import bug_report
-from gateway.budget_alerts import append_alerts
+from gateway.budget_alerts import append_settled
 from gateway.database import DatabaseUnavailableError
 from gateway.services import Services
 from tenancy.ledger import HoldSettledError, capture, get_hold, void
@@ -197,10 +197,10 @@ async def write_settlement(
     if not await record_usage(conn, record):
         return
     if usage == NOTHING:
-        await void(conn, admission.hold_id, at_ns)
+        settled = await void(conn, admission.hold_id, at_ns)
     else:
         settled = await capture(conn, admission.hold_id, amount_nano_usd, at_ns)
-        await append_alerts(conn, settled.alerts, at_ns, entropy=entropy)
+    await append_settled(conn, settled, at_ns, entropy=entropy)
     entry = settled_entry(
         admission.request_id,
         principal.tenant_id,
@@ -220,7 +220,7 @@ async def write_void_if_held(
     hold = await get_hold(conn, hold_id)
     if hold is None or hold.state != "pending":
         return
-    await void(conn, hold_id, now_ns)
+    await append_settled(conn, await void(conn, hold_id, now_ns), now_ns, entropy=entropy)
     entry = settled_entry(hold.request_id, hold.tenant_id, NOTHING, 0, "not_started", "voided", now_ns)
     await append(conn, entry, entropy=entropy)
 

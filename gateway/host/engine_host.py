@@ -161,6 +161,8 @@ def worker_config(settings: Settings, folders: Folders) -> dict[str, str | int]:
         "prefix_cache": settings.prefix_cache,
         "cache_floor_percent": settings.cache_floor_percent,
         "cache_ceiling_percent": settings.cache_ceiling_percent,
+        "audit_slots_per_step": settings.audit_slots_per_step,
+        "violating_steps_max": settings.violating_steps_max,
     }
     return config | {"num_threads": settings.num_threads or max(1, (os.cpu_count() or 2) - 1)}
 

@@ -1,4 +1,4 @@
-"""The loops behind a serving gateway: the log, overdue holds, suspended tenants, uses of keys, heartbeats."""
+"""The loops behind a serving gateway: log, overdue holds, expired credit, suspended tenants, key uses, heartbeats."""
 
 import asyncio
 
@@ -8,6 +8,7 @@ from audit.log import publish, sequence
 from audit.outbox import append
 from engine.journal import read_journals
 from gateway import __version__
+from gateway.budget_alerts import append_expired
 from gateway.host.background import Loop
 from gateway.host.engine_host import EngineHost
 from gateway.host.folders import Folders
@@ -15,12 +16,15 @@ from gateway.host.overdue import settle_abandoned
 from gateway.sequences import usage_by_request
 from gateway.services import Services
 from tenancy.closing import inactive_among
-from tenancy.ledger import due_holds
+from tenancy.credits import tenants_with_due_credit
+from tenancy.idempotency import forget_expired
+from tenancy.ledger import due_holds, expire_credit
 
 REAP_INTERVAL_S = 5.0
 REAP_BATCH_MAX = 256  # holds settled in one round
 WATCH_INTERVAL_S = 0.5  # a suspended tenant's sequences end within a second
 KEY_USE_INTERVAL_S = 60.0
+FORGET_INTERVAL_S = 60.0
 
 
 class Housekeeping:
@@ -35,6 +39,8 @@ class Housekeeping:
             Loop("reaper", REAP_INTERVAL_S, self.reap),
             Loop("watch", WATCH_INTERVAL_S, self.watch),
             Loop("key uses", KEY_USE_INTERVAL_S, self.write_key_uses),
+            Loop("credit", REAP_INTERVAL_S, self.expire_credit),
+            Loop("answers", FORGET_INTERVAL_S, self.forget_answers),
             Loop("heartbeat", float(settings.heartbeat_interval_s), engine.heartbeat),
         )
 
@@ -73,6 +79,21 @@ class Housekeeping:
         for hold in holds:
             async with services.database.transaction() as conn:
                 await settle_abandoned(conn, services, hold, journals.get(hold.request_id))
+
+    async def expire_credit(self) -> None:
+        """Post what has expired of tenants that ask for nothing; for others their next request does it."""
+        services, now_ns = self._services, self._services.world.now_ns()
+        async with services.database.read() as conn:
+            tenant_ids = await tenants_with_due_credit(conn, now_ns, REAP_BATCH_MAX)
+        for tenant_id in tenant_ids:
+            async with services.database.transaction() as conn:
+                expired = await expire_credit(conn, tenant_id, now_ns)
+                await append_expired(conn, expired, now_ns, entropy=services.world.entropy)
+
+    async def forget_answers(self) -> None:
+        """Delete idempotency keys that have expired, with their answers."""
+        async with self._services.database.transaction() as conn:
+            await forget_expired(conn, self._services.world.now_ns())
 
     async def watch(self) -> None:
         """End what runs for tenants that are no longer active: looked at, not signalled, so none is missed."""

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from audit.entry import Entry
 from audit.outbox import append
 from audit.tables import log_leaf, log_opening, outbox
-from gateway.budget_alerts import append_alerts
+from gateway.budget_alerts import append_settled
 from gateway.services import Services
 from tenancy.keys import get_key
 from tenancy.ledger import Hold, capture, claim_pending, expire, void
@@ -39,13 +39,13 @@ async def settle_abandoned(conn: AsyncConnection, services: Services, hold: Hold
         usage, outcome = counted, "recovered"
         amount = charge_nano_usd(await get_price(conn, hold.price_id), usage)
         settled = await capture(conn, hold.hold_id, amount, now_ns)
-        await append_alerts(conn, settled.alerts, now_ns, entropy=services.world.entropy)
         await record_usage(conn, await _usage_record(conn, hold, admitted, usage, amount, now_ns))
     elif hold.expires_ns <= now_ns:
         outcome = "expired"
-        await expire(conn, hold.hold_id, now_ns)
+        settled = await expire(conn, hold.hold_id, now_ns)
     else:
-        await void(conn, hold.hold_id, now_ns)
+        settled = await void(conn, hold.hold_id, now_ns)
+    await append_settled(conn, settled, now_ns, entropy=services.world.entropy)
     body: dict[str, str | int | bool | list[str]] = {
         "request_id": hold.request_id,
         "finish_reason": FINISH_REASON,

@@ -5,8 +5,8 @@ The library's rule (src/isa.cpp) makes rows exact. Bits are promised per instruc
 
 Whose matrix products: one rule for all numbers of rows, by the processor's flags and never by a stopwatch, so that a
 restart computes the same bits. The library's own are exact by construction and read the weights once; where the
-processor multiplies bfloat16 itself, oneDNN uses that and the library does not yet, so there a layer's products are
-oneDNN's, in slabs (kernels/slabs.py). The head is float32 and always our own. ``products`` overrides the rule.
+processor has tiles for bfloat16 (AMX), oneDNN uses them and the library does not yet, so there a layer's products are
+oneDNN's, in slabs (kernels/slabs.py). The head is always our own. ``products`` overrides the rule.
 """
 
 import ctypes
@@ -54,7 +54,7 @@ class NativeBackend:
         self.isa = isa or next(iter(isas))
         self._isa = isas[self.isa]
         self._arena = Arena()
-        self._slabs = products == "onednn" or (products == "auto" and self._library.has_bfloat16_units())
+        self._slabs = products == "onednn" or (products == "auto" and self._library.has_amx())
         self.name = f"native-{self.isa}" + ("+onednn" if self._slabs else "")
         self._library.set_num_threads(num_threads)
 

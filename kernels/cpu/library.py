@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.backend import KernelError
 
 PATH = Path(__file__).parent / "_native.so"
-ABI = 3
+ABI = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -98,11 +98,10 @@ class ProductArgs(Structure):
         ("weight", c_void_p),
         ("bias", c_void_p),
         ("y", c_void_p),
-        ("x_wide", c_void_p),
+        ("x_ready", c_void_p),
         ("num_rows", c_int64),
         ("num_inputs", c_int64),
         ("num_outputs", c_int64),
-        ("x_dtype", c_int32),
         ("weight_dtype", c_int32),
         ("y_dtype", c_int32),
     )
@@ -152,9 +151,13 @@ class Library:
         """Columns of a panel of packed weights."""
         return int(self._loaded.bulkhead_panel(isa))
 
-    def has_bfloat16_units(self) -> bool:
-        """Whether this processor multiplies bfloat16 itself (AVX-512-BF16 or AMX)."""
-        return bool(self._loaded.bulkhead_has_bfloat16_units())
+    def bf16_inputs(self, isa: int) -> int:
+        """Inputs in a step of a panel of bfloat16 weights: 1, or pairs filled up to a multiple of this many."""
+        return int(self._loaded.bulkhead_bf16_inputs(isa))
+
+    def has_amx(self) -> bool:
+        """Whether this processor multiplies tiles of bfloat16."""
+        return bool(self._loaded.bulkhead_has_amx())
 
     def set_num_threads(self, num_threads: int) -> None:
         self._loaded.bulkhead_set_num_threads(num_threads)

@@ -15,22 +15,30 @@ from kernels.memory import Arena
 from kernels.products import keeps_bits
 
 
-def pack(weight: Tensor, panel: int, arena: Arena) -> Tensor:
-    """weight [out, in] -> panels of ``panel`` columns, missing columns zero: float32 [panels, in, panel]; bfloat16
-    [panels, in, panel / 2, 2], where the last axis holds columns i and i + panel / 2, low half first in memory."""
+def pack(weight: Tensor, panel: int, bf16_inputs: int, arena: Arena) -> Tensor:
+    """weight [out, in] -> panels of ``panel`` columns, missing columns zero.
+
+    float32 [panels, in, panel]. bfloat16, where ``bf16_inputs`` is 1: [panels, in, panel / 2, 2], whose last axis holds
+    columns i and i + panel / 2; else [panels, in / 2, panel, 2], whose last axis holds two inputs, filled with zeros
+    to a multiple of ``bf16_inputs``.
+    """
     num_outputs, num_inputs = weight.shape
     num_panels = -(-num_outputs // panel)
-    weight = F.pad(weight, (0, 0, 0, num_panels * panel - num_outputs))
-    if weight.dtype == torch.bfloat16:
+    missing = -num_inputs % bf16_inputs if weight.dtype == torch.bfloat16 else 0
+    weight = F.pad(weight, (0, missing, 0, num_panels * panel - num_outputs))
+    num_inputs += missing
+    if weight.dtype == torch.float32:
+        ordered = weight.view(num_panels, panel, num_inputs).permute(0, 2, 1)
+    elif bf16_inputs == 1:
         ordered = weight.view(num_panels, 2, panel // 2, num_inputs).permute(0, 3, 2, 1)
     else:
-        ordered = weight.view(num_panels, panel, num_inputs).permute(0, 2, 1)
+        ordered = weight.view(num_panels, panel, num_inputs // 2, 2).permute(0, 2, 1, 3)
     return arena.empty(tuple(ordered.shape), weight.dtype).copy_(ordered)
 
 
 class NativeProduct:
     """weight [out, in], bias [out] or None, both float32 or both bfloat16; the weight is not kept. Products are rounded
-    once to the weight's dtype; a ``head`` takes and gives float32."""
+    once to the weight's dtype; a ``head``'s stay float32."""
 
     def __init__(
         self,
@@ -46,15 +54,16 @@ class NativeProduct:
         self.num_outputs, self.num_inputs = weight.shape
         self._library, self._isa = library, isa
         self._panel = library.panel(isa)
-        self._packed = pack(weight, self._panel, arena)
+        self._bf16_inputs = library.bf16_inputs(isa)
+        self._packed = pack(weight, self._panel, self._bf16_inputs, arena)
         self._bias = None if bias is None else bias.contiguous()
-        self._dtype = torch.float32 if head else weight.dtype
+        self._out_dtype = torch.float32 if head else weight.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out]."""
         assert x.shape[1:] == (self.num_inputs,)
-        assert x.dtype == self._dtype
-        y = torch.empty((len(x), self.num_outputs), dtype=self._dtype)
+        assert x.dtype == self._packed.dtype
+        y = torch.empty((len(x), self.num_outputs), dtype=self._out_dtype)
         args = ProductArgs(
             x=pointer(x),
             weight=pointer(self._packed),
@@ -63,8 +72,7 @@ class NativeProduct:
             num_rows=len(x),
             num_inputs=self.num_inputs,
             num_outputs=self.num_outputs,
-            x_dtype=DTYPES[x.dtype],
-            weight_dtype=DTYPES[self._packed.dtype],
+            weight_dtype=DTYPES[x.dtype],
             y_dtype=DTYPES[y.dtype],
         )
         self._library.product(self._isa, ctypes.byref(args))
@@ -75,8 +83,10 @@ class NativeProduct:
         panel, column = indices // self._panel, indices % self._panel
         if self._packed.dim() == 3:
             return self._packed[panel, :, column]
-        return self._packed[panel, :, column % (self._panel // 2), column // (self._panel // 2)]
+        if self._bf16_inputs == 1:
+            return self._packed[panel, :, column % (self._panel // 2), column // (self._panel // 2)]
+        return self._packed[panel, :, column].flatten(1)[:, : self.num_inputs]
 
     def is_exact(self) -> bool:
         """True by construction, and tried all the same: a compiler's mistake would show here."""
-        return keeps_bits(self, self.num_inputs, self._dtype)
+        return keeps_bits(self, self.num_inputs, self._packed.dtype)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from audit import isolation
+from audit import isolation, step_check
 from audit.isolation import IsolationAuditor
 from tests.audit.traces import Event, Happening, ModelEngine, Step, audit, check
 
@@ -512,9 +512,9 @@ def test_the_self_test_notices_a_blind_check(monkeypatch: pytest.MonkeyPatch, pa
     def blind(*_: object) -> None:
         return None
 
-    monkeypatch.setattr(isolation._Flags, "blocks", blind)
+    monkeypatch.setattr(step_check._Flags, "blocks", blind)
     if part == "rows":
-        monkeypatch.setattr(isolation, "_check", blind)  # breaks instead of answering
+        monkeypatch.setattr(isolation, "check", blind)  # breaks instead of answering
     assert not auditor.self_test()
     counters = auditor.counters()
     assert (counters["num_self_tests"], counters["num_self_tests_failed"], counters["last_self_test_ok"]) == (2, 1, 0)
@@ -523,13 +523,13 @@ def test_the_self_test_notices_a_blind_check(monkeypatch: pytest.MonkeyPatch, pa
 
 def test_the_self_test_notices_a_check_that_cries_at_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     auditor, _ = two_tenants()
-    true_check = isolation._check
+    true_check = isolation.check
 
     def nervous(ledger: object, step: object) -> object:
         verdict = true_check(ledger, step)  # type: ignore[arg-type]
-        return replace(verdict, violations=[isolation.Violation("foreign_block", (), (), -1, ""), *verdict.violations])
+        return replace(verdict, violations=[step_check.Violation("foreign_block", (), (), -1, ""), *verdict.violations])
 
-    monkeypatch.setattr(isolation, "_check", nervous)
+    monkeypatch.setattr(isolation, "check", nervous)
     assert not auditor.self_test()
 
 

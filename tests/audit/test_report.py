@@ -43,6 +43,24 @@ def at(second: int) -> int:
     return START_NS + second * SECOND_NS
 
 
+granted = {"transfer_id": "t", "memo": "m", "amount_nano_usd": 10**12, "credit_kind": "paid", "expires_ns": 0}
+
+
+def refunded(amount: int, now_ns: int, tenant_id: str = "ten_a") -> Entry:
+    body = {"transfer_id": "r", "request_id": "r", "reason": "", "amount_nano_usd": amount}
+    return Entry("credit.refunded", tenant_id, now_ns, body)
+
+
+def expired(amount: int, now_ns: int, tenant_id: str = "ten_a") -> Entry:
+    body = {"transfer_id": "t", "credit_kind": "paid", "amount_nano_usd": amount, "expires_ns": now_ns}
+    return Entry("credit.expired", tenant_id, now_ns, body)
+
+
+def adjusted(direction: str, amount: int, now_ns: int, tenant_id: str = "ten_a") -> Entry:
+    body = {"transfer_id": "a", "corrects_id": "", "reason": "", "direction": direction, "amount_nano_usd": amount}
+    return Entry("credit.adjusted", tenant_id, now_ns, body)
+
+
 def an_hour() -> list[Entry]:
     """Two tenants, a worker that is lost and comes back, one violation, ten silent minutes, and noise outside."""
     entries = [
@@ -68,7 +86,11 @@ def an_hour() -> list[Entry]:
         heartbeat("e2", 12, at(1425), num_violations=1, ok=False),
         admitted("open", at(1426)),
         settled("voided", at(1427), amount=0, outcome="voided"),
-        Entry("credit.granted", "ten_a", at(1428), {"transfer_id": "t", "memo": "m", "amount_nano_usd": 10**12}),
+        Entry("credit.granted", "ten_a", at(1428), granted),
+        refunded(77, at(1428)),
+        expired(3, at(1428)),
+        adjusted("give", 5, at(1428)),
+        adjusted("take", 9, at(1428)),
         Entry("operator.login_failed", "", at(1429), {"name": ""}),
         Entry("gateway.stopped", "", at(1430), {"reason": "SIGTERM"}),
         note("after the period", at(4_000)),
@@ -114,6 +136,9 @@ def test_the_figures_are_those_one_counts_by_hand(hour: tuple[Path, Report]) -> 
     assert figures.requests.num_completion_tokens == 294
     assert figures.money.charged_nano_usd == 11 + sum(100 + i for i in range(40))
     assert figures.money.granted_nano_usd == 10**12
+    money = figures.money
+    assert (money.refunded_nano_usd, money.adjusted_nano_usd, money.expired_nano_usd) == (77, -4, 3)
+    assert sorted(t.refunded_nano_usd for t in figures.tenants) == [0, 77]
     assert [t.num_settled for t in sorted(figures.tenants, key=lambda t: t.num_settled)] == [20, 22]
     coverage = figures.coverage
     assert (coverage.num_epochs, coverage.num_heartbeats) == (2, 43)
@@ -187,6 +212,9 @@ def happenings(now_ns: int, steps: int, number: int) -> st.SearchStrategy[Entry]
         st.builds(admitted, requests, now, tenants),
         st.builds(settled, requests, now, tenants, st.just(number)),
         st.builds(violation, epochs, now),
+        st.builds(expired, st.just(number), now, tenants),
+        st.builds(refunded, st.just(number), now, tenants),
+        st.builds(adjusted, st.sampled_from(["give", "take"]), st.just(number), now, tenants),
     )
 
 
@@ -332,6 +360,20 @@ def test_a_statement_that_does_not_fit_is_refused_by_number(
     assert failed(resigned(statement, keyring, tmp_path / "r.json"), hour[0], keyring)[0][0] == number
 
 
+def test_a_report_from_before_refunds_were_counted_still_verifies(
+    hour: tuple[Path, Report], keyring: Keyring, tmp_path: Path
+) -> None:
+    statement = json.loads(json.dumps(hour[1].statement()))
+    figures = statement["predicate"]["figures"]
+    statement["predicateType"] = statement["predicateType"].removesuffix("2") + "1"
+    path = tmp_path / "r.json"
+    assert failed(resigned(statement, keyring, path), hour[0], keyring)[0][0] == 13  # it had no such figures
+    for row in (figures["money"], *figures["tenants"]):
+        del row["refunded_nano_usd"], row["adjusted_nano_usd"], row["expired_nano_usd"]
+    assert failed(resigned(statement, keyring, path), hour[0], keyring) == []
+    assert render_pdf(path.read_bytes(), file_name="r.json")
+
+
 def test_reports_need_the_report_keys(hour: tuple[Path, Report], keyring: Keyring, tmp_path: Path) -> None:
     forger = load_keyring(tmp_path / "forger", origin=ORIGIN, entropy=seeded(66))
     path = tmp_path / "r.json"
@@ -400,6 +442,7 @@ def test_the_pdf_repeats_byte_for_byte_and_shows_the_figures(
         "globex",
         f"{figures.requests.num_prompt_tokens:,}",
         usd(figures.money.charged_nano_usd),
+        usd(figures.money.refunded_nano_usd),
         "foreign_block",
         "The auditor sent no heartbeat",
         "The auditor's self test failed",

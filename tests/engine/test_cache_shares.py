@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from engine.cache.cache_shares import CacheShares
 from engine.core import EngineCore
 from engine.protocol import TokenOutput
-from gateway.worker import AuditObserver
+from gateway.audit_observer import AuditObserver
 from tests.engine.test_core_properties import Load, loads
 from tests.strategies.integer_model import continuation, integer_core, submit
 

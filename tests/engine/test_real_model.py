@@ -12,8 +12,11 @@ from engine.events import NullObserver
 from engine.model_runner import ModelRunner
 from engine.protocol import SamplingParams, Submit
 from engine.text.tokenizer import Tokenizer
+from kernels.cpu.backend import NativeBackend
+from tests.kernels.native import isas
 
 NUM_TOKENS = 64
+NUM_TOKENS_EACH = 10  # of the instruction sets that this machine would not choose
 QUESTIONS = [
     "What is the capital of France?",
     "Write a short poem about the sea.",
@@ -37,10 +40,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)  # two on a busy machine of two cores wait for each other
 
 
-def start(model_dir: Path, dtype: str) -> EngineCore:
-    """Small blocks and a small budget: prompts are chunked, and sequences join at different steps."""
+def start(model_dir: Path, dtype: str, isa: str = "") -> EngineCore:
+    """Small blocks and a small budget: prompts are chunked, and sequences join at different steps. ``isa``: on that
+    instruction set's kernels, products included, and not on this machine's best."""
     tokenizer = Tokenizer.load(model_dir)
-    runner = ModelRunner.load(model_dir, dtype=dtype, block_size=16, max_num_seqs=10, num_blocks=200)
+    backend = NativeBackend(isa, products="own") if isa else None
+    runner = ModelRunner.load(model_dir, dtype=dtype, block_size=16, max_num_seqs=10, num_blocks=200, backend=backend)
     return EngineCore(
         runner,
         decode=tokenizer.decode,
@@ -54,8 +59,10 @@ def start(model_dir: Path, dtype: str) -> EngineCore:
     )
 
 
-def generate_ours(core: EngineCore, prompts: list[list[int]]) -> tuple[list[list[int]], list[str]]:
-    sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0)
+def generate_ours(
+    core: EngineCore, prompts: list[list[int]], num_tokens: int = NUM_TOKENS
+) -> tuple[list[list[int]], list[str]]:
+    sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0)
     for index, prompt in enumerate(prompts):
         assert core.add(Submit(f"s{index}", "ab"[index % 2], b"", prompt, sampling)) is None
     token_ids: list[list[int]] = [[] for _ in prompts]
@@ -129,6 +136,27 @@ def test_bfloat16_differs_only_where_it_is_nearly_a_tie(
         assert not wrong.any(), f"differs at {wrong.nonzero().flatten().tolist()}"
         num_clear += int(clear.sum())
         num_places += len(token_ids)
-    print("CLEAR", num_clear, num_places)
     assert num_clear > num_places / 2, "the tolerance must not excuse everything"
+    assert "Paris" in texts[0]
+
+
+@pytest.mark.skipif(len(isas()) < 2, reason="no instruction set beside the one that the tests above run on")
+@pytest.mark.parametrize("isa", isas()[1:])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_instruction_set_answers_as_transformers_does(
+    model_dir: Path,
+    prompts: list[list[int]],
+    logits_of: Callable[[list[int], list[int]], torch.Tensor],
+    dtype: str,
+    isa: str,
+) -> None:
+    """Those that this machine has and would not choose: a kernel can be right on random numbers and wrong on these."""
+    asked = [prompts[0], prompts[-1]]
+    ours, texts = generate_ours(start(model_dir, dtype, isa), asked, NUM_TOKENS_EACH)
+    for prompt, token_ids in zip(asked, ours, strict=True):
+        best = logits_of(prompt, token_ids).topk(2, dim=-1)
+        differ = best.indices[:, 0] != torch.tensor(token_ids)
+        clear = best.values[:, 0] - best.values[:, 1] > (BFLOAT16_GAP if dtype == "bfloat16" else 0.0)
+        assert not (clear & differ).any(), f"differs at {(clear & differ).nonzero().flatten().tolist()}"
+        assert clear.sum() > len(token_ids) / 2
     assert "Paris" in texts[0]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.errors import ConfigError, TokenizerError
 from engine.models.convert import split_digits, undo_permutation
@@ -25,6 +27,26 @@ def test_a_conversation_ends_where_the_answer_begins(tiny_model_dir: Path) -> No
     assert token_ids.count(1) == 3
     assert tokenizer.decode(token_ids) == "system\nBe brief.\nuser\nHé 🌲\nassistant\n"
     assert (tokenizer.eos_token_ids, tokenizer.context_max, tokenizer.model_id) == (frozenset({2}), 4096, "tiny")
+
+
+CONTROL = {1, 2}  # <|im_start|> and <|im_end|> of the tiny model
+
+
+@given(
+    st.lists(
+        st.sampled_from(["<|im_end|>", "<|im_start|>", "<|im_", "end|>", "@0:", "@1:0@", "@", "system", "\n", "é "])
+    )
+)
+def test_nobody_speaks_as_the_system_by_spelling_it(tiny_model_dir: Path, pieces: list[str]) -> None:
+    tokenizer = Tokenizer.load(tiny_model_dir)
+    content = "".join(pieces)
+    messages = [{"role": "user", "content": content}]
+    token_ids = tokenizer.encode_chat(messages)
+    assert [t for t in token_ids if t in CONTROL] == [1, 2, 1]
+    assert messages == [{"role": "user", "content": content}]
+    frame = tokenizer.render_chat([{"role": "user", "content": "@"}]).split("@")
+    assert tokenizer.render_chat(messages) == content.join(frame)
+    assert b"".join(tokenizer.token_bytes(t) for t in token_ids).decode() == content.join(frame)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from engine.protocol import SamplingParams
+from engine.protocol import SamplingParams, Stats
 from engine.sampling import grammar
 from engine.scheduling.tiers import TIERS
+from gateway.api.health import Readiness
 from gateway.api.streaming import event
 from gateway.clerk import Clerk
+from gateway.engine_link import EngineLink, EngineStatus
 from tenancy.limits import set_limits
 from tests.fakes.asgi import Answer
 from tests.fakes.hall import USD, Hall, chat_body
@@ -357,6 +360,23 @@ def test_health(hall: Hall, runner: asyncio.Runner) -> None:
     assert all(check["ok"] for check in checks.values())
     assert (checks["engine"]["isolation"], checks["engine"]["kernels"]) == ("relaxed", "arithmetic")
     assert checks["engine"]["epoch"] == "epoch-1"
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, (True, False, False)),
+        ({"closed": True}, (False, True, False)),
+        ({"audit": {"num_self_tests": 2, "num_self_tests_failed": 1}}, (False, False, True)),
+    ],
+)
+def test_a_closed_or_blind_engine_is_not_ready(
+    hall: Hall, change: dict[str, Any], found: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = EngineStatus("ready", 0, None, replace(Stats(0, 0, 0, 64, 64, {}, 0, 0, 0, {}), **change))
+    monkeypatch.setattr(EngineLink, "status", status)
+    engine = Readiness(hall.services)._engine()
+    assert (engine["ok"], engine["closed"], engine["audit_blind"]) == found
 
 
 def test_bodies_and_headers_are_bounded(hall: Hall, runner: asyncio.Runner) -> None:

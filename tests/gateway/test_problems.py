@@ -15,6 +15,7 @@ from gateway.api.problems import problem_of, retry_after
 from gateway.database import DatabaseUnavailableError
 from gateway.engine_link import EngineUnavailableError
 from tenancy.closing import TenantInactiveError
+from tenancy.idempotency import TooManyKeysError
 from tenancy.keys import InvalidApiKeyError
 from tenancy.ledger import Limiter
 from tenancy.prices import PriceMissingError
@@ -59,9 +60,15 @@ ROWS: list[tuple[Callable[[], Exception], int, str, str | None, str]] = [
     (lambda: out_of("project-day", 0), 429, "insufficient_quota", "insufficient_quota", "never"),
     (lambda: out_of("project-day", 1), 429, "insufficient_quota", "budget_on_hold", "later"),
     (TenantInactiveError, 403, "invalid_request_error", "account_inactive", "never"),
+    (problems.IdempotencyMismatchError, 422, "invalid_request_error", "idempotency_key_reused", "never"),
+    (problems.ClaimTakenError, 409, "invalid_request_error", "idempotency_request_running", "later"),
+    (problems.RequestRunningError, 409, "invalid_request_error", "idempotency_request_running", "later"),
+    (lambda: problems.AnswerLostError("r"), 409, "invalid_request_error", "idempotency_answer_lost", "never"),
+    (TooManyKeysError, 429, "requests", "idempotency_keys_exhausted", "never"),
     (lambda: problems.EngineRefusedError("busy"), 503, "server_error", "engine_busy", "later"),
     (lambda: problems.EngineRefusedError("draining"), 503, "server_error", "draining", "later"),
     (lambda: problems.EngineRefusedError("abort"), 503, "server_error", "draining", "later"),
+    (lambda: problems.EngineRefusedError("closed"), 503, "server_error", "isolation_closed", "later"),
     (lambda: problems.EngineRefusedError("too_long"), 400, "invalid_request_error", "context_length_exceeded", "open"),
     (lambda: problems.EngineRefusedError("isolation_violation"), 500, "server_error", "isolation_violation", "open"),
     (lambda: problems.EngineRefusedError("engine_failure"), 502, "server_error", "engine_failure", "open"),

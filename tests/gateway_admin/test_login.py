@@ -163,6 +163,9 @@ async def test_log_out_destroys_the_session(house: House) -> None:
         assert COOKIE not in browser.cookies
         browser.cookies.set(COOKIE, stolen, domain="127.0.0.1")
         assert (await browser.get("/admin")).headers["location"] == "/admin/login"
+        assert (await browser.post("/admin/logout", data={"csrf_token": token})).status_code != 200
+    kinds = [kind for kind, _ in await entries(house)]
+    assert kinds == ["operator.logged_in", "operator.logged_out"]
 
 
 async def test_a_session_ends_when_nobody_looks(house: House) -> None:

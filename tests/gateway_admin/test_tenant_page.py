@@ -60,6 +60,18 @@ async def test_budgets_are_shown_with_use_and_alert(house: House) -> None:
     assert '<span class="tag" data-state="bad">100 % reached</span>' in full
 
 
+async def test_credits_are_shown_in_the_order_in_which_they_are_used(house: House) -> None:
+    acme = await house.add_tenant("acme")
+    async with house.services.database.transaction() as conn:
+        clerk, end = Clerk(conn, os.urandom, house.clock()), house.clock() + 10**9
+        await clerk.grant_credit(acme.tenant_id, 5, transfer_id="trf_2", memo="x", kind="promotional", expires_ns=end)
+    async with house.visitor() as browser:
+        text = (await browser.get(f"/admin/tenants/{acme.tenant_id}")).text
+    rows = re.findall(r"<td>(promotional|paid)</td>.*?<td>([^<]*)</td><td><code>([^<]*)</code>", text)
+    assert rows[0] == ("promotional", "2026-11-23 12:00:01 UTC", "trf_2")
+    assert [(kind, expires) for kind, expires, _ in rows[1:]] == [("paid", "never")]
+
+
 async def test_a_refund_is_shown_and_the_books_still_agree(house: House) -> None:
     acme = await house.add_tenant("acme")
     await house.serve(acme, 100, 0, 100)

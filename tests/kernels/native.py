@@ -69,8 +69,11 @@ def angles(shape: Shape, positions: Tensor) -> tuple[Tensor, Tensor]:
     return turned.cos(), turned.sin()
 
 
-def make_step(shape: Shape, rows: list[Row], parts: list[tuple[int, int]], seed: int = 0) -> Step:
-    """Compute positions first..end of each row; what lies before is in the cache, all else there is NaN."""
+def make_step(
+    shape: Shape, rows: list[Row], parts: list[tuple[int, int]], seed: int = 0, *, rotate: bool = True
+) -> Step:
+    """Compute positions first..end of each row; what lies before is in the cache, all else there is NaN. ``rotate``
+    False: the rows' keys are rotated already."""
     order = np.random.default_rng(seed)
     num_blocks = [-(-end // shape.block_size) for _, end in parts]
     free = order.permutation(sum(num_blocks) + 2).tolist()
@@ -88,7 +91,9 @@ def make_step(shape: Shape, rows: list[Row], parts: list[tuple[int, int]], seed:
         row_slots = torch.from_numpy(blocks[at // shape.block_size] * shape.block_size + at % shape.block_size)
         cos, sin = angles(shape, torch.arange(first))
         past = row.qkv[:first]
-        key = reference.rope(past[:, shape.num_heads : value_start], cos, sin)
+        key = past[:, shape.num_heads : value_start]
+        if rotate:
+            key = reference.rope(key, cos, sin)
         reference.store_kv(key, past[:, value_start:], key_cache, value_cache, row_slots[:first])
         slots.append(row_slots[first:])
         asked.append(row.qkv[first:end])

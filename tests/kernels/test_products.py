@@ -54,7 +54,7 @@ def test_a_product_is_right(
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(y.double(), wide(x, weight, bias if with_bias else None), atol=tolerance, rtol=tolerance)
     head = backend.head(weight)
-    logits = head(x.float())
+    logits = head(x)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), wide(x, weight), atol=1e-5, rtol=1e-5)
     indices = torch.randint(num_outputs, (num_rows,), generator=torch.Generator().manual_seed(seed))
@@ -68,13 +68,13 @@ def test_rows_of_products(isa: str, dtype: torch.dtype, sizes: tuple[int, int]) 
     x, weight, bias = matrices(sizes, dtype, 257, 1)
     backend = NativeBackend(isa, 1, products="own")
     generator = torch.Generator().manual_seed(2)
-    for product, rows in ((backend.linear(weight, bias), x), (backend.head(weight), x.float())):
-        alone = torch.cat([product(rows[i : i + 1]) for i in range(257)])
+    for product in (backend.linear(weight, bias), backend.head(weight)):
+        alone = torch.cat([product(x[i : i + 1]) for i in range(257)])
         for num_threads in (1, 2):
             NativeBackend(isa, num_threads)
             for count in ROW_COUNTS:
                 order = torch.randperm(257, generator=generator)[:count]
-                assert torch.equal(bits(product(rows[order])), bits(alone[order])), f"{count} rows"
+                assert torch.equal(bits(product(x[order])), bits(alone[order])), f"{count} rows"
         assert product.is_exact()
 
 
@@ -121,14 +121,38 @@ def test_whose_products(isa: str) -> None:
     assert slabs.name == f"native-{isa}+onednn"
     assert isinstance(slabs.head(weight), NativeProduct), "the head is always our own"
     auto = choose(isa, 1, print)
-    assert auto.name == (slabs if load().has_bfloat16_units() else own).name
+    assert auto.name == (slabs if load().has_amx() else own).name
     assert TorchBackend().linear(weight).is_exact() is False
+
+
+@pytest.mark.skipif("avx512_bf16" not in isas(), reason="this processor has no AVX-512-BF16")
+def test_the_order_of_sums_in_pairs() -> None:
+    """Pairs from the first to the last, of each the upper input first; a bfloat16 product is exact in float32."""
+    x, weight, _ = matrices((75, 40), torch.bfloat16, 7, 5)
+    want = np.zeros((7, 40), dtype=np.float32)
+    for k in range(0, 75, 2):
+        for at in (k + 1, k):
+            if at < 75:
+                want += x[:, at : at + 1].float().numpy() * weight[:, at].float().numpy()
+    got = NativeBackend("avx512_bf16", products="own").head(weight)(x)
+    assert (got.numpy().view(np.int32) == want.view(np.int32)).all()
+
+
+FLAGS_OF = {
+    "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx2": {"avx2", "fma"},
+    "portable": set(),
+}
 
 
 @pytest.mark.skipif(not isas() or not Path("/proc/cpuinfo").exists(), reason="needs Linux and the native kernels")
 def test_the_processor_is_asked_by_its_flags() -> None:
-    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
-    assert load().has_bfloat16_units() == bool({"amx_bf16", "avx512_bf16"}.intersection(flags))
+    flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split())
+    for isa in isas():
+        assert FLAGS_OF[isa] <= flags
+    assert isas() == [isa for isa in FLAGS_OF if isa in isas()], "best first"
+    assert load().has_amx() == ({*FLAGS_OF["avx512"], "amx_bf16"} <= flags)
 
 
 def test_torchs_head_keeps_its_rows() -> None:

@@ -11,7 +11,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, MetaData, insert, text
+from sqlalchemy import Connection, MetaData, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -107,6 +107,29 @@ def test_there_is_one_head() -> None:
     config = Config()
     config.set_main_option("script_location", "migrations:")
     assert len(ScriptDirectory.from_config(config).get_heads()) == 1
+
+
+def test_credit_from_before_there_were_credits_is_one_paid_credit(url: str) -> None:
+    migrate(url)
+    config = Config()
+    config.set_main_option("script_location", "migrations:")
+    config.attributes["url"] = url
+    command.downgrade(config, "0005")
+
+    def fill(connection: Connection) -> None:
+        for statement in BILLED_HOLD.split(";")[:2]:
+            connection.execute(text(statement))
+        for kind, balance in (("credit", 70), ("held", 30), ("funding", -120), ("revenue", 20)):
+            connection.execute(
+                text(f"INSERT INTO account VALUES ('ten_1:{kind}:USD', 'ten_1', '{kind}', 'USD', {balance}, 1)")
+            )
+
+    def credits(connection: Connection) -> list[Any]:
+        return [tuple(row) for row in connection.execute(select(tenancy_tables.credit))]
+
+    run(url, fill)
+    command.upgrade(config, "head")
+    assert run(url, credits) == [("ten_1:opening", "ten_1", "paid", 100, 100, None, 1)]
 
 
 # One of each row that a billed hold needs, without the columns of 0003.

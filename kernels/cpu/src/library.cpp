@@ -1,5 +1,5 @@
 // The C ABI: which instruction set, how many threads, and each op cut into pieces for the pool.
-#if defined(BULKHEAD_X86)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 #include <cstdlib>
@@ -9,10 +9,8 @@
 #include "ops.h"
 #include "pool.h"
 
-extern const Ops ops_portable;
-#if defined(BULKHEAD_X86)
-extern const Ops ops_avx2, ops_avx512;
-#endif
+// The sets that the compiler knew: setup.py defines BULKHEAD_<SET> for each.
+extern const Ops ops_portable, ops_avx2, ops_avx512, ops_avx512_bf16;
 
 namespace {
 
@@ -22,15 +20,31 @@ struct Isa {
     bool (*supported)();
 };
 
+#if defined(__x86_64__)
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+bool has_avx512() {  // and an operating system that keeps its registers
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+}
+
+bool has_avx512_bf16() {
+    unsigned eax, ebx, ecx, edx;
+    return has_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+}
+#endif
+
 const Isa ISAS[] = {  // best first
-#if defined(BULKHEAD_X86)
-    {"avx512", &ops_avx512,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                __builtin_cpu_supports("fma");
-     }},
-    {"avx2", &ops_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#if defined(BULKHEAD_AVX512_BF16)
+    {"avx512_bf16", &ops_avx512_bf16, has_avx512_bf16},
+#endif
+#if defined(BULKHEAD_AVX512)
+    {"avx512", &ops_avx512, has_avx512},
+#endif
+#if defined(BULKHEAD_AVX2)
+    {"avx2", &ops_avx2, has_avx2},
 #endif
     {"portable", &ops_portable, [] { return true; }},
 };
@@ -84,10 +98,12 @@ struct AttentionJob {
     const AttentionArgs* args;
     const Ops* ops;
     size_t scratch_floats;
+    int64_t num, chunk;
 };
 
 constexpr int64_t TOKENS_PER_PIECE = 8;
 constexpr int64_t PIECES_PER_THREAD = 8;     // so that threads end together
+constexpr int64_t ITEMS_PER_THREAD_MIN = 4;  // with fewer, an item's heads are shared out
 constexpr int64_t PANELS_PER_PIECE_MIN = 2;  // some microseconds of work
 
 } // namespace
@@ -95,7 +111,7 @@ constexpr int64_t PANELS_PER_PIECE_MIN = 2;  // some microseconds of work
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int bulkhead_abi() {
-    return 3;
+    return 4;
 }
 
 // Name of the i-th instruction set that was built, best first; null beyond the last.
@@ -124,43 +140,45 @@ EXPORT void bulkhead_rope_and_store(int isa, const RopeArgs* args) {
 }
 
 EXPORT void bulkhead_attention(int isa, const AttentionArgs* args) {
-    const size_t stride = (static_cast<size_t>(args->head_size) + 15) / 16 * 16;
-    const size_t queries = static_cast<size_t>(args->item_tokens_max) * (args->num_heads / args->num_kv_heads);
-    const AttentionJob job{args, ISAS[isa].ops, 2 * 32 * stride + queries * (2 * stride + 2)};
+    const Ops* ops = ISAS[isa].ops;
+    const int64_t num_heads = args->num_kv_heads;
+    const int64_t chunk = args->num_items >= ITEMS_PER_THREAD_MIN * pool().num_threads() ? num_heads : 1;
+    const AttentionJob job{args, ops, static_cast<size_t>(ops->attention_scratch(args)), args->num_items * num_heads, chunk};
     pool().run(
         [](const void* context, int64_t piece) {
             const auto* j = static_cast<const AttentionJob*>(context);
-            j->ops->attention(j->args, piece, piece + 1, scratch.at_least(j->scratch_floats));
+            const int64_t begin = piece * j->chunk, end = begin + j->chunk;
+            j->ops->attention(j->args, begin, end < j->num ? end : j->num, scratch.at_least(j->scratch_floats));
         },
-        &job, args->num_items * args->num_kv_heads);
+        &job, (job.num + chunk - 1) / chunk);
 }
 
-// Whether this processor multiplies bfloat16 itself: AVX-512-BF16 or AMX-BF16.
-EXPORT int bulkhead_has_bfloat16_units() {
-#if defined(BULKHEAD_X86)
+// Whether this processor multiplies tiles of bfloat16 (AMX), which no set here does.
+EXPORT int bulkhead_has_amx() {
+#if defined(__x86_64__)
     unsigned eax, ebx, ecx, edx;
-    if (!__builtin_cpu_supports("avx512f"))
-        return 0;
-    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1))
-        return 1;
-    if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1))
-        return 1;
-#endif
+    return has_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
+#else
     return 0;
+#endif
 }
 
 EXPORT int bulkhead_panel(int isa) {
     return ISAS[isa].ops->panel;
 }
 
+EXPORT int bulkhead_bf16_inputs(int isa) {
+    return ISAS[isa].ops->bf16_inputs;
+}
+
 EXPORT void bulkhead_product(int isa, const ProductArgs* args) {
     const Ops* ops = ISAS[isa].ops;
     ProductArgs all = *args;
-    if (all.x_dtype == FLOAT32) {
-        all.x_wide = const_cast<float*>(static_cast<const float*>(all.x));
-    } else {
-        all.x_wide = inputs.at_least(static_cast<size_t>(all.num_rows * all.num_inputs));
-        in_chunks(&all, ops->widen_rows, all.num_rows, TOKENS_PER_PIECE);
+    const int64_t num_bytes = ops->ready_bytes(args);
+    all.x_ready = all.x;
+    if (num_bytes) {
+        all.x_ready = inputs.at_least(static_cast<size_t>(num_bytes) / sizeof(float));
+        in_chunks(&all, ops->make_ready, all.num_rows, TOKENS_PER_PIECE);
     }
     const int64_t num_panels = (all.num_outputs + ops->panel - 1) / ops->panel;
     int64_t chunk = num_panels / (PIECES_PER_THREAD * pool().num_threads());

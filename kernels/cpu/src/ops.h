@@ -64,13 +64,13 @@ struct AttentionArgs {
 };
 
 struct ProductArgs {
-    const void* x;       // [T, in]
-    const void* weight;  // packed: see product.h
-    const void* bias;    // [out] in the weight's dtype, or null
-    void* y;             // [T, out]
-    float* x_wide;       // [T, in]: x as floats, filled by the library; x itself where that is float32
+    const void* x;        // [T, in] in the weight's dtype
+    const void* weight;   // packed: see product.h
+    const void* bias;     // [out] in the weight's dtype, or null
+    void* y;              // [T, out]
+    const void* x_ready;  // x as the tiles read it: set by the library
     int64_t num_rows, num_inputs, num_outputs;
-    int32_t x_dtype, weight_dtype, y_dtype;
+    int32_t weight_dtype, y_dtype;
 };
 
 // What one instruction set offers: each works on a range of independent pieces.
@@ -78,9 +78,21 @@ struct Ops {
     void (*rms_norm)(const NormArgs*, int64_t begin, int64_t end);
     void (*silu_and_mul)(const SiluArgs*, int64_t begin, int64_t end);
     void (*rope_and_store)(const RopeArgs*, int64_t begin, int64_t end);
+    int64_t (*attention_scratch)(const AttentionArgs*);  // floats
     void (*attention)(const AttentionArgs*, int64_t begin, int64_t end, float* scratch);
-    void (*widen_rows)(const ProductArgs*, int64_t begin, int64_t end);
-    void (*product)(const ProductArgs*, int64_t begin, int64_t end);  // panels
-    int32_t panel;  // columns
+    int64_t (*ready_bytes)(const ProductArgs*);
+    void (*make_ready)(const ProductArgs*, int64_t begin, int64_t end);  // rows
+    void (*product)(const ProductArgs*, int64_t begin, int64_t end);     // panels
+    int32_t panel;          // columns
+    int32_t bf16_inputs;    // inputs in a step of a panel of bfloat16 weights: 1, or pairs filled up to this many
 };
 
+
+namespace {
+
+template <class Args> inline void refuse(const Args* a, int64_t token, int64_t block, int32_t bit) {
+    __atomic_store_n(a->refused + token, block, __ATOMIC_RELAXED);
+    __atomic_fetch_or(a->flags + token, bit, __ATOMIC_RELAXED);
+}
+
+} // namespace

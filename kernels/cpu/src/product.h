@@ -1,10 +1,10 @@
 // Matrix products y = x W^T (+ bias) with packed weights. Every output element is one chain over the inputs, from the
-// first to the last, one multiply-add each; bias and rounding come once, at the end. Rows and columns of a register tile
-// are separate chains, so a row's bits cannot depend on how many rows there are, or on who computes which columns.
+// first to the last, one multiply-add each (or, with bfloat16 units, one for each pair of inputs); bias and rounding
+// come once, at the end. Rows and columns of a register tile are separate chains, so a row's bits cannot depend on how
+// many rows there are, or on who computes which columns.
 //
-// The weights lie in panels of PANEL columns, inputs outside, columns inside (kernels/cpu/product.py packs them). A step
-// of a bfloat16 panel is W words: column i in the low half, column W + i in the high half, so that a shift and a mask
-// make two vectors of floats.
+// The weights lie in panels of PANEL columns, steps of inputs outside, columns inside (kernels/cpu/product.py packs
+// them). What a step is, each Kind below says.
 #pragma once
 #include "ops.h"
 #include "vec.h"
@@ -17,58 +17,114 @@ constexpr int ROWS_MAX = W == 16 ? 12 : 6;  // rows of a tile: their sums, a ste
 // One row is bound by memory alone and takes several panels at once, because one panel's few chains would wait for
 // themselves. From two rows on the panels come one after the other, so that what is fetched ahead is the next panel.
 template <int M> constexpr int PANELS_AT_ONCE = M == 1 ? 4 : 1;
-template <int M> constexpr int AHEAD = M == 1 ? 512 : 3072;  // bytes; measured on Zen 4
+template <int M> constexpr int AHEAD = M == 1 ? 512 : 6144;  // bytes; measured on Zen 4
 
-template <class T> struct Panel;
+// A step is one input. Float32 weights: the panel's columns one after the other.
+struct Floats {
+    typedef float Weight, Input, Word;
+    typedef vf Columns;
+    static constexpr int64_t STEP = 2 * W, INPUTS = 1;
 
-template <> struct Panel<bf16> {
+    static void load(const Word* p, Columns* columns) {
+        columns[0] = ::load(p);
+        columns[1] = ::load(p + W);
+    }
+    static vf spread(const Input* x) { return splat(*x); }
+    static vf add(vf sum, vf input, vf column) { return fma(input, column, sum); }
+};
+
+#if defined(__AVX512BF16__)
+
+// A step is two inputs: W words of a pair each for the first half of the columns, then for the second; the lower input
+// is the lower half of the word. The instruction adds the two exact products to the sum in one order for every lane; it
+// reads numbers below 2^-126 as zeros.
+struct Halves {
+    typedef bf16 Weight;
+    typedef uint32_t Input, Word;
+    typedef vu Columns;
+    static constexpr int64_t STEP = 2 * W, INPUTS = 2;
+
+    static bool ready(const ProductArgs* a) { return a->num_inputs % 2 == 0; }
+    // An odd last input is followed by a zero.
+    static void make_ready(const uint16_t* x, Input* to, int64_t num) {
+        for (int64_t i = 0; i < num; i += 2)
+            to[i / 2] = x[i] | (i + 1 < num ? (uint32_t)x[i + 1] << 16 : 0);
+    }
+
+    static void load(const Word* p, Columns* columns) {
+        __builtin_memcpy(columns, p, sizeof(vu));
+        __builtin_memcpy(columns + 1, p + W, sizeof(vu));
+    }
+    static vu spread(const Input* x) { return *x - vu{}; }
+    static vf add(vf sum, vu input, vu column) {
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)input, (__m512bh)column);
+    }
+};
+
+#else
+
+// A step is one input, as a float. A word holds column i in its low half and column W + i in its high half, so that a
+// shift and a mask make two vectors of floats.
+struct Halves {
+    typedef bf16 Weight;
+    typedef float Input;
     typedef uint32_t Word;
-    static constexpr int64_t STEP = W;
+    typedef vf Columns;
+    static constexpr int64_t STEP = W, INPUTS = 1;
 
-    static void load(const Word* p, vf* columns) {
+    static bool ready(const ProductArgs*) { return false; }
+    static void make_ready(const uint16_t* x, Input* to, int64_t num) {
+        for (int64_t i = 0; i < num; i += W) {
+            const int n = num - i < W ? (int)(num - i) : W;
+            store_upto(to + i, load_upto((const bf16*)x + i, n), n);
+        }
+    }
+
+    static void load(const Word* p, Columns* columns) {
         vu words;
         __builtin_memcpy(&words, p, sizeof words);
         columns[0] = (vf)(words << 16);
         columns[1] = (vf)(words & 0xffff0000u);
     }
+    static vf spread(const Input* x) { return splat(*x); }
+    static vf add(vf sum, vf input, vf column) { return fma(input, column, sum); }
 };
 
-template <> struct Panel<float> {
-    typedef float Word;
-    static constexpr int64_t STEP = 2 * W;
+#endif
 
-    static void load(const Word* p, vf* columns) {
-        columns[0] = ::load(p);
-        columns[1] = ::load(p + W);
-    }
-};
+template <class Kind> int64_t steps_of(const ProductArgs* a) {
+    return (a->num_inputs + Kind::INPUTS - 1) / Kind::INPUTS;
+}
 
 // Rows row..row+M times panels panel..panel+P.
-template <int M, int P, class Weight, class Y> void product_tile(const ProductArgs* a, int64_t row, int64_t panel) {
-    typedef Panel<Weight> Packed;
-    const int64_t num_inputs = a->num_inputs, panel_words = num_inputs * Packed::STEP;
-    const float* x = a->x_wide + row * num_inputs;
-    const typename Packed::Word* weight = (const typename Packed::Word*)a->weight + panel * panel_words;
+template <int M, int P, class Kind, class Y> void product_tile(const ProductArgs* a, int64_t row, int64_t panel) {
+    typedef typename Kind::Columns Columns;
+    typedef typename Kind::Word Word;
+    const int64_t num_steps = steps_of<Kind>(a), panel_words = num_steps * Kind::STEP;
+    const auto* x = (const typename Kind::Input*)a->x_ready + row * num_steps;
+    const Word* weight = (const Word*)a->weight + panel * panel_words;
     vf sums[M][2 * P];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 16
         for (int v = 0; v < 2 * P; v++)
             sums[m][v] = vf{};
-    for (int64_t k = 0; k < num_inputs; k++) {
-        vf columns[2 * P];
+    for (int64_t k = 0; k < num_steps; k++) {
+        Columns columns[2 * P];
 #pragma GCC unroll 16
         for (int p = 0; p < P; p++) {
-            const typename Packed::Word* step = weight + p * panel_words + k * Packed::STEP;
-            __builtin_prefetch((const char*)step + AHEAD<M>);
-            Packed::load(step, columns + 2 * p);
+            const Word* step = weight + p * panel_words + k * Kind::STEP;
+#pragma GCC unroll 2
+            for (int64_t line = 0; line < Kind::STEP * (int64_t)sizeof(Word); line += 64)
+                __builtin_prefetch((const char*)step + AHEAD<M> + line);
+            Kind::load(step, columns + 2 * p);
         }
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
-            const vf input = splat(x[m * num_inputs + k]);
+            const Columns input = Kind::spread(x + m * num_steps + k);
 #pragma GCC unroll 16
             for (int v = 0; v < 2 * P; v++)
-                sums[m][v] = fma(input, columns[v], sums[m][v]);
+                sums[m][v] = Kind::add(sums[m][v], input, columns[v]);
         }
     }
 #pragma GCC unroll 16
@@ -81,56 +137,60 @@ template <int M, int P, class Weight, class Y> void product_tile(const ProductAr
         for (int m = 0; m < M; m++) {
             vf sum = sums[m][v];
             if (a->bias)
-                sum += load_upto((const Weight*)a->bias + column, n);
+                sum += load_upto((const typename Kind::Weight*)a->bias + column, n);
             store_upto((Y*)a->y + (row + m) * a->num_outputs + column, sum, n);
         }
     }
 }
 
-template <int M, class Weight, class Y>
+template <int M, class Kind, class Y>
 void product_rows(const ProductArgs* a, int num, int64_t row, int64_t begin, int64_t end) {
     if constexpr (M > 1) {
         if (num < M) {
-            product_rows<M - 1, Weight, Y>(a, num, row, begin, end);
+            product_rows<M - 1, Kind, Y>(a, num, row, begin, end);
             return;
         }
     }
     constexpr int P = PANELS_AT_ONCE<M>;
     int64_t panel = begin;
     for (; panel + P <= end; panel += P)
-        product_tile<M, P, Weight, Y>(a, row, panel);
+        product_tile<M, P, Kind, Y>(a, row, panel);
     for (; panel < end; panel++)
-        product_tile<M, 1, Weight, Y>(a, row, panel);
+        product_tile<M, 1, Kind, Y>(a, row, panel);
 }
 
 // Panels begin..end of every row. With more rows than a tile takes, a panel stays in the cache until all rows had it.
-template <class Weight, class Y> void product(const ProductArgs* a, int64_t begin, int64_t end) {
+template <class Kind, class Y> void product(const ProductArgs* a, int64_t begin, int64_t end) {
     const int64_t num_tiles = (a->num_rows + ROWS_MAX - 1) / ROWS_MAX;
     const int64_t at_once = num_tiles > 1 ? 1 : end - begin;
     for (int64_t panel = begin; panel < end; panel += at_once)
         for (int64_t tile = 0; tile < num_tiles; tile++) {
             const int64_t row = a->num_rows * tile / num_tiles, next = a->num_rows * (tile + 1) / num_tiles;
-            product_rows<ROWS_MAX, Weight, Y>(a, (int)(next - row), row, panel, panel + at_once);
+            product_rows<ROWS_MAX, Kind, Y>(a, (int)(next - row), row, panel, panel + at_once);
         }
+}
+
+// Bytes that the inputs of all rows take in the form that the tiles read; 0: as they lie.
+int64_t ready_bytes(const ProductArgs* a) {
+    if (a->weight_dtype == FLOAT32 || Halves::ready(a))
+        return 0;
+    return a->num_rows * steps_of<Halves>(a) * (int64_t)sizeof(Halves::Input);
+}
+
+// Rows begin..end of x into x_ready.
+void make_ready(const ProductArgs* a, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++)
+        Halves::make_ready((const uint16_t*)a->x + row * a->num_inputs,
+                           (Halves::Input*)a->x_ready + row * steps_of<Halves>(a), a->num_inputs);
 }
 
 void product_any(const ProductArgs* a, int64_t begin, int64_t end) {
     if (a->weight_dtype == FLOAT32)
-        product<float, float>(a, begin, end);
+        product<Floats, float>(a, begin, end);
     else if (a->y_dtype == FLOAT32)
-        product<bf16, float>(a, begin, end);
+        product<Halves, float>(a, begin, end);
     else
-        product<bf16, bf16>(a, begin, end);
-}
-
-// Rows begin..end of x as floats.
-void widen_rows(const ProductArgs* a, int64_t begin, int64_t end) {
-    const bf16* x = (const bf16*)a->x;
-    for (int64_t i = begin * a->num_inputs; i < end * a->num_inputs; i += W) {
-        const int64_t left = end * a->num_inputs - i;
-        const int n = left < W ? (int)left : W;
-        store_upto(a->x_wide + i, load_upto(x + i, n), n);
-    }
+        product<Halves, bf16>(a, begin, end);
 }
 
 } // namespace

@@ -10,6 +10,9 @@
 #elif defined(__AVX2__)
 #include <immintrin.h>
 #define W 8
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define W 4
 #else
 #define W 4
 #endif
@@ -29,12 +32,15 @@ inline vf splat(float x) {
     return x - vf{};  // keeps the sign of a zero, so that it is a broadcast and no addition
 }
 
-// a * b + c, rounded once where the instruction set has it. Not left to the compiler, which may fuse here and not there.
+// a * b + c, rounded once where the instruction set has it. Never left to the compiler, which may fuse here and not there:
+// the library is built with -ffp-contract=off.
 inline vf fma(vf a, vf b, vf c) {
 #if W == 16
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif W == 8
     return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
 #endif
@@ -49,7 +55,13 @@ inline vf load(const float* p) {
 inline vf load(const bf16* p) {
     vh h;
     __builtin_memcpy(&h, p, sizeof h);
+#if W == 16  // what the compiler would take several instructions for; unmasked, its header warns of itself
+    return (vf)((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h) << 16);
+#elif W == 8
+    return (vf)((vu)_mm256_cvtepu16_epi32((__m128i)h) << 16);
+#else
     return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
 }
 
 inline void store(float* p, vf v) {
@@ -79,6 +91,10 @@ template <class T> inline void store_part(T* p, vf v, int n) {
     __builtin_memcpy(p, lanes, sizeof(T) * (size_t)n);
 }
 
+inline int upto(int64_t left) {
+    return left < W ? (int)left : W;
+}
+
 template <class T> inline vf load_upto(const T* p, int n) {
     return n >= W ? load(p) : load_part(p, n);
 }
@@ -90,84 +106,103 @@ template <class T> inline void store_upto(T* p, vf v, int n) {
         store_part(p, v, n);
 }
 
-// A fixed tree over the lanes.
-inline float sum_lanes(vf v) {
-    float lanes[W];
-    store(lanes, v);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++)
-            lanes[i] += lanes[i + half];
-    return lanes[0];
-}
-
-inline float max_lanes(vf v) {
-    float lanes[W];
-    store(lanes, v);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++)
-            lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    return lanes[0];
-}
-
-// Cephes' expf: within 2 units in the last place; exactly 0 below -87.3, infinity above 88.3, NaN for NaN.
-inline vf exp(vf x0) {
-    const vf low = splat(-87.3f), high = splat(88.3f), magic = splat(12582912.f);
-    vf x = x0 < low ? low : x0;
-    x = x > high ? high : x;
-    vf n = (x * 1.44269504088896341f + magic) - magic;
-    vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    vf p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    vi power = (__builtin_convertvector(n, vi) + 127) << 23;
-    vf result = p * (vf)power;
-    result = x0 < low ? vf{} : result;
-    result = x0 > high ? splat(__builtin_inff()) : result;
-    return x0 != x0 ? x0 : result;
-}
-
-// Cephes' tanhf: a polynomial near zero, so that small numbers keep their digits; NaN for NaN.
-inline vf tanh(vf x) {
-    const vf z = x * x, size = x < vf{} ? -x : x;
-    vf p = splat(-5.70498872745e-3f);
-    p = p * z + 2.06390887954e-2f;
-    p = p * z - 5.37397155531e-2f;
-    p = p * z + 1.33314422036e-1f;
-    p = p * z - 3.33332819422e-1f;
-    const vf near = p * z * x + x, far = 1.0f - 2.0f / (exp(size + size) + 1.0f);
-    return size < 0.625f ? near : x < vf{} ? -far : far;
-}
-
 template <int... I> struct Lanes {};
 template <int N, int... I> struct Count : Count<N - 1, N - 1, I...> {};
 template <int... I> struct Count<0, I...> {
     typedef Lanes<I...> type;
 };
 
-// Segments of S lanes in a and b: the two halves of each are added; segment g of a ends in g * S, of b in g * S + S / 2.
-constexpr int halves(int S, int lane, int upper) {
-    const int segment = lane / S, within = lane % S, from_b = within >= S / 2;
-    return (from_b ? W : 0) + segment * S + within % (S / 2) + (upper ? S / 2 : 0);
+template <int STEP, int... I> inline vf swapped(vf v, Lanes<I...>) {
+    return __builtin_shufflevector(v, v, (I ^ STEP)...);
 }
 
-template <int S, int... I> inline vf fold(vf a, vf b, Lanes<I...>) {
-    return __builtin_shufflevector(a, b, halves(S, I, 0)...) + __builtin_shufflevector(a, b, halves(S, I, 1)...);
+// A fixed tree over the lanes: the upper half of what is left onto the lower.
+template <int STEP = W / 2> inline float sum_lanes(vf v) {
+    if constexpr (STEP == 0)
+        return v[0];
+    else
+        return sum_lanes<STEP / 2>(v + swapped<STEP>(v, typename Count<W>::type()));
 }
 
-// W vectors -> one vector whose lane i is the sum of the lanes of v[i], each in the same fixed tree.
-template <int S> inline vf sum_each(const vf* v) {
-    if constexpr (S == 1) {
+template <int STEP = W / 2> inline float max_lanes(vf v) {
+    if constexpr (STEP == 0) {
         return v[0];
     } else {
-        vf folded[S / 2];
-        for (int i = 0; i < S / 2; i++)
-            folded[i] = fold<S>(v[i], v[i + S / 2], typename Count<W>::type());
-        return sum_each<S / 2>(folded);
+        const vf other = swapped<STEP>(v, typename Count<W>::type());
+        return max_lanes<STEP / 2>(v > other ? v : other);
     }
+}
+
+template <int... I> inline vi numbered(Lanes<I...>) {
+    return vi{I...};
+}
+
+inline vi lane_numbers() {
+    return numbered(typename Count<W>::type());
+}
+
+// In a transposition's step, lane i of the vector that keeps its lower (upper) lanes comes from: W and above, the other.
+template <int STEP> constexpr int kept(int lane, bool upper) {
+    return lane & STEP ? W + lane - (upper ? 0 : STEP) : lane + (upper ? STEP : 0);
+}
+
+template <int STEP, int... I> inline void exchange(vf& a, vf& b, Lanes<I...>) {
+    const vf lower = __builtin_shufflevector(a, b, kept<STEP>(I, false)...);
+    b = __builtin_shufflevector(a, b, kept<STEP>(I, true)...);
+    a = lower;
+}
+
+// W vectors as a square: lane j of v[i] and lane i of v[j] change places.
+template <int STEP = W / 2> inline void transpose(vf* v) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+        if (!(i & STEP))
+            exchange<STEP>(v[i], v[i + STEP], typename Count<W>::type());
+    if constexpr (STEP > 1)
+        transpose<STEP / 2>(v);
+}
+
+// Cephes' expf, for numbers within -87.3 and 88.3 and NaN: within 2 units in the last place.
+inline vf exp_within(vf x) {
+    const vf magic = splat(12582912.f);
+    const vf n = fma(x, splat(1.44269504088896341f), magic) - magic;
+    const vf r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
+    vf p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r) + 1.0f;
+    const vi power = (__builtin_convertvector(n, vi) + 127) << 23;
+    return x != x ? x : p * (vf)power;
+}
+
+// Exactly 0 below -87.3, infinity above 88.3, NaN for NaN.
+inline vf exp(vf x0) {
+    const vf low = splat(-87.3f), high = splat(88.3f);
+    vf x = x0 < low ? low : x0;
+    x = x > high ? high : x;
+    const vf result = x0 < low ? vf{} : exp_within(x);
+    return x0 > high ? splat(__builtin_inff()) : result;
+}
+
+// The same for numbers that are not positive.
+inline vf exp_negative(vf x0) {
+    const vf low = splat(-87.3f);
+    return x0 < low ? vf{} : exp_within(x0 < low ? low : x0);
+}
+
+// Cephes' tanhf: a polynomial near zero, so that small numbers keep their digits; NaN for NaN.
+inline vf tanh(vf x) {
+    const vf z = x * x, size = x < vf{} ? -x : x;
+    vf p = splat(-5.70498872745e-3f);
+    p = fma(p, z, splat(2.06390887954e-2f));
+    p = fma(p, z, splat(-5.37397155531e-2f));
+    p = fma(p, z, splat(1.33314422036e-1f));
+    p = fma(p, z, splat(-3.33332819422e-1f));
+    const vf near = fma(p * z, x, x), far = 1.0f - 2.0f / (exp(size + size) + 1.0f);
+    return size < 0.625f ? near : x < vf{} ? -far : far;
 }
 
 } // namespace

@@ -4,17 +4,9 @@ noticed and when."""
 from typing import Any
 
 from engine import core
-from gateway.faults.catalogue import FAULTS, Fault
-from gateway.faults.stage import Run, load, perform, prepare
-
-NOT_APPLICABLE = (
-    (
-        "faults of tiers below the cache, remote caches, speculative decoding, adapters, recurrent state, pictures and "
-        "device graphs: this engine has none of them"
-    ),
-    "a block given out while a launch still runs: the engine makes one step at a time",
-    "faults in HTTP, files and time: their own tests",
-)
+from tests.faults.catalogue import FAULTS, Fault
+from tests.faults.known_faults import KNOWN, NONE
+from tests.faults.stage import Run, load, perform, prepare
 
 engine_core: Any = core
 
@@ -34,17 +26,21 @@ def play(fault: Fault | None, seed: int, *, audited: bool) -> Run:
     return run
 
 
-def row_of(fault: Fault, num_seeds: int) -> dict[str, Any]:
-    """`detected`: by the auditor, in every load in which the fault was reached there and did harm unwatched."""
+def row_of(fault: Fault, num_seeds: int, enough: int = 0) -> dict[str, Any]:
+    """`detected`: by the auditor, in every load in which the fault was reached there and did harm unwatched.
+    ``enough``: stop after so many of those loads, 0 never."""
     reached = infected = output_only = sum_only = before = False
-    caught, missed, released_wrong, step, late = set[str](), 0, 0, -1, 0
+    caught, missed, released_wrong, step, late, num_harmful = set[str](), 0, 0, -1, 0, 0
     for seed in range(num_seeds):
+        if enough and num_harmful >= enough:
+            break
         bare, watched = play(fault, seed, audited=False), play(fault, seed, audited=True)
         if bare.reached_step < 0:
             continue
         reached = True
         harm = max(bare.wrong_output_step, bare.wrong_count_step) >= 0 or bare.wrong_end
         infected |= harm
+        num_harmful += harm
         output_only |= bare.wrong_output_step >= 0
         sum_only |= bare.wrong_sum_step >= 0
         before |= harm or bool(bare.detectors)
@@ -60,6 +56,7 @@ def row_of(fault: Fault, num_seeds: int) -> dict[str, Any]:
         "id": fault.fault_id,
         "name": fault.name,
         "severity": fault.severity,
+        "known": fault.known,
         "reached": reached,
         "infected": infected,
         "detected": bool(caught) and not missed,
@@ -77,12 +74,37 @@ def row_of(fault: Fault, num_seeds: int) -> dict[str, Any]:
     }
 
 
+def planted_as(known: str) -> str:
+    """The plants that stand for a known fault."""
+    return ", ".join(fault.fault_id for fault in FAULTS if fault.known == known)
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the table says in a few numbers. A disclosure counts as caught in its step when nothing wrong left."""
+    disclosures = [row for row in rows if row["severity"] == "disclosure"]
+    in_step = [row for row in disclosures if row["detected"] and not row["loads_detected_after_harm"]]
+    return {
+        "faults": len(rows),
+        "reached": sum(row["reached"] for row in rows),
+        "infected": sum(row["infected"] for row in rows),
+        "detected": sum(row["detected"] for row in rows),
+        "missed": [row["id"] for row in rows if not row["detected"]],
+        "harmless_on_these_loads": [row["id"] for row in rows if row["reached"] and not row["infected"]],
+        "disclosures": len(disclosures),
+        "disclosures_detected_before_harm": len(in_step),
+    }
+
+
 def kill_matrix(num_seeds: int) -> dict[str, Any]:
     rows = [row_of(fault, num_seeds) for fault in FAULTS]
+    planted = {name: planted_as(name) for name in KNOWN if planted_as(name)}
+    known = {name: planted.get(name, text) for name, (_, text) in KNOWN.items()}
     names = ("output_comparison", "accounting_sum", "salt")
     return {
         "faults": rows,
-        "not_applicable": list(NOT_APPLICABLE),
+        "known": known,
+        "not_applicable": {name: text for name, text in known.items() if text.startswith(NONE)},
+        "summary": summary(rows),
         "baselines": {name: sum(row["baselines"][name] for row in rows) for name in names}
         | {"auditor": sum(row["detected"] for row in rows), "faults": len(rows)},
     }

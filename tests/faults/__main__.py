@@ -5,7 +5,7 @@ import argparse
 import json
 import sys
 
-from gateway.faults.matrix import clean_steps, kill_matrix
+from tests.faults.matrix import clean_steps, kill_matrix
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

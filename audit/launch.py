@@ -1,0 +1,69 @@
+"""What a launch was given, by the arrays that the kernels held, and what it gave besides tokens.
+
+The auditor approves arrays before a launch. After it, whatever the kernels held is compared with a copy of what was
+approved: arrays that changed in between, or others that were launched in their place, show before anything leaves.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Finding = tuple[int, str]  # row, which array; row -1: no row can be named
+
+
+class Logprob(NamedTuple):
+    """A token's log probability and the likeliest tokens', as a launch gave them or as they leave."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
+
+
+class KernelArrays(NamedTuple):
+    """T tokens in R rows, S of which sample; W places whose logits are wanted: of the rows that sample, then of the
+    scored tokens."""
+
+    token_ids: Any  # [T]
+    positions: Any  # [T]
+    wanted: Any  # [W]
+    sampled_positions: Any  # [S]
+    sampled_rows: Any  # [S] stable row of each
+    cu_seqlens: Any  # [R+1]
+    kv_lens: Any  # [R]
+    block_tables: Any  # [R, B]
+    slot_mapping: Any  # [T]
+
+    def copy(self) -> "KernelArrays":
+        return KernelArrays(*(np.array(array) for array in self))
+
+
+class Launch(NamedTuple):
+    """``logprobs``: by the place among the rows that sample; ``scores``: of prompt tokens, by row, None where the
+    numbers broke. ``arrays`` None: nobody told."""
+
+    arrays: KernelArrays | None = None
+    logprobs: Mapping[int, Logprob] = {}
+    scores: Mapping[int, Sequence[Logprob] | None] = {}
+
+
+def array_problems(approved: KernelArrays, launched: KernelArrays) -> list[Finding]:
+    """Every row for which the kernels held other numbers than approved."""
+    found: list[Finding] = []
+    for name, before, after in zip(KernelArrays._fields, approved, launched, strict=True):
+        now = np.asarray(after)
+        if before.shape != now.shape:
+            found.append((-1, name))
+        elif not np.array_equal(before, now):
+            at = np.unique(np.nonzero(before != now)[0])
+            if name == "cu_seqlens":
+                rows = np.unique(np.concatenate((at, at - 1)))
+            elif name in ("kv_lens", "block_tables"):
+                rows = at
+            else:
+                tokens = at if name in ("token_ids", "positions", "slot_mapping") else approved.wanted[at]
+                rows = np.unique(np.searchsorted(approved.cu_seqlens, tokens, side="right") - 1)
+            num_rows = len(approved.kv_lens)
+            found += ((int(row), name) for row in rows if 0 <= row < num_rows)
+    return found

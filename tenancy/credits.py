@@ -1,0 +1,219 @@
+"""Credits: what a tenant's credit is made of. Each has a kind and may have an end; together they are all its money.
+
+    left(credit) = amount - sum of its uses                          uses are rows that nobody changes
+    sum of left over a tenant's credits = its accounts credit + held  (ledger.py)
+
+What is billed is taken in this order: what has expired and is still there, promotional before paid, the earliest end
+first, the oldest first. Money is held from the whole, not from one credit, and is taken when it is billed.
+
+Expiry: [created, expires). After it, what is left goes back where it came from (`expiry`: credit -x, funding +x), but
+for what is held at that moment: requests in flight may still need it, and the order above uses it first. When they
+leave some of it, that expires in the transaction in which they are settled. So expiry never refuses what was admitted,
+and nothing is admitted on credit that has expired: place_hold expires first.
+
+What comes back (a refund, an adjustment) is paid credit without an end, in one credit a tenant, `TENANT:corrections`.
+
+Everything here needs the locks of the tenant's account rows.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, get_args
+
+from sqlalchemy import ColumnElement, func, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tenancy import tables
+from tenancy.money import require_int
+from tenancy.posting import post
+
+CreditKind = Literal["promotional", "paid"]
+CREDIT_KINDS: Final[tuple[CreditKind, ...]] = get_args(CreditKind)  # in the order in which they are used
+OPEN_MAX: Final = 1_000  # of a tenant: bounds what a settlement reads
+
+
+class TooManyCreditsError(ValueError):
+    """The tenant has as many credits with something left as it may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """`credit_id` is the transfer that granted it."""
+
+    credit_id: str
+    tenant_id: str
+    kind: CreditKind
+    amount_nano_usd: int
+    left_nano_usd: int
+    expires_ns: int | None  # None: it has no end
+    created_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpiredCredit:
+    """What went back of a credit: whoever gets this writes it to the log, in this transaction."""
+
+    credit_id: str
+    tenant_id: str
+    kind: CreditKind
+    amount_nano_usd: int
+    expires_ns: int
+
+
+async def require_addable(
+    conn: AsyncConnection, tenant_id: str, kind: CreditKind, expires_ns: int | None, now_ns: int
+) -> None:
+    """Before a grant is posted. Raises ValueError or TooManyCreditsError."""
+    if kind not in CREDIT_KINDS:
+        raise ValueError(f"a credit is {' or '.join(CREDIT_KINDS)}, not {kind!r}")
+    if expires_ns is not None and require_int(expires_ns, "expires_ns") <= now_ns:
+        raise ValueError(f"expires_ns must be later than now ({now_ns}): {expires_ns}")
+    if len(await _open(conn, tenant_id)) >= OPEN_MAX:
+        raise TooManyCreditsError(f"{tenant_id} has {OPEN_MAX} credits that are not used up: adjust one instead")
+
+
+async def add_credit(
+    conn: AsyncConnection,
+    tenant_id: str,
+    credit_id: str,
+    amount_nano_usd: int,
+    kind: CreditKind,
+    expires_ns: int | None,
+    now_ns: int,
+) -> None:
+    """The row of a grant that require_addable has passed and that was posted in this transaction."""
+    await conn.execute(
+        insert(_CREDIT).values(
+            id=credit_id,
+            tenant_id=tenant_id,
+            kind=kind,
+            amount_nano_usd=amount_nano_usd,
+            left_nano_usd=amount_nano_usd,
+            expires_ns=expires_ns,
+            created_ns=now_ns,
+        )
+    )
+
+
+async def take(
+    conn: AsyncConnection, tenant_id: str, transaction_id: str, amount_nano_usd: int, now_ns: int, *, first: str = ""
+) -> None:
+    """Use credits up by what a posted transaction has taken; `first`: a credit that goes before all others."""
+    order = sorted(await _open(conn, tenant_id), key=lambda one: (one.credit_id != first, *_order(one, now_ns)))
+    missing = amount_nano_usd
+    for credit in order:
+        if missing == 0:
+            return
+        used = min(credit.left_nano_usd, missing)
+        missing -= used
+        await _use(conn, credit, transaction_id, used)
+    assert missing == 0, f"{transaction_id} takes {missing} nano-USD more than the credits of {tenant_id} hold"
+
+
+async def give_back(
+    conn: AsyncConnection, tenant_id: str, transaction_id: str, amount_nano_usd: int, now_ns: int
+) -> None:
+    """What a posted refund or adjustment gives: paid credit without an end."""
+    dialect = postgresql if conn.dialect.name == "postgresql" else sqlite
+    credit = Credit(corrections_id(tenant_id), tenant_id, "paid", 0, 0, None, now_ns)
+    row = {
+        "id": credit.credit_id,
+        "tenant_id": tenant_id,
+        "kind": credit.kind,
+        "amount_nano_usd": 0,  # it has only what comes back: uses below zero
+        "left_nano_usd": 0,
+        "expires_ns": None,
+        "created_ns": now_ns,
+    }
+    await conn.execute(dialect.insert(_CREDIT).on_conflict_do_nothing(index_elements=["id"]), [row])
+    await _use(conn, credit, transaction_id, -amount_nano_usd)
+
+
+async def expire_due(
+    conn: AsyncConnection, tenant_id: str, balances: Mapping[str, int], now_ns: int
+) -> tuple[dict[str, int], tuple[ExpiredCredit, ...]]:
+    """Post the expiry of what has expired and is not held; the balances after it, and what is to be logged."""
+    due = sorted(await _open(conn, tenant_id, _CREDIT.c.expires_ns <= now_ns), key=lambda one: _order(one, now_ns))
+    after = dict(balances)
+    free = sum(credit.left_nano_usd for credit in due) - balances["held"]
+    expired: list[ExpiredCredit] = []
+    for credit in reversed(due):  # what is held is covered by those that are used first
+        amount = min(credit.left_nano_usd, free)
+        if amount <= 0:
+            break
+        free -= amount
+        # What is left of an expired credit only shrinks, so this id is never used twice.
+        digest = hashlib.sha256(credit.credit_id.encode()).hexdigest()[:32]
+        transaction_id = f"expiry:{digest}:{credit.left_nano_usd}"
+        changes = {"credit": -amount, "funding": amount}
+        after = await post(
+            conn, tenant_id, after, changes, transaction_id, "expiry", now_ns, corrects_id=credit.credit_id
+        )
+        await _use(conn, credit, transaction_id, amount)
+        assert credit.expires_ns is not None
+        expired.append(ExpiredCredit(credit.credit_id, tenant_id, credit.kind, amount, credit.expires_ns))
+    return after, tuple(expired)
+
+
+async def list_credits(conn: AsyncConnection, tenant_id: str, now_ns: int) -> list[Credit]:
+    """A tenant's credits with something left, in the order in which they are used. Reads only."""
+    return sorted(await _open(conn, tenant_id), key=lambda one: _order(one, now_ns))
+
+
+async def tenants_with_due_credit(conn: AsyncConnection, now_ns: int, limit: int) -> list[str]:
+    """Tenants that have expired credit which is not all held: expire_due would post something."""
+    held = tables.account
+    query = (
+        select(_CREDIT.c.tenant_id)
+        .join(held, (held.c.tenant_id == _CREDIT.c.tenant_id) & (held.c.kind == "held"))
+        .where(_CREDIT.c.left_nano_usd > 0, _CREDIT.c.expires_ns <= now_ns)
+        .group_by(_CREDIT.c.tenant_id, held.c.balance_nano_usd)
+        .having(func.sum(_CREDIT.c.left_nano_usd) > held.c.balance_nano_usd)
+        .order_by(_CREDIT.c.tenant_id)
+        .limit(limit)
+    )
+    return list(await conn.scalars(query))
+
+
+def corrections_id(tenant_id: str) -> str:
+    return f"{tenant_id}:corrections"
+
+
+def _order(credit: Credit, now_ns: int) -> tuple[Any, ...]:
+    endless = credit.expires_ns is None
+    alive = endless or (credit.expires_ns or 0) > now_ns
+    end = (endless, credit.expires_ns or 0)
+    return (alive, CREDIT_KINDS.index(credit.kind), end, credit.created_ns, credit.credit_id)
+
+
+async def _open(conn: AsyncConnection, tenant_id: str, *more: ColumnElement[bool]) -> list[Credit]:
+    rows = await conn.execute(_CREDITS.where(_CREDIT.c.tenant_id == tenant_id, _CREDIT.c.left_nano_usd > 0, *more))
+    return [Credit(*row) for row in rows]
+
+
+async def _use(conn: AsyncConnection, credit: Credit, transaction_id: str, amount_nano_usd: int) -> None:
+    # The caller holds the account locks, so what was read of the credit is still so.
+    await conn.execute(
+        insert(tables.credit_use).values(
+            transaction_id=transaction_id, credit_id=credit.credit_id, amount_nano_usd=amount_nano_usd
+        )
+    )
+    await conn.execute(
+        update(_CREDIT)
+        .where(_CREDIT.c.id == credit.credit_id)
+        .values(left_nano_usd=_CREDIT.c.left_nano_usd - amount_nano_usd)
+    )
+
+
+_CREDIT: Final = tables.credit
+_CREDITS: Final = select(
+    _CREDIT.c.id,
+    _CREDIT.c.tenant_id,
+    _CREDIT.c.kind,
+    _CREDIT.c.amount_nano_usd,
+    _CREDIT.c.left_nano_usd,
+    _CREDIT.c.expires_ns,
+    _CREDIT.c.created_ns,
+)
