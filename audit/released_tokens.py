@@ -66,6 +66,7 @@ def output_problems(
 
 def _content_problems(sequence: AuditedSequence, output: Output, knows_text: bool) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
+    may_cut = sequence.facts is not None and sequence.facts.may_cut
     for sent, told, rule in (
         (output.logprobs, sequence.pending_logprobs, "foreign_logprobs"),
         (output.prompt_logprobs, sequence.pending_scores, "foreign_scores"),
@@ -79,7 +80,7 @@ def _content_problems(sequence: AuditedSequence, output: Output, knows_text: boo
     if knows_text:
         if not say(sequence.unsaid, output.text, first=not sequence.has_spoken):
             found.append(("foreign_text", "sends text that its own tokens do not spell"))
-        elif output.finish_reason == "length" and not output.failed and sequence.unsaid:
+        elif output.finish_reason == "length" and sequence.unsaid and not (output.failed or may_cut):
             found.append(("text_lost", "ended and has not said all that its tokens spell"))
         sequence.has_spoken |= bool(output.text)
     return found

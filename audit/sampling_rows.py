@@ -25,6 +25,7 @@ class SamplingFacts(NamedTuple):
     form: bytes = b""  # digest of the grammar that makes the mask, b"" without one
     bias: bytes = b""  # the biased tokens and their biases
     kind: tuple[bool, ...] = (False, False, False, True)  # has a form, a bias, penalties; its logits stay as they are
+    may_cut: bool = False  # a stop text may cut its answer off before its last token's text
 
 
 class SampledRow(NamedTuple):

@@ -37,7 +37,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         raise ConfigError(f"there is no model folder at {config.model_dir}")
     torch.set_num_threads(config.effective_num_threads)
     tokenizer = Tokenizer.load(config.model_dir)
-    backend = choose(config.kernels, config.effective_num_threads, log, config.products)
+    backend = choose(config.kernels, config.effective_num_threads, log)
     runner = ModelRunner.load(
         config.model_dir,
         dtype=config.dtype,
@@ -84,7 +84,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         block_size=config.block_size,
         num_blocks=runner.num_blocks,
         dtype=config.dtype,
-        device="cpu",
+        device=runner.model.backend.device.type,
         kernels=runner.model.backend.name,
         isolation=isolation,
     )

@@ -169,7 +169,8 @@ class EngineThread:
         strangers = [output.sequence_id for output in outputs if output.sequence_id not in self._owners]
         if strangers:
             outputs = [output for output in outputs if output.sequence_id in self._owners]
-            incidents = incidents + self._turn_away(strangers, incidents)
+            away = self._turn_away(strangers, incidents)
+            incidents = incidents + away + ([] if incidents else self._closing(away))
         self.stats = replace(self.core.stats(), closed=self.closed)
         self.journal.append([record_of(output) for output in outputs])
         frames: defaultdict[Connection, bytearray] = defaultdict(bytearray)

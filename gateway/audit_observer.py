@@ -183,7 +183,8 @@ class AuditObserver:
         penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
         has = (bool(sampling.grammar), bool(len(ids)), penalties != (1.0, 0.0, 0.0))
         kind = (*has, not (any(has) or sampling.min_tokens))
-        return SamplingFacts(self._digests.of(sampling), form_digest(sampling.grammar), bias_bytes(ids, values), kind)
+        form, may_cut = form_digest(sampling.grammar), bool(sampling.stop)
+        return SamplingFacts(self._digests.of(sampling), form, bias_bytes(ids, values), kind, may_cut)
 
     def _found(self, state: SamplingState) -> SamplingFacts:
         bias = b""

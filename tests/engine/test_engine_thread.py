@@ -93,6 +93,32 @@ def test_incidents_go_to_everybody_and_outputs_to_their_owner(harness: Harness) 
     assert (harness.endings()["bad"], harness.endings()["good"]) == ("isolation_violation", "")
 
 
+def test_violations_in_too_many_steps_close_the_door(harness: Harness) -> None:
+    steps = harness.core.step
+
+    def violating() -> StepResult:
+        number = harness.core.step_number
+        if number < 3 and number != 1:  # steps 1 and 3
+            harness.watcher.violations = [("foreign_block", (f"bad{number}",), ("a",), 0, "detail")]
+        if number == 5:
+            harness.thread.commands.put(Received(mine, submit("late", [1, 2], 2)))
+            harness.thread.commands.put(Drain(60_000))
+        return steps()
+
+    mine = connection()
+    harness.core.step = violating  # type: ignore[method-assign]
+    harness.thread.violating_steps_max = 2
+    for name in ("bad0", "bad2", "good"):
+        harness.thread.commands.put(Received(mine, submit(name, [1, 2], 9)))
+    assert harness.thread.run() == 0
+    endings = harness.endings()
+    assert endings == {"bad0": "isolation_violation", "bad2": "isolation_violation", "late": "closed", "good": ""}
+    kinds = [message.kind for _, message in harness.delivered if isinstance(message, Incident)]
+    assert kinds == ["foreign_block", "foreign_block", "admission_closed"]
+    assert harness.thread.stats is not None
+    assert harness.thread.stats.closed
+
+
 @pytest.mark.parametrize("in_core", [False, True])
 def test_an_output_that_nobody_asked_for_is_dropped_and_everybody_else_goes_on(harness: Harness, in_core: bool) -> None:
     """In the core without an owner, or of a name that was never heard of: nobody gets it, everybody hears of it."""
@@ -126,32 +152,6 @@ def test_an_output_that_nobody_asked_for_is_dropped_and_everybody_else_goes_on(h
     ]
     assert "stranger" not in read_journals(harness.journal.path.parent)
     assert harness.core.pool.num_free == 64
-
-
-def test_violations_in_too_many_steps_close_the_door(harness: Harness) -> None:
-    steps = harness.core.step
-
-    def violating() -> StepResult:
-        number = harness.core.step_number
-        if number < 3 and number != 1:  # steps 1 and 3
-            harness.watcher.violations = [("foreign_block", (f"bad{number}",), ("a",), 0, "detail")]
-        if number == 5:
-            harness.thread.commands.put(Received(mine, submit("late", [1, 2], 2)))
-            harness.thread.commands.put(Drain(60_000))
-        return steps()
-
-    mine = connection()
-    harness.core.step = violating  # type: ignore[method-assign]
-    harness.thread.violating_steps_max = 2
-    for name in ("bad0", "bad2", "good"):
-        harness.thread.commands.put(Received(mine, submit(name, [1, 2], 9)))
-    assert harness.thread.run() == 0
-    endings = harness.endings()
-    assert endings == {"bad0": "isolation_violation", "bad2": "isolation_violation", "late": "closed", "good": ""}
-    kinds = [message.kind for _, message in harness.delivered if isinstance(message, Incident)]
-    assert kinds == ["foreign_block", "foreign_block", "admission_closed"]
-    assert harness.thread.stats is not None
-    assert harness.thread.stats.closed
 
 
 def test_the_journal_is_written_before_the_frames(harness: Harness) -> None:
