@@ -20,7 +20,6 @@ sequences their lives (`engine_failure`), not the engine: its blocks are release
 import traceback
 from collections.abc import Callable
 from collections.abc import Sequence as Line
-from dataclasses import dataclass, field
 from itertools import chain
 
 from msgspec.structs import replace
@@ -41,15 +40,9 @@ from engine.scheduling.schedule import ScheduledRow
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.tiers import TIERS
 from engine.sequence import Event, Sequence
+from engine.step_result import StepResult
 from engine.text.answer import Answer, Piece
 from kernels.backend import OwnershipError
-
-
-@dataclass(slots=True)
-class StepResult:
-    outputs: list[TokenOutput] = field(default_factory=list)
-    incidents: list[Incident] = field(default_factory=list)
-    failure: str = ""  # traceback of a failed launch, for the log
 
 
 class EngineCore:

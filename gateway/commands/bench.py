@@ -21,6 +21,7 @@ from rich.table import Table
 from gateway.commands.bench_engine import bench_engine
 from gateway.commands.bench_isolation import bench_isolation
 from gateway.commands.bench_scheduling import bench_fairness, bench_policies
+from gateway.commands.bench_soak import bench_soak
 from gateway.commands.session import CommandError
 
 app = typer.Typer(no_args_is_help=True, help="Measure a running server, or the engine alone.")
@@ -28,6 +29,7 @@ app.command("engine")(bench_engine)
 app.command("policies")(bench_policies)
 app.command("fairness")(bench_fairness)
 app.command("isolation")(bench_isolation)
+app.command("soak")(bench_soak)
 
 PROMPT = "Write a short story about a lighthouse keeper and the sea. Part {number}."
 REQUEST_TIMEOUT_S = 300

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from engine.core import StepResult
 from engine.engine_thread import Connection, EngineThread, Received
 from engine.journal import Journal, read_journals
 from engine.protocol import Drain, FrameReader, FromWorker, Incident, TokenOutput, decode_from_worker
+from engine.step_result import StepResult
 from tests.strategies.integer_model import IntegerRunner, Watcher, continuation, decode, integer_core, submit
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from engine.cache.block_pool import BlockState
-from engine.core import EngineCore, StepResult
+from engine.core import EngineCore
 from engine.events import StepEvidence, Violation
 from engine.model_runner import ModelRunner
 from engine.models.load import load_model
 from engine.protocol import SamplingParams, Submit
+from engine.step_result import StepResult
 from gateway.audit_observer import AuditObserver
 from kernels.backend import OwnershipError
 from kernels.cpu.backend import NativeBackend
