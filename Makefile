@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  := 2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all check bench format models native native-asan setup setup-dev clean
+.PHONY: help serve test test-all check bench format models native native-asan kernels kernels-write gpu setup setup-dev clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,15 @@ format: setup-dev ## Format the code
 models: setup-dev ## Try every architecture of transformers and write docs/models.md and the list of what is served
 	$(BIN)/python -m engine.models.conformance --write
 	$(BIN)/ruff format --quiet engine/models/served.py
+
+kernels: setup-dev ## Compile the GPU kernels for four architectures, without a GPU, and hold them to docs/kernels.md
+	@$(BIN)/python -m kernels.gpu.gate
+
+kernels-write: setup-dev ## Compile them and write docs/kernels.md's table again
+	@$(BIN)/python -m kernels.gpu.gate --write
+
+gpu: setup-dev ## Where there is a GPU: run the GPU kernels' tests, and the engine's on them, compiled instead of interpreted
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/gpu tests/engine/test_gpu_runner.py
 
 native: setup ## Build the CPU kernels again, with the C++ compiler's messages
 	$(BIN)/python -m pip install --quiet "setuptools>=75"

@@ -176,13 +176,22 @@ _ALL = (
     ),
     Kind(
         "limits.changed",
-        2,
-        "A scope's limits were set; -1 stands for no limit. The weight is a tenant's share of the engine.",
+        3,
+        "A scope's limits were set; -1 stands for no limit. Limits in shadow refuse nothing. The weight is a tenant's "
+        "share of the engine.",
         (
             *_text("scope_kind", "scope_id"),
             *_count("requests_per_minute", "tokens_per_minute", "concurrency_max", minimum=-1),
             *_count("weight"),
+            *_count("tokens_per_day", minimum=-1),
+            Field("shadow", "list[str]"),
         ),
+    ),
+    Kind(
+        "limit.would_refuse",
+        1,
+        "A request was admitted that a limit in shadow would have refused.",
+        _text("request_id", "scope_id", "limit_name"),
     ),
     Kind(
         "budget.set",

@@ -86,7 +86,10 @@ KINDS: dict[str, dict[int, str]] = {
     "limits.changed": {
         1: "scope_kind:s scope_id:s requests_per_minute:i tokens_per_minute:i concurrency_max:i",
         2: "scope_kind:s scope_id:s requests_per_minute:i tokens_per_minute:i concurrency_max:i weight:i",
+        3: "scope_kind:s scope_id:s requests_per_minute:i tokens_per_minute:i concurrency_max:i weight:i "
+        "tokens_per_day:i shadow:l",
     },
+    "limit.would_refuse": {1: "request_id:s scope_id:s limit_name:s"},
     "budget.set": {1: "scope_kind:s scope_id:s period:s hard:b limit_nano_usd:d"},
     "budget.removed": {1: "scope_kind:s scope_id:s period:s hard:b"},
     "budget.alert": {

@@ -37,7 +37,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         raise ConfigError(f"there is no model folder at {config.model_dir}")
     torch.set_num_threads(config.effective_num_threads)
     tokenizer = Tokenizer.load(config.model_dir)
-    backend = choose(config.kernels, config.effective_num_threads, log, config.products)
+    backend = choose(config.kernels, config.effective_num_threads, log)
     runner = ModelRunner.load(
         config.model_dir,
         dtype=config.dtype,
@@ -66,6 +66,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         observer=make_observer(Watched(runner.num_blocks, config.block_size, config.model_dir, runner.cache.words())),
         scheduling=config.scheduling,
         wait_max_tokens=config.wait_max_tokens,
+        max_prompt_tokens=config.max_prompt_tokens,
         prefix_cache=config.prefix_cache,
         cache_floor_percent=config.cache_floor_percent,
         cache_ceiling_percent=config.cache_ceiling_percent,
@@ -83,7 +84,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         block_size=config.block_size,
         num_blocks=runner.num_blocks,
         dtype=config.dtype,
-        device="cpu",
+        device=runner.model.backend.device.type,
         kernels=runner.model.backend.name,
         isolation=isolation,
     )

@@ -7,8 +7,7 @@ from pathlib import Path
 from engine.errors import ConfigError
 
 DTYPES = ("bfloat16", "float32")
-KERNELS = ("auto", "torch", "portable", "avx2", "avx512", "avx512_bf16")
-PRODUCTS = ("auto", "own", "onednn")
+KERNELS = ("auto", "torch", "portable", "avx2", "avx512", "avx512_bf16", "amx", "triton")
 
 
 def default_num_threads() -> int:
@@ -25,13 +24,13 @@ class WorkerConfig:
     journal_dir: Path
     max_batched_tokens: int = 256  # the token budget of one step
     max_num_seqs: int = 32  # rows in one step
+    max_prompt_tokens: int = 0  # of prompts in a step that also generates; 0: all that the budget leaves
     num_blocks: int = 0
     kv_cache_bytes: int = 512 * 1024 * 1024
     block_size: int = 32  # tokens per KV block
     num_threads: int = 0
     dtype: str = "bfloat16"
-    kernels: str = "auto"  # kernels/backend.py: auto, torch, or an instruction set of the native library
-    products: str = "auto"  # whose matrix products the native kernels use: kernels/cpu/backend.py
+    kernels: str = "auto"  # kernels/backend.py: auto, torch, triton, or an instruction set of the native library
     max_waiting: int = 256  # further submits are refused with "busy"
     scheduling: str = "fair"  # engine/scheduling/order.py
     wait_max_tokens: int = 65_536  # served to everybody while one starves: engine/scheduling/rescue.py
@@ -54,7 +53,7 @@ class WorkerConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")
-        for name in ("num_blocks", "num_threads", "max_waiting", "drain_timeout_ms"):
+        for name in ("num_blocks", "num_threads", "max_waiting", "drain_timeout_ms", "max_prompt_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or greater, not {getattr(self, name)}")
         if not 0 <= self.cache_floor_percent <= 50:
@@ -65,8 +64,6 @@ class WorkerConfig:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if self.kernels not in KERNELS:
             raise ConfigError(f"kernels must be one of {', '.join(KERNELS)}, not {self.kernels!r}")
-        if self.products not in PRODUCTS:
-            raise ConfigError(f"products must be one of {', '.join(PRODUCTS)}, not {self.products!r}")
 
     @property
     def effective_num_threads(self) -> int:

@@ -72,6 +72,7 @@ class EngineCore:
         observer: Observer,
         scheduling: str = "fair",
         wait_max_tokens: int = order.WAIT_MAX_TOKENS,
+        max_prompt_tokens: int = 0,
         prefix_cache: bool = True,
         cache_floor_percent: int = 0,
         cache_ceiling_percent: int = 100,
@@ -100,6 +101,7 @@ class EngineCore:
             policy=order.POLICIES[scheduling],
             prefix_cache=prefix_cache,
             wait_max_tokens=wait_max_tokens,
+            max_prompt_tokens=max_prompt_tokens,
         )
         self._sequences: dict[str, Sequence] = {}
         self._answers: dict[str, Answer] = {}

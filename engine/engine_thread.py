@@ -18,6 +18,7 @@ from engine.journal import Journal, record_of
 from engine.protocol import Abort, Drain, Incident, Stats, Submit, TokenOutput, ToWorker, encode_frame
 from engine.worker_log import log
 
+STRANGER = "output_of_stranger"  # the incident's kind
 SEND_BUFFER_BYTES_MAX = 64 * 1024 * 1024  # a client that leaves this much unread is gone
 
 
@@ -165,6 +166,11 @@ class EngineThread:
 
     def _emit(self, outputs: list[TokenOutput], incidents: list[Incident]) -> None:
         """Journal first, then the frames: what a client has seen is on record, and in the stats that it reads next."""
+        strangers = [output.sequence_id for output in outputs if output.sequence_id not in self._owners]
+        if strangers:
+            outputs = [output for output in outputs if output.sequence_id in self._owners]
+            away = self._turn_away(strangers, incidents)
+            incidents = incidents + away + ([] if incidents else self._closing(away))
         self.stats = replace(self.core.stats(), closed=self.closed)
         self.journal.append([record_of(output) for output in outputs])
         frames: defaultdict[Connection, bytearray] = defaultdict(bytearray)
@@ -175,3 +181,15 @@ class EngineThread:
         if frames or incidents:
             to_all = b"".join(encode_frame(incident) for incident in incidents)
             self.deliver({connection: bytes(data) for connection, data in frames.items()}, to_all)
+
+    def _turn_away(self, strangers: list[str], known: list[Incident]) -> list[Incident]:
+        """Outputs that no client here has asked for are our bug: nobody gets them, no journal has them, and should the
+        engine still work on one, it stops. Everybody else goes on. Returns the incidents that are not ``known``."""
+        told = {name for incident in known for name in incident.sequence_ids}
+        incidents = []
+        for name in dict.fromkeys(strangers):
+            log(f"step {self.core.step_number}: an output of {name!r}, which nobody has asked for, was dropped")
+            self.core.abort(name)
+            if name not in told:
+                incidents.append(Incident(STRANGER, self.core.step_number, [name], [], -1, "nobody has asked for it"))
+        return incidents

@@ -67,6 +67,7 @@ class ModelRunner:
             num_blocks=self.num_blocks,
             block_size=block_size,
             dtype=model.dtype,
+            device=model.backend.device,
         )
         self._rows: list[Row | None] = [None] * max_num_seqs
         self._arrays: KernelArrays | None = None  # of the last launch
@@ -163,12 +164,13 @@ class ModelRunner:
             block_tables=tables.block_tables,
             slot_mapping=tables.slot_mapping,
         )
+        device = self.model.backend.device
         logits = self.model.forward(
-            torch.from_numpy(batch.token_ids),
-            torch.from_numpy(batch.positions),
+            torch.from_numpy(batch.token_ids).to(device),
+            torch.from_numpy(batch.positions).to(device),
             cache=self.cache,
             plan=self.model.backend.plan(tables),
-            wanted=torch.from_numpy(wanted),
+            wanted=torch.from_numpy(wanted).to(device),
         )
-        values: NDArray[np.float32] = logits.numpy()
+        values: NDArray[np.float32] = logits.cpu().numpy()
         return values

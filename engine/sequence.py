@@ -74,6 +74,7 @@ class Sequence:
     served_at_progress: int = 0  # and when it last got a token computed that had never been
     num_charged_tokens: int = 0  # of its tokens, those that its domain's counter holds
     num_skipped: int = 0  # times that another entered because this one, which was next, found no room
+    owed: bool = False  # it was admitted as one whose first token is owed: engine/scheduling/first_tokens.py
     row: int = -1  # its stable row while running
     status: Status = Status.WAITING
     error: str = ""

@@ -74,6 +74,9 @@ class Clerk:
         tokens_per_minute: int | None,
         concurrency_max: int | None,
         weight: int = 1,
+        *,
+        tokens_per_day: int | None = None,
+        shadow: frozenset[limits.LimitName] = frozenset(),
     ) -> None:
         """Replace limits of a scope, and a tenant's weight; None is no limit. Raises UnknownIdError or LimitError."""
         owner = await directory.owner_of(self.conn, kind, scope_id)
@@ -85,6 +88,8 @@ class Clerk:
             tokens_per_minute=tokens_per_minute,
             concurrency_max=concurrency_max,
             weight=weight,
+            tokens_per_day=tokens_per_day,
+            shadow=shadow,
             now_ns=self.now_ns,
         )
         body: Body = {
@@ -94,6 +99,8 @@ class Clerk:
             "tokens_per_minute": -1 if tokens_per_minute is None else tokens_per_minute,
             "concurrency_max": -1 if concurrency_max is None else concurrency_max,
             "weight": weight,
+            "tokens_per_day": -1 if tokens_per_day is None else tokens_per_day,
+            "shadow": sorted(shadow),
         }
         await self._log("limits.changed", owner, body)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -49,9 +50,23 @@ class StepTables:
     block_size: int
 
 
+def check_tables(tables: StepTables) -> None:
+    """Raises ValueError on tables that cannot be."""
+    num_new = np.diff(tables.cu_seqlens)
+    if tables.cu_seqlens[0] != 0 or (num_new < 0).any() or (tables.kv_lens < num_new).any():
+        raise ValueError("rows must be in order and no longer than their keys")
+    if (tables.kv_lens > tables.block_tables.shape[1] * tables.block_size).any():
+        raise ValueError("a row is longer than its block table")
+    if len(tables.slot_mapping) != tables.cu_seqlens[-1] or not (
+        len(tables.kv_lens) == len(num_new) == len(tables.row_tags) == len(tables.block_tables)
+    ):
+        raise ValueError("tables of different steps")
+
+
 class Backend(Protocol):
     name: str  # as /readyz shows it
     exact: bool
+    device: torch.device  # where weights, cache and a step's tensors are
 
     def plan(self, tables: StepTables) -> Any:
         """Whatever this backend wants to work out once a step. Raises ValueError on tables that cannot be."""
@@ -102,9 +117,9 @@ class Backend(Protocol):
         ...
 
 
-def choose(choice: str, num_threads: int, log: Callable[[str], None], products: str = "auto") -> Backend:
+def choose(choice: str, num_threads: int, log: Callable[[str], None]) -> Backend:
     """``auto`` takes the best that this machine has, and plain torch with one line in the log where that is all.
-    ``products``: whose matrix products the native kernels use, see kernels/cpu/backend.py.
+    ``triton`` is the GPU's, or interpreted ones for tests; it is never chosen by itself (docs/gpu.md).
 
     Raises KernelError where a named instruction set cannot be had.
     """
@@ -113,10 +128,21 @@ def choose(choice: str, num_threads: int, log: Callable[[str], None], products: 
 
     if choice == "torch":
         return TorchBackend()
+    if choice == "triton":
+        return _triton()
     try:
-        return NativeBackend("" if choice == "auto" else choice, num_threads, products)
+        return NativeBackend("" if choice == "auto" else choice, num_threads, log)
     except KernelError as error:
         if choice != "auto":
             raise
         log(f"{error}: serving on plain torch, slower and with relaxed isolation; `make native` builds the kernels")
         return TorchBackend()
+
+
+def _triton() -> Backend:
+    """Imported only where it is asked for: Triton is an extra, and takes its time."""
+    try:
+        from kernels.gpu.backend import TritonBackend
+    except ImportError as error:
+        raise KernelError("the Triton kernels want the package triton: install bulkhead[gpu]") from error
+    return TritonBackend()

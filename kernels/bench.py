@@ -22,8 +22,6 @@ from torch import Tensor
 
 from kernels.backend import KernelError, StepTables
 from kernels.cpu.backend import NativeBackend
-from kernels.products import Product
-from kernels.slabs import SlabLinear
 from kernels.torch_cpu import TorchBackend
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 576, 1536, 9, 3, 64, 49152
@@ -41,8 +39,8 @@ class Figure:
     op: str
     case: str
     ours_us: float
-    twin_us: float  # kernels/torch_cpu.py; for products oneDNN in slabs (kernels/slabs.py)
-    torch_us: float  # torch's own op, promising nothing about bits
+    twin_us: float  # kernels/torch_cpu.py
+    torch_us: float  # torch's own op, promising nothing about bits; of products oneDNN with packed weights
     bytes: int
     gb_per_s: float
     copy_share: float
@@ -52,7 +50,7 @@ class Figure:
 class Bench:
     def __init__(self, num_threads: int, num_rounds: int, working_set_bytes: int) -> None:
         torch.set_num_threads(num_threads)
-        self.ours = NativeBackend("", num_threads, products="own")
+        self.ours = NativeBackend("", num_threads)
         self.plain = TorchBackend()
         self._num_rounds = num_rounds
         self._working_set_bytes = working_set_bytes
@@ -107,7 +105,7 @@ class Bench:
             copies = self.num_copies(num_weights * dtype.itemsize)
             weights = [torch.randn((num_outputs, num_inputs)).mul(0.05).to(dtype) for _ in range(copies)]
             ours = [self.ours.linear(weight) for weight in weights]
-            slabs = [SlabLinear(weight) for weight in weights]
+            packed = [_packed(weight) for weight in weights]
             for num_rows in rows:
                 x = torch.randn((num_rows, num_inputs)).to(dtype)
                 self.measure(
@@ -116,14 +114,15 @@ class Bench:
                     (num_weights + num_rows * (num_inputs + num_outputs)) * dtype.itemsize,
                     2.0 * num_weights * num_rows,
                     [_applied(product, x) for product in ours],
-                    [_applied(product, x) for product in slabs],
                     [_linear(x, weight) for weight in weights],
+                    [_applied(product, x) for product in packed],
                 )
 
     def head(self, rows: Sequence[int]) -> None:
         """bfloat16 in, float32 out; the others need float32 copies of both."""
         weight = torch.randn((VOCAB, HIDDEN)).mul(0.05).bfloat16()
-        ours, slabs, wide = self.ours.head(weight), SlabLinear(weight.float()), weight.float()
+        ours, wide = self.ours.head(weight), weight.float()
+        packed = _packed(wide)
         for num_rows in rows:
             x = torch.randn((num_rows, HIDDEN)).bfloat16()
             x_wide = x.float()
@@ -133,8 +132,8 @@ class Bench:
                 weight.numel() * 2 + num_rows * (HIDDEN * 2 + VOCAB * 4),
                 2.0 * weight.numel() * num_rows,
                 [_applied(ours, x)],
-                [_applied(slabs, x_wide)],
                 [_linear(x_wide, wide)],
+                [_applied(packed, x_wide)],
             )
 
     def elementwise(self, rows: Sequence[int], dtype: torch.dtype) -> None:
@@ -204,7 +203,18 @@ class Bench:
         )
 
 
-def _applied(product: Product, x: Tensor) -> Call:
+def _packed(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """oneDNN's product with its own packing, where torch has it; torch's plain one elsewhere."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return lambda x: F.linear(x, weight)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    except RuntimeError:  # this processor has none for the dtype
+        return lambda x: F.linear(x, weight)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def _applied(product: Callable[[Tensor], Tensor], x: Tensor) -> Call:
     return lambda: product(x)
 
 

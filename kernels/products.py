@@ -28,12 +28,14 @@ class Head(Product, Protocol):
         ...
 
 
-def keeps_bits(product: Callable[[Tensor], Tensor], num_inputs: int, dtype: torch.dtype) -> bool:
+def keeps_bits(
+    product: Callable[[Tensor], Tensor], num_inputs: int, dtype: torch.dtype, device: torch.device | None = None
+) -> bool:
     """Tried on NUM_ROWS_TRIED random rows: alone, together, and together in another order."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn((NUM_ROWS_TRIED, num_inputs), generator=generator).to(dtype)
+    rows = torch.randn((NUM_ROWS_TRIED, num_inputs), generator=generator).to(device, dtype)
     alone = torch.cat([product(rows[index : index + 1]) for index in range(NUM_ROWS_TRIED)])
-    order = torch.randperm(NUM_ROWS_TRIED, generator=generator)
+    order = torch.randperm(NUM_ROWS_TRIED, generator=generator).to(device)
     return torch.equal(product(rows), alone) and torch.equal(product(rows[order]), alone[order])
 
 

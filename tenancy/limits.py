@@ -5,7 +5,7 @@ Beside them stands a tenant's weight: not a limit but its share of the engine wh
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Literal, get_args
 
 from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -17,13 +17,17 @@ from tenancy.money import require_int
 
 # Lua counts in doubles: a minute's allowance in quota.py's units (1/60,000,000 of a token) stays below 2^53.
 PER_MINUTE_MAX: Final = 100_000_000
+PER_DAY_MAX: Final = 10**12
 CONCURRENCY_MAX: Final = 100_000
 WEIGHT_MAX: Final = 1_000
 _MAXIMA: Final = {
     "requests_per_minute": PER_MINUTE_MAX,
     "tokens_per_minute": PER_MINUTE_MAX,
     "concurrency_max": CONCURRENCY_MAX,
+    "tokens_per_day": PER_DAY_MAX,
 }
+LimitName = Literal["requests_per_minute", "tokens_per_minute", "concurrency_max", "tokens_per_day"]
+LIMIT_NAMES: Final[tuple[LimitName, ...]] = get_args(LimitName)  # in the scripts' order
 
 
 class LimitError(ValueError):
@@ -33,6 +37,8 @@ class LimitError(ValueError):
 @dataclass(frozen=True, slots=True)
 class ScopeLimits:
     """The limits of one scope; None is unlimited, 0 admits nothing. `weight` is a tenant's: other scopes have 1.
+
+    Days are UTC's. A limit in `shadow` refuses nothing: it only tells what it would have refused.
 
     `organisation_id` is where the counters live: every scope of an organisation shares one Redis hash tag, because
     one script checks them all and an organisation's own counters are shared by its tenants.
@@ -44,12 +50,16 @@ class ScopeLimits:
     concurrency_max: int | None = None
     organisation_id: str = ""
     weight: int = 1
+    tokens_per_day: int | None = None
+    shadow: frozenset[LimitName] = frozenset()
 
     def __post_init__(self) -> None:
         for name, maximum in _MAXIMA.items():
             value = getattr(self, name)
             if value is not None and not 0 <= require_int(value, name) <= maximum:
                 raise LimitError(f"{name} must be between 0 and {maximum}, or None: {value}")
+        if unknown := sorted(self.shadow - set(LIMIT_NAMES)):
+            raise LimitError(f"there is no limit {unknown[0]!r} that could be in shadow: {', '.join(LIMIT_NAMES)}")
         if not 1 <= require_int(self.weight, "weight") <= WEIGHT_MAX:
             raise LimitError(f"weight must be between 1 and {WEIGHT_MAX}: {self.weight}")
 
@@ -63,10 +73,20 @@ async def set_limits(
     tokens_per_minute: int | None = None,
     concurrency_max: int | None = None,
     weight: int = 1,
+    tokens_per_day: int | None = None,
+    shadow: frozenset[LimitName] = frozenset(),
     now_ns: int,
 ) -> ScopeLimits:
     """Replace the limits of one scope; what is already used stays counted. Raises LimitError or TypeError."""
-    limits = ScopeLimits(scope_id, requests_per_minute, tokens_per_minute, concurrency_max, weight=weight)
+    limits = ScopeLimits(
+        scope_id,
+        requests_per_minute,
+        tokens_per_minute,
+        concurrency_max,
+        weight=weight,
+        tokens_per_day=tokens_per_day,
+        shadow=shadow,
+    )
     if weight != 1 and scope_kind != "tenant":
         raise LimitError(f"weight is a tenant's: set it with the scope tenant, not {scope_kind}")
     table = tables.scope_limit
@@ -80,6 +100,8 @@ async def set_limits(
             concurrency_max=concurrency_max,
             updated_ns=now_ns,
             weight=weight,
+            tokens_per_day=tokens_per_day,
+            shadow=" ".join(sorted(shadow)) or None,
         )
     )
     return limits
@@ -96,9 +118,16 @@ async def get_limits(conn: AsyncConnection, scope_ids: list[str]) -> Mapping[str
             row.tokens_per_minute,
             row.concurrency_max,
             weight=1 if row.weight is None else row.weight,
+            tokens_per_day=row.tokens_per_day,
+            shadow=limit_names(row.shadow),
         )
         for row in rows
     }
+
+
+def limit_names(text: str | None) -> frozenset[LimitName]:
+    """As scope_limit.shadow is stored."""
+    return frozenset(name for name in LIMIT_NAMES if name in (text or "").split())
 
 
 async def load_scopes(conn: AsyncConnection, principal: Principal) -> list[ScopeLimits]:

@@ -7,7 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
 from tenancy.directory import TenantStatus
-from tenancy.limits import ScopeLimits
+from tenancy.limits import ScopeLimits, limit_names
 from tenancy.meter import TenantUsage, usage_by_tenant
 from tenancy.money import BIGINT_MAX
 from tenancy.posting import CURRENCY
@@ -43,6 +43,8 @@ async def tenant_overview(conn: AsyncConnection, since_ns: int = 0, until_ns: in
             limit.c.tokens_per_minute,
             limit.c.concurrency_max,
             limit.c.weight,
+            limit.c.tokens_per_day,
+            limit.c.shadow,
         )
         .outerjoin(limit, limit.c.scope_id == tenant.c.id)
         .order_by(tenant.c.name)
@@ -55,7 +57,7 @@ async def tenant_overview(conn: AsyncConnection, since_ns: int = 0, until_ns: in
     money = {(tenant_id, kind): amount for tenant_id, kind, amount in accounts}
     used = {usage.tenant_id: usage for usage in await usage_by_tenant(conn, since_ns, until_ns)}
     overview = []
-    for id_, name, status, organisation_id, rpm, tpm, concurrency_max, weight in tenants:
+    for id_, name, status, organisation_id, rpm, tpm, concurrency_max, weight, tpd, shadow in tenants:
         usage = used.get(id_, TenantUsage(id_, 0, 0, 0, 0, 0))
         overview.append(
             TenantOverview(
@@ -69,7 +71,9 @@ async def tenant_overview(conn: AsyncConnection, since_ns: int = 0, until_ns: in
                 billed_nano_usd=usage.amount_nano_usd,
                 held_nano_usd=money.get((id_, "held"), 0),
                 credit_nano_usd=money.get((id_, "credit"), 0),
-                limits=ScopeLimits(id_, rpm, tpm, concurrency_max, organisation_id, weight or 1),
+                limits=ScopeLimits(
+                    id_, rpm, tpm, concurrency_max, organisation_id, weight or 1, tpd, limit_names(shadow)
+                ),
             )
         )
     return overview

@@ -1,9 +1,11 @@
-"""Quotas: requests and tokens per minute (GCRA) and concurrency (leases), decided in Redis or Valkey by one script.
+"""Quotas: requests and tokens per minute (GCRA), tokens per day and concurrency (leases), decided by one script.
 
-All scopes of a request (organisation, tenant, project, key) are checked and taken in one step: all or nothing,
-a refusal takes nothing. The arithmetic is in lua/common_v1.lua, the clock is the server's. A request reserves its
-prompt and max_tokens; what it did not use is given back when its lease is released, once. A lease that nobody renews
-expires and frees its slot by itself; its tokens stay counted, because what it used is not known here.
+In Redis or Valkey, all scopes of a request (organisation, tenant, project, key) are checked and taken in one step: all
+or nothing, a refusal takes nothing. The arithmetic is in lua/common_v2.lua, the clock is the server's. A request
+reserves its prompt and max_tokens; what it did not use is given back when its lease is released, once. A lease that
+nobody renews expires and frees its slot by itself; its tokens stay counted, because what it used is not known here.
+
+A limit in shadow refuses nothing: the lease names it where it would have.
 
 An idle scope admits one full minute's allowance at once, then the allowance per minute: within any t minutes, requests
 that used u tokens in total were admitted only if u <= limit * (1 + t), also when unused tokens are given back late.
@@ -14,21 +16,20 @@ of it is a QuotaUnavailableError, and the caller then refuses (fails closed).
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any, Final, Literal, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError
 
-from tenancy.limits import PER_MINUTE_MAX, ScopeLimits
+from tenancy.limits import LIMIT_NAMES, PER_DAY_MAX, LimitName, ScopeLimits
 from tenancy.money import require_int
 
-LimitName = Literal["requests_per_minute", "tokens_per_minute", "concurrency_max"]
 RefusalCode = Literal["rate_limit_exceeded", "concurrency_exceeded", "never_fits"]
 
-LIMIT_NAMES: Final[tuple[LimitName, ...]] = ("requests_per_minute", "tokens_per_minute", "concurrency_max")
-UNIT: Final = 60_000_000  # as in lua/common_v1.lua
+UNIT: Final = 60_000_000  # as in lua/common_v2.lua
+FIGURES: Final = 5  # of each scope in an answer
 LEASE_TTL_MS_MAX: Final = 24 * 3_600_000
 BUSY_RETRY_AFTER_MS: Final = 1_000  # nobody knows when a stream will end: a short wait
 
@@ -51,6 +52,8 @@ class QuotaSnapshot:
     remaining_tokens: int | None = None
     reset_tokens_ms: int | None = None
     concurrency_max: int | None = None
+    limit_tokens_per_day: int | None = None
+    remaining_tokens_per_day: int | None = None
     num_leases: int = 0  # live leases in the scope that is nearest its concurrency_max, else in the widest scope
 
 
@@ -64,6 +67,7 @@ class Lease:
     num_tokens: int
     lease_ttl_ms: int
     snapshot: QuotaSnapshot
+    would_refuse: tuple[tuple[str, LimitName], ...] = ()  # (scope id, limit): limits in shadow, were they not
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +88,10 @@ class Quota:
     def __init__(self, redis: Redis, *, prefix: str = "bulkhead") -> None:
         self._redis = redis
         self._prefix = prefix
-        self._admit = _Script("admit_v1")
-        self._release = _Script("release_v1")
-        self._renew = _Script("renew_v1")
-        self._usage = _Script("usage_v1")
+        self._admit = _Script("admit_v2")
+        self._release = _Script("release_v2")
+        self._renew = _Script("renew_v2")
+        self._usage = _Script("usage_v2")
 
     async def acquire(
         self,
@@ -107,15 +111,22 @@ class Quota:
             raise ValueError(f"num_tokens must not be negative: {num_tokens}")
         if not 1 <= require_int(lease_ttl_ms, "lease_ttl_ms") <= LEASE_TTL_MS_MAX:
             raise ValueError(f"lease_ttl_ms must be between 1 and {LEASE_TTL_MS_MAX}: {lease_ttl_ms}")
-        arguments: list[str | int] = [lease_id, min(num_tokens, PER_MINUTE_MAX + 1), lease_ttl_ms]
+        arguments: list[str | int] = [lease_id, min(num_tokens, PER_DAY_MAX + 1), lease_ttl_ms]
         for scope in scopes:
-            arguments += map(_or_unlimited, (scope.requests_per_minute, scope.tokens_per_minute, scope.concurrency_max))
+            arguments += map(_or_unlimited, (getattr(scope, name) for name in LIMIT_NAMES))
+            arguments.append(sum(2**bit for bit, name in enumerate(LIMIT_NAMES) if name in scope.shadow))
         keys = [self._lease_key(tenant_id, scopes, lease_id), *self._scope_keys(tenant_id, scopes)]
         answer = await self._admit.run(self._redis, keys, arguments)
         verdict, at_scope, at_limit, retry_us, *left = cast("list[int]", answer)
         snapshot = _snapshot(scopes, left)
         if verdict == 0:
-            return Lease(lease_id, tenant_id, tuple(scopes), num_tokens, lease_ttl_ms, snapshot)
+            would_refuse = tuple(
+                (scope.scope_id, name)
+                for scope, mask in zip(scopes, left[4::FIGURES], strict=True)
+                for bit, name in enumerate(LIMIT_NAMES)
+                if mask >> bit & 1
+            )
+            return Lease(lease_id, tenant_id, tuple(scopes), num_tokens, lease_ttl_ms, snapshot, would_refuse)
         scope, limit_name = scopes[at_scope - 1], LIMIT_NAMES[at_limit - 1]
         code, retry_after_ms = _refusal(limit_name, retry_us)
         return Refused(code, limit_name, scope.scope_id, getattr(scope, limit_name), retry_after_ms, snapshot)
@@ -134,14 +145,14 @@ class Quota:
             raise ValueError(f"num_tokens_used must not be negative: {num_tokens_used}")
         arguments: list[str | int] = [lease.lease_id, num_tokens_used]
         for scope in lease.scopes:
-            arguments += map(_or_unlimited, (scope.requests_per_minute, scope.tokens_per_minute))
+            arguments += _counted(scope)
         return bool(await self._release.run(self._redis, self._keys(lease), arguments))
 
     async def usage_now(self, tenant_id: str, scopes: Sequence[ScopeLimits]) -> QuotaSnapshot:
         """What is left now, without taking any of it. Raises QuotaUnavailableError."""
         arguments: list[str | int] = []
         for scope in scopes:
-            arguments += map(_or_unlimited, (scope.requests_per_minute, scope.tokens_per_minute))
+            arguments += _counted(scope)
         left = await self._usage.run(self._redis, self._scope_keys(tenant_id, scopes), arguments)
         return _snapshot(scopes, cast("list[int]", left))
 
@@ -173,7 +184,7 @@ class _Script:
 
     def __init__(self, name: str) -> None:
         folder = files("tenancy") / "lua"
-        common, body = ((folder / f"{part}.lua").read_text("utf-8") for part in ("common_v1", name))
+        common, body = ((folder / f"{part}.lua").read_text("utf-8") for part in ("common_v2", name))
         self._text = f"-- bulkhead {name}\n{common}\n{body}"
         self._digest = hashlib.sha1(self._text.encode(), usedforsecurity=False).hexdigest()
 
@@ -191,6 +202,17 @@ class _Script:
         return await redis.evalsha(self._digest, len(keys), *keys, *arguments)
 
 
+def _without_shadow(scope: ScopeLimits) -> ScopeLimits:
+    """What clients see: a limit that does not refuse is none."""
+    unlimited: dict[str, Any] = dict.fromkeys(scope.shadow)
+    return replace(scope, **unlimited)
+
+
+def _counted(scope: ScopeLimits) -> list[int]:
+    """The limits whose counts a script brings up to date."""
+    return [_or_unlimited(one) for one in (scope.requests_per_minute, scope.tokens_per_minute, scope.tokens_per_day)]
+
+
 def _or_unlimited(limit: int | None) -> int:
     return -1 if limit is None else limit
 
@@ -204,9 +226,13 @@ def _refusal(limit_name: LimitName, retry_us: int) -> tuple[RefusalCode, int]:
 
 
 def _snapshot(scopes: Sequence[ScopeLimits], left: Sequence[int]) -> QuotaSnapshot:
-    debts = list(zip(scopes, left[0::3], left[1::3], left[2::3], strict=True))
+    enforced = [_without_shadow(scope) for scope in scopes]
+    debts = list(zip(enforced, left[0::FIGURES], left[1::FIGURES], left[2::FIGURES], strict=True))
     requests = [_remaining(s.requests_per_minute, debt) for s, debt, _, _ in debts if s.requests_per_minute is not None]
     tokens = [_remaining(s.tokens_per_minute, debt) for s, _, debt, _ in debts if s.tokens_per_minute is not None]
+    of_day = zip(enforced, left[3::FIGURES], strict=True)
+    days = [(max(0, s.tokens_per_day - used), s.tokens_per_day) for s, used in of_day if s.tokens_per_day is not None]
+    remaining_tokens_per_day, limit_tokens_per_day = min(days, default=(None, None))
     slots = [
         (s.concurrency_max - active, s.concurrency_max, active)
         for s, _, _, active in debts
@@ -224,6 +250,8 @@ def _snapshot(scopes: Sequence[ScopeLimits], left: Sequence[int]) -> QuotaSnapsh
         remaining_tokens,
         reset_tokens_ms,
         concurrency_max,
+        limit_tokens_per_day,
+        remaining_tokens_per_day,
         num_leases,
     )
 

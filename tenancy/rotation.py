@@ -83,6 +83,8 @@ async def rotate_key(
             requests_per_minute=own.requests_per_minute,
             tokens_per_minute=own.tokens_per_minute,
             concurrency_max=own.concurrency_max,
+            tokens_per_day=own.tokens_per_day,
+            shadow=own.shadow,
             now_ns=now_ns,
         )
     return Rotated(minted, old.project_id, old_expires_ns, new_expires_ns)

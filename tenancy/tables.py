@@ -123,6 +123,8 @@ scope_limit = Table(
     _int("concurrency_max", nullable=True),
     _int("updated_ns"),
     _int("weight", nullable=True),  # a tenant's share of the engine; null is 1
+    _int("tokens_per_day", nullable=True),
+    Column("shadow", Text, nullable=True),  # names of the limits that only watch, as scopes are written; null: none
     CheckConstraint("scope_kind IN ('organisation', 'tenant', 'project', 'key')", name="scope_kind"),
 )
 

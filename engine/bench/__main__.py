@@ -41,6 +41,7 @@ def main(make_observer: MakeObserver = unobserved) -> None:
             make_observer,
         )
     else:
+        _tell("measuring the cost of a step")
         cost = calibrate(arguments.model_dir, num_threads=arguments.threads, now=now)
         if arguments.what == "policies":
             rows = policies.rows(
@@ -50,11 +51,26 @@ def main(make_observer: MakeObserver = unobserved) -> None:
                 load=arguments.load,
                 cost=cost,
                 seed=SEED,
+                max_prompt_tokens=arguments.max_prompt_tokens,
+                progress=_tell,
             )
         else:
-            rows = fairness.rows(sorted(POLICIES), arguments.domains, num_steps=arguments.steps, cost=cost, seed=SEED)
+            rows = fairness.rows(
+                sorted(POLICIES),
+                arguments.domains,
+                num_steps=arguments.steps,
+                cost=cost,
+                seed=SEED,
+                max_prompt_tokens=arguments.max_prompt_tokens,
+                progress=_tell,
+            )
         answer = {"step_cost": asdict(cost), "rows": rows}
     sys.stdout.write(json.dumps(answer) + "\n")
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"progress: {line}\n")
+    sys.stderr.flush()
 
 
 def _arguments() -> argparse.Namespace:
@@ -75,6 +91,8 @@ def _arguments() -> argparse.Namespace:
     shares = what.add_parser("fairness")
     shares.add_argument("--domains", type=int, nargs="+", required=True)
     shares.add_argument("--steps", type=int, required=True)
+    for virtual in (order, shares):
+        virtual.add_argument("--max-prompt-tokens", type=int, default=0)
     return parser.parse_args()
 
 

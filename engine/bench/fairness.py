@@ -6,11 +6,16 @@ longer prompts. One more tenant is quiet: it sends one short request now and the
 gap_tokens_max       the most by which what two backlogged domains were served, over any time, differs
 bound_tokens         what VTC promises for it (arXiv 2401.00588, theorem 4.4): twice the tokens that may be in work
 jain                 Jain's index of what the backlogged domains were served: 1 is equal, 1/domains is one for all
-quiet_ttft_p99_ratio the quiet domain's 99th percentile of TTFT against the same requests with nobody else there
-throughput_ratio     tokens per second against `fcfs` under the same load
+quiet_ttft_p99_ratio the quiet domain's 99th percentile of TTFT against the same requests with nobody else there; of
+                     that, each by itself as a 99th percentile against the same number:
+  quiet_rest_ratio   the rest of the step that was under way when the request came, at a random moment of it
+  quiet_queue_ratio  from then on until the first step with a token of it
+  quiet_read_ratio   from then on until its first token
+throughput_ratio     tokens per second against `fcfs` under the same load, prompts unbounded
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -18,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.bench.timeline import percentile
-from engine.bench.virtual_time import BLOCK_SIZE, NUM_BLOCKS, VOCAB_SIZE, Arrival, StepCost, VirtualEngine
+from engine.bench.virtual_time import BLOCK_SIZE, NUM_BLOCKS, VOCAB_SIZE, Arrival, Served, StepCost, VirtualEngine
 
 NUM_WAITING = 4  # that each backlogged domain always has
 FLOOD_FACTOR = 10
@@ -54,16 +59,35 @@ class Flood:
         self.engine.submit(Arrival(self.engine.runner.now_s, name, prompt, num_output, num_output))
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One run: what is offered, at what cost, for how long."""
+
+    num_domains: int
+    num_steps: int
+    cost: StepCost
+    seed: int
+    max_prompt_tokens: int = 0  # engine/config.py
+
+
 def rows(
-    policies: Sequence[str], domain_counts: Sequence[int], *, num_steps: int, cost: StepCost, seed: int
+    policies: Sequence[str],
+    domain_counts: Sequence[int],
+    *,
+    num_steps: int,
+    cost: StepCost,
+    seed: int,
+    max_prompt_tokens: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    alone = quiet_ttft_p99_s(_run(policies[0], 0, num_steps=num_steps, cost=cost, seed=seed)[0])
+    alone_s = _p99(run(policies[0], Load(0, num_steps, cost, seed))[0], lambda one: one.timeline.ttft_s)
     found = []
     for num_domains in domain_counts:
-        fcfs_rate = _rate(_run("fcfs", num_domains, num_steps=num_steps, cost=cost, seed=seed)[0])
+        load = Load(num_domains, num_steps, cost, seed, max_prompt_tokens)
+        fcfs_rate = _rate(run("fcfs", replace(load, max_prompt_tokens=0))[0])
         for policy in policies:
-            engine, history = _run(policy, num_domains, num_steps=num_steps, cost=cost, seed=seed)
-            ttft = quiet_ttft_p99_s(engine)
+            progress(f"fairness: {num_domains} domains, {policy}")
+            engine, history = run(policy, load)
             found.append(
                 {
                     "policy": policy,
@@ -71,28 +95,33 @@ def rows(
                     "gap_tokens_max": widest_gap(history),
                     "bound_tokens": 2 * NUM_BLOCKS * BLOCK_SIZE,
                     "jain": round(jain(history[-1] - history[0]), 4),
-                    "quiet_ttft_p99_s": float(f"{ttft:.4g}"),
-                    "quiet_ttft_p99_ratio": round(ttft / alone, 3),
+                    "quiet_ttft_p99_s": float(f"{_p99(engine, lambda one: one.timeline.ttft_s):.4g}"),
+                    "quiet_ttft_p99_ratio": round(_p99(engine, lambda one: one.timeline.ttft_s) / alone_s, 3),
+                    "quiet_rest_ratio": round(_p99(engine, lambda one: one.rest_s) / alone_s, 3),
+                    "quiet_queue_ratio": round(_p99(engine, lambda one: one.queue_s) / alone_s, 3),
+                    "quiet_read_ratio": round(_p99(engine, lambda one: one.read_s) / alone_s, 3),
                     "throughput_ratio": round(_rate(engine) / fcfs_rate, 4),
+                    "max_prompt_tokens": max_prompt_tokens,
                 }
             )
     return found
 
 
-def _run(
-    policy: str, num_domains: int, *, num_steps: int, cost: StepCost, seed: int
-) -> tuple[VirtualEngine, NDArray[np.int64]]:
+def run(policy: str, load: Load) -> tuple[VirtualEngine, NDArray[np.int64]]:
     """The engine after the run, and what each backlogged domain had been served after each step [steps, domains]."""
-    engine = VirtualEngine(cost, policy)
-    flood = Flood(engine, num_domains, seed)
-    history = np.zeros((num_steps, num_domains), dtype=np.int64)
-    for step in range(num_steps):
+    engine = VirtualEngine(load.cost, policy, max_prompt_tokens=load.max_prompt_tokens)
+    flood = Flood(engine, load.num_domains, load.seed)
+    moments = np.random.default_rng([load.seed, 1])
+    history = np.zeros((load.num_steps, load.num_domains), dtype=np.int64)
+    for step in range(load.num_steps):
         flood.refill()
-        if step % QUIET_EVERY_STEPS == 0:
-            prompt = _prompt(-1 - step, QUIET_PROMPT_TOKENS)
-            engine.submit(Arrival(engine.runner.now_s, QUIET, prompt, QUIET_OUTPUT_TOKENS, QUIET_OUTPUT_TOKENS))
+        began_s = engine.runner.now_s
         if engine.core.has_work:
             engine.step()
+        if step % QUIET_EVERY_STEPS == 0:
+            at_s = began_s + float(moments.random()) * (engine.runner.now_s - began_s)
+            prompt = _prompt(-1 - step, QUIET_PROMPT_TOKENS)
+            engine.submit(Arrival(at_s, QUIET, prompt, QUIET_OUTPUT_TOKENS, QUIET_OUTPUT_TOKENS))
         history[step] = [engine.tokens[name] for name in flood.names]
     return engine, history
 
@@ -106,9 +135,10 @@ def _rate(engine: VirtualEngine) -> float:
     return engine.tokens.total() / engine.runner.now_s
 
 
-def quiet_ttft_p99_s(engine: VirtualEngine) -> float:
-    ended = [one for one in engine.served.values() if one.arrival.domain == QUIET and one.timeline.token_times_s]
-    return percentile([one.timeline.ttft_s for one in ended], 99)
+def _p99(engine: VirtualEngine, seconds: Callable[[Served], float]) -> float:
+    """Of the quiet domain's requests that have their first token."""
+    answered = [one for one in engine.served.values() if one.arrival.domain == QUIET and one.timeline.token_times_s]
+    return percentile([seconds(one) for one in answered], 99)
 
 
 def widest_gap(history: NDArray[np.int64]) -> int:

@@ -1,7 +1,7 @@
 """Policies of the scheduler on the same traces: who waits how long. In virtual time, see virtual_time.py."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from engine.bench import traces
@@ -10,13 +10,22 @@ from engine.bench.virtual_time import StepCost, VirtualEngine
 
 
 def rows(
-    policies: Sequence[str], trace_names: Sequence[str], *, num_requests: int, load: float, cost: StepCost, seed: int
+    policies: Sequence[str],
+    trace_names: Sequence[str],
+    *,
+    num_requests: int,
+    load: float,
+    cost: StepCost,
+    seed: int,
+    max_prompt_tokens: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     found = []
     for trace in trace_names:
         arrivals = traces.draw(trace, num_requests, load=load, cost=cost, seed=seed)
         for policy in policies:
-            engine = VirtualEngine(cost, policy)
+            progress(f"policies: {trace}, {policy}")
+            engine = VirtualEngine(cost, policy, max_prompt_tokens=max_prompt_tokens)
             served = engine.replay(arrivals)
             latency = [one.timeline.latency_s for one in served]
             figures = {

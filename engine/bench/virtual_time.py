@@ -109,17 +109,32 @@ class Served:
 
     arrival: Arrival
     timeline: Timeline
+    submitted_s: float  # when the step ended in which it arrived: the engine looks at arrivals between steps
     first_launch_s: float = math.inf
 
     @property
     def wait_s(self) -> float:
         return self.first_launch_s - self.timeline.arrived_s
 
+    @property
+    def rest_s(self) -> float:
+        """Of the step that was under way when it came."""
+        return self.submitted_s - self.timeline.arrived_s
+
+    @property
+    def queue_s(self) -> float:
+        return self.first_launch_s - self.submitted_s
+
+    @property
+    def read_s(self) -> float:
+        """From its first step to its first token."""
+        return self.timeline.token_times_s[0] - self.first_launch_s
+
 
 class VirtualEngine:
     """An EngineCore in virtual time; ``policy`` is a name of engine/scheduling/order.py."""
 
-    def __init__(self, cost: StepCost, policy: str, num_blocks: int = NUM_BLOCKS) -> None:
+    def __init__(self, cost: StepCost, policy: str, num_blocks: int = NUM_BLOCKS, max_prompt_tokens: int = 0) -> None:
         self.runner = VirtualRunner(cost, num_blocks=num_blocks)
         self.core = EngineCore(
             self.runner,
@@ -132,6 +147,7 @@ class VirtualEngine:
             max_waiting=MAX_WAITING,
             observer=FirstLaunches(self._first_launch),
             scheduling=policy,
+            max_prompt_tokens=max_prompt_tokens,
         )
         self.served: dict[str, Served] = {}
         self.tokens: Counter[str] = Counter()  # by domain: prompts when they are admitted, then each generated token
@@ -139,7 +155,7 @@ class VirtualEngine:
     def submit(self, arrival: Arrival) -> None:
         """Raises JobFailedError."""
         name = str(len(self.served))
-        self.served[name] = Served(arrival, Timeline(arrival.at_s))
+        self.served[name] = Served(arrival, Timeline(arrival.at_s), self.runner.now_s)
         self.runner.ends[name] = len(arrival.prompt_token_ids) + arrival.num_output_tokens - 1
         sampling = SamplingParams(max_tokens=arrival.max_tokens, temperature=0.0)
         domain = arrival.domain

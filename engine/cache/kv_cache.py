@@ -20,6 +20,7 @@ from engine.models.facts import CacheLayer
 from kernels.backend import OwnershipError
 from kernels.memory import zeros
 
+CPU = torch.device("cpu")
 NUM_TAGS_KEPT = 4096  # domains whose tag is remembered; the others' are computed again
 
 
@@ -48,13 +49,14 @@ class KVCache:
         num_blocks: int,
         block_size: int,
         dtype: torch.dtype,
+        device: torch.device = CPU,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         # Layers of one shape share one tensor [layers, 2, N, block_size, Hkv, D]: most models have one shape.
         counts = Counter(layers)
         self._memory = {
-            shape: zeros((count, 2, num_blocks, block_size, shape.num_kv_heads, shape.head_size), dtype)
+            shape: _zeros((count, 2, num_blocks, block_size, shape.num_kv_heads, shape.head_size), dtype, device)
             for shape, count in counts.items()
         }
         self._layers: list[Tensor] = []
@@ -97,6 +99,10 @@ class KVCache:
 
     def is_zero(self, block_id: int) -> bool:
         return not any(bool(memory[:, :, block_id].any()) for memory in self._memory.values())
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _refuse(tokens: NDArray[np.bool_], blocks: NDArray[np.int64], message: str) -> None:

@@ -54,7 +54,7 @@ class LlamaModel:
         self.config = config
         self.backend = backend
         linear = backend.linear
-        take = _Taker(weights)
+        take = _Taker(weights, backend.device)
         hidden, size = config.hidden_size, config.head_size
         q_size, kv_size = config.num_heads * size, config.num_kv_heads * size
         embedding = take("model.embed_tokens.weight", config.vocab_size, hidden)
@@ -99,7 +99,8 @@ class LlamaModel:
                 )
             )
         take.refuse_rest()
-        self.cos, self.sin = rope_tables(config.rope, size, config.context_max)
+        cos, sin = rope_tables(config.rope, size, config.context_max)
+        self.cos, self.sin = cos.to(backend.device), sin.to(backend.device)
 
     @property
     def cache_layers(self) -> tuple[CacheLayer, ...]:
@@ -167,8 +168,8 @@ def _scaled(x: Tensor, scale: float) -> Tensor:
 class _Taker:
     """Takes weights by name and checks shapes; what is left over at the end is an error, not a surprise."""
 
-    def __init__(self, weights: dict[str, Tensor]) -> None:
-        self._weights = dict(weights)
+    def __init__(self, weights: dict[str, Tensor], device: torch.device) -> None:
+        self._weights, self._device = dict(weights), device
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         tensor = self._weights.pop(name, None)
@@ -176,7 +177,7 @@ class _Taker:
             raise ConfigError(f"the weights lack {name}")
         if tuple(tensor.shape) != shape:
             raise ConfigError(f"the weight {name} has shape {tuple(tensor.shape)}, config.json wants {shape}")
-        return tensor
+        return tensor.to(self._device)
 
     def biases(self, present: bool, *names: tuple[str, int]) -> Tensor | None:
         return torch.cat([self(f"{name}.bias", rows) for name, rows in names]) if present else None

@@ -28,6 +28,8 @@ def load_model(model_dir: Path, *, dtype: str, backend: Backend | None = None, l
     try:
         config = ModelConfig.from_json(json)
     except NotOurs as reason:
+        if backend.device.type != "cpu":
+            raise ConfigError(f"{reason}, and transformers' code is not served on a GPU yet") from reason
         from engine.models.transformers_model import TransformersModel
 
         log(f"{reason}: taking transformers' code, with relaxed isolation")

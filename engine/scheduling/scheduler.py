@@ -4,8 +4,10 @@ Sequences have a rank: their service tier, or above all tiers once they have wai
 (engine/scheduling/rescue.py). Highest first; within a rank engine/scheduling/order.py says who is next.
 
 1. Running sequences that decode, one token each. Then, from rank to rank, the prompts of running sequences, cut into
-   what is left, and after them the preempted and waiting ones of that rank, while budget, rows and blocks last. Batch
-   work comes after all that, decodes too. Budget that a lower rank got first is taken back where a higher one needs it.
+   what is left (or max_prompt_tokens, where somebody decodes), and after them the preempted and waiting ones of that
+   rank, while budget, rows and blocks last. Batch work comes after all that, decodes too. Budget that a lower rank got
+   first is taken back where a higher one needs it. First of a rank come first tokens that are owed
+   (engine/scheduling/first_tokens.py), and where one can come with this step, nothing else of its rank or below.
 2. A sequence is admitted with blocks for all its known tokens, so a half-read prompt never starves on blocks. Full
    blocks of its beginning that its own domain has published are shared instead of computed, but for those whose
    numbers it needs itself (Sequence.num_tokens_shareable).
@@ -13,12 +15,14 @@ Sequences have a rank: their service tier, or above all tiers once they have wai
    keeps its blocks: it goes on later where it was. For blocks, the victim loses its own, and what is not found in the
    prefix cache later is computed again; blocks that a preempted sequence keeps are taken like those of a running one. A
    running sequence that grows may take blocks from its own rank, too; who is youngest there gives way itself.
-4. Preempted sequences keep their place: of one rank they are admitted before any waiting one. A waiting one that is
-   next and finds no room is passed over SKIPPED_MAX times while others of its rank fit, then nobody of its rank or
-   below enters before it. No sequence is admitted in the step in which its rank or a higher one lost blocks.
+4. Preempted sequences keep their place: of one rank they are admitted before any waiting one but an owed one. A
+   waiting one that is next and finds no room is passed over SKIPPED_MAX times while others of its rank fit, then nobody
+   of its rank or below enters before it. No sequence is admitted in the step in which its rank or a higher one lost
+   blocks.
 
-Work conservation: when a step ends with budget and a row left and nobody lost blocks in it, no waiting sequence fits,
-but for those behind a preempted sequence or one that may not be passed over (order.may_be_skipped, order.may_pass).
+Work conservation: when a step ends with budget for prompts and a row left and nobody lost blocks in it, no waiting
+sequence fits, but for those behind a preempted sequence or one that may not be passed over (order.may_be_skipped,
+order.may_pass).
 
 Progress: the oldest running sequence of the highest rank is never a victim while another holds blocks, and an accepted
 sequence fits into the pool alone. So it always finishes, and so does everybody in turn; between ranks
@@ -31,9 +35,11 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Line
 
 from engine.cache.block_pool import BlockPool
-from engine.scheduling.order import WAIT_MAX_TOKENS, Outlook, Policy, fcfs, first_to_go, may_be_skipped, may_pass
+from engine.scheduling.first_tokens import ALONE_MAX, OWED_RANKS, RowShares, most_served_over, next_owed
+from engine.scheduling.order import WAIT_MAX_TOKENS, Outlook, Policy, fair, fcfs, first_to_go, may_be_skipped, may_pass
 from engine.scheduling.rescue import Rescue
-from engine.scheduling.schedule import Schedule, ScheduledRow
+from engine.scheduling.room import Room
+from engine.scheduling.schedule import Schedule
 from engine.scheduling.tiers import BATCH, RANKS, RESCUED
 from engine.sequence import COMPLETE, Event, Sequence, Status
 
@@ -58,6 +64,7 @@ class Scheduler:
         policy: Policy,
         prefix_cache: bool = True,
         wait_max_tokens: int = WAIT_MAX_TOKENS,
+        max_prompt_tokens: int = 0,
     ) -> None:
         self.running: list[Sequence] = []  # all three in order of arrival
         self.preempted: list[Sequence] = []
@@ -72,8 +79,11 @@ class Scheduler:
         self._max_batched_tokens = max_batched_tokens
         self._max_num_seqs = max_num_seqs
         self._context_max = context_max
+        self._max_prompt_tokens = max_prompt_tokens or max_batched_tokens
         self._policy = policy
-        self._prefix_cache = prefix_cache
+        self._room = Room(pool, block_size, prefix_cache=prefix_cache)
+        self._shares = RowShares(max_num_seqs)
+        self._num_alone = 0  # steps in a row that were for owed first tokens alone
         self._num_waiting: Counter[tuple[int, str]] = Counter()  # by tier and domain
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
@@ -88,7 +98,7 @@ class Scheduler:
     def can_ever_fit(self, sequence: Sequence) -> bool:
         """Whether the sequence, alone, could reach its max_tokens. The last token's key is never stored."""
         num_tokens = sequence.num_prompt_tokens + sequence.sampling.max_tokens
-        return num_tokens <= self._context_max and self._num_blocks_for(num_tokens - 1) <= self._pool.num_promised
+        return num_tokens <= self._context_max and self._room.num_blocks_for(num_tokens - 1) <= self._pool.num_promised
 
     def num_slots_empty(self) -> int:
         """Slots without a token in blocks that sequences hold. Only the one that writes a block has any in it."""
@@ -101,6 +111,7 @@ class Scheduler:
         self._num_waiting[tier, domain] += 1
         sequence.served_at_arrival = sequence.served_at_progress = self.served.total
         insort(self.waiting, sequence, key=_arrival)
+        self._shares.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that has just finished, wherever it is, and give its blocks and row back."""
@@ -111,6 +122,7 @@ class Scheduler:
                 line.remove(sequence)
         self._release(sequence)
         self._leave_row(sequence)
+        self._shares.remove(sequence)
         if sequence.status in COMPLETE:
             self.outlook.lengths.learn(sequence.domain, sequence.num_completion_tokens)
         if not self.num_unfinished:
@@ -125,11 +137,18 @@ class Scheduler:
         decodes = [s for s in self.running if s.num_tokens - s.num_computed_tokens <= 1]
         prompts = [s for s in self.running if s.num_tokens - s.num_computed_tokens > 1]
         self._advance(sorted((s for s in decodes if s.rank > BATCH), key=_by_rank), plan)
+        if plan.rows:
+            plan.prompt_budget = self._max_prompt_tokens
         for rank in RANKS:
             if rank == BATCH:
                 self._advance([s for s in decodes if s.rank == BATCH], plan)
-            self._advance([s for s in prompts if s.rank == rank], plan)
+            self._advance([s for s in prompts if s.rank == rank and s.owed], plan)
+            self._admit_owed(rank, plan)
+            if plan.hurry(rank, alone=self._num_alone < ALONE_MAX):
+                break
+            self._advance([s for s in prompts if s.rank == rank and not s.owed], plan)
             self._admit_rank(rank, plan)
+        self._num_alone = self._num_alone + 1 if plan.alone else 0
         if not self.running and (self.preempted or self.waiting):
             self._insist(plan)
         for row in plan.rows:
@@ -147,6 +166,8 @@ class Scheduler:
             if not self._find_budget(sequence.rank, plan):
                 return
             num_new_tokens = plan.share(sequence)
+            if not num_new_tokens:
+                return
             if self._make_room(sequence, num_new_tokens, plan):
                 self._give(sequence, num_new_tokens, plan)
 
@@ -160,8 +181,7 @@ class Scheduler:
         return plan.budget > 0
 
     def _give(self, sequence: Sequence, num_new_tokens: int, plan: Schedule) -> None:
-        plan.rows.append(ScheduledRow(sequence, num_new_tokens))
-        plan.budget -= num_new_tokens
+        plan.give(sequence, num_new_tokens)
         self._charge(sequence)
 
     def _charge(self, sequence: Sequence) -> None:
@@ -171,8 +191,27 @@ class Scheduler:
 
     # --- who enters ---------------------------------------------------------------------------------------------------
 
+    def _admit_owed(self, rank: int, plan: Schedule) -> None:
+        """Whose first token is owed, before anybody else of their rank, into the rows of who was served most."""
+        while rank in OWED_RANKS and self._policy is fair and rank > plan.closed_rank and self._has_budget(rank, plan):
+            domains = [domain for tier, domain in self._num_waiting if tier == rank]
+            over = most_served_over(rank, self.running, self._shares, self.outlook) if domains else None
+            if over is None:
+                return
+            candidate = next_owed(rank, self.waiting, domains, over, self._shares, self.outlook)
+            if candidate is None or not (self._room.fits(candidate) or self._take_room(candidate, plan)):
+                return
+            self._find_budget(rank, plan)
+            candidate.owed = True
+            self._admit(candidate, plan, instead_of=over)
+
     def _admit_rank(self, rank: int, plan: Schedule) -> None:
-        while rank > plan.closed_rank and self._has_row_for(rank) and self._has_budget(rank, plan):
+        while (
+            rank > plan.closed_rank
+            and plan.prompt_budget > 0
+            and self._has_row_for(rank)
+            and self._has_budget(rank, plan)
+        ):
             candidate = self._choose(rank, plan)
             if candidate is None:
                 return
@@ -188,19 +227,19 @@ class Scheduler:
         """Who of this rank is next, with room for its blocks. None: nobody."""
         preempted = [sequence for sequence in self.preempted if sequence.rank == rank]
         for sequence in preempted:
-            if self._fits(sequence):
+            if self._room.fits(sequence):
                 return sequence
         waiting = [sequence for sequence in self.waiting if sequence.rank == rank]
         if not preempted and not waiting:
             return None
         head = preempted[0] if preempted else self._next(waiting)
-        if self._fits(head) or self._take_room(head, plan):
+        if self._room.fits(head) or self._take_room(head, plan):
             return head
         if preempted or not may_be_skipped(head, self._policy, self.outlook):
             plan.close(rank)
             return None
         passing = (s for s in waiting if may_pass(s, head, self._policy, self.outlook))
-        fitting = [sequence for sequence in passing if self._fits(sequence)]
+        fitting = [sequence for sequence in passing if self._room.fits(sequence)]
         if not fitting:
             return None
         head.num_skipped += 1
@@ -209,21 +248,20 @@ class Scheduler:
     def _next(self, waiting: Line[Sequence]) -> Sequence:
         return (fcfs if waiting[0].rank == RESCUED else self._policy)(waiting, self.outlook)
 
-    def _admit(self, sequence: Sequence, plan: Schedule) -> None:
-        """Into a row, with blocks for all its tokens: the pool has them."""
+    def _admit(self, sequence: Sequence, plan: Schedule, instead_of: str = "") -> None:
+        """Into a row, with blocks for all its tokens: the pool has them. Where no row is free, into that of a lower
+        rank or of the domain ``instead_of``."""
         if len(self.running) == self._max_num_seqs:
-            self._preempt(first_to_go(self.running)[0], plan)
+            victim = first_to_go(self.running)[0]
+            if victim.rank == sequence.rank:
+                victim = first_to_go(s for s in self.running if s.rank == victim.rank and s.domain == instead_of)[0]
+            self._preempt(victim, plan)
             self.num_preemptions_kept += 1
         if sequence.status is Status.PREEMPTED:
             self.preempted.remove(sequence)
         else:
             self._leave_waiting(sequence)
-        if not sequence.block_ids:
-            shared = self._published_prefix(sequence)
-            self._grow(sequence, sequence.num_tokens, shared)
-            sequence.num_computed_tokens = len(shared) * self._block_size
-        else:
-            self._grow(sequence, sequence.num_tokens)
+        self._room.enter(sequence)
         sequence.apply(Event.ADMIT)
         sequence.row = self._free_rows.pop()
         insort(self.running, sequence, key=_arrival)
@@ -239,10 +277,10 @@ class Scheduler:
         preempted = [sequence for sequence in self.preempted if sequence.rank == rank]
         first = preempted[0] if preempted else self._next([s for s in self.waiting if s.rank == rank])
         for keeper in first_to_go(s for s in self.preempted if s.block_ids and s is not first):
-            if self._fits(first):
+            if self._room.fits(first):
                 break
             self._take_blocks(keeper, plan)
-        if self._fits(first):
+        if self._room.fits(first):
             self._admit(first, plan)
         else:
             self._give_up(first, plan)
@@ -255,7 +293,7 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, num_new_tokens: int, plan: Schedule) -> bool:
         """Get blocks for a running sequence, from whoever is first to go. False: that was itself, or it was alone."""
         num_tokens = sequence.num_computed_tokens + num_new_tokens
-        while self._num_missing(sequence, num_tokens) > self._pool.num_available(sequence.domain):
+        while self._room.num_missing(sequence, num_tokens) > self._pool.num_available(sequence.domain):
             holders = first_to_go(self._holders())
             if len(holders) == 1:
                 self._give_up(sequence, plan)
@@ -263,7 +301,7 @@ class Scheduler:
             self._take_blocks(holders[0], plan)
             if holders[0] is sequence:
                 return False
-        self._grow(sequence, num_tokens)
+        self._room.grow(sequence, num_tokens)
         return True
 
     def _take_room(self, sequence: Sequence, plan: Schedule) -> bool:
@@ -271,13 +309,13 @@ class Scheduler:
         victims = first_to_go(holder for holder in self._holders() if holder.rank < sequence.rank)
         if not victims:
             return False
-        shared = set() if sequence.block_ids else set(self._published_prefix(sequence))
+        shared = set() if sequence.block_ids else set(self._room.published_prefix(sequence))
         taken = [block_id for victim in victims for block_id in victim.block_ids if block_id not in shared]
-        if self._num_needed(sequence) > self._pool.num_attainable(sequence.domain, taken):
+        if self._room.num_needed(sequence) > self._pool.num_attainable(sequence.domain, taken):
             return False
         for victim in victims:
             self._take_blocks(victim, plan)
-            if self._fits(sequence):
+            if self._room.fits(sequence):
                 return True
         return False
 
@@ -295,6 +333,8 @@ class Scheduler:
         self._leave_row(victim)
         insort(self.preempted, victim, key=_arrival)
         plan.preempted.append(victim)
+        if victim in plan.admitted:
+            plan.admitted.remove(victim)
         self.num_preemptions += 1
 
     def _give_up(self, sequence: Sequence, plan: Schedule) -> None:
@@ -302,58 +342,7 @@ class Scheduler:
         self.remove(sequence)
         plan.too_long.append(sequence)
 
-    # --- blocks and rows ----------------------------------------------------------------------------------------------
-
-    def _num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
-
-    def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
-        return self._num_blocks_for(num_tokens) - len(sequence.block_ids)
-
-    def _num_needed(self, sequence: Sequence) -> int:
-        """Available blocks that admitting it takes: new ones, and those of its beginning that nobody reads now."""
-        missing = self._num_missing(sequence, sequence.num_tokens)
-        if sequence.block_ids:
-            return missing
-        shared = self._published_prefix(sequence)
-        return missing - len(shared) + self._pool.num_unread(shared)
-
-    def _fits(self, sequence: Sequence) -> bool:
-        available = self._pool.num_available(sequence.domain)
-        missing = self._num_missing(sequence, sequence.num_tokens)
-        if missing <= available:
-            return True
-        if sequence.block_ids or missing - self._num_known(sequence) > available:
-            return False
-        return self._num_needed(sequence) <= available
-
-    def _num_known(self, sequence: Sequence) -> int:
-        """At least as many as `_published_prefix` has, and much cheaper."""
-        num_known = 0
-        if self._prefix_cache:
-            while num_known < sequence.num_tokens_shareable // self._block_size:
-                if not self._pool.knows(sequence.key(num_known, self._block_size)):
-                    break
-                num_known += 1
-        return num_known
-
-    def _grow(self, sequence: Sequence, num_tokens: int, shared: Line[int] = ()) -> None:
-        missing = self._num_missing(sequence, num_tokens) - len(shared)
-        if missing > 0:
-            sequence.block_ids += self._pool.allocate(
-                missing, domain=sequence.domain, sequence_id=sequence.sequence_id, shared=shared
-            )
-
-    def _published_prefix(self, sequence: Sequence) -> list[int]:
-        """The blocks that hold the sequence's beginning, as far as they can be shared."""
-        shared: list[int] = []
-        if self._prefix_cache:
-            for index in range(sequence.num_tokens_shareable // self._block_size):
-                block_id = self._pool.find(sequence.prefix(index, self._block_size))
-                if block_id is None:
-                    break
-                shared.append(block_id)
-        return shared
+    # --- lines and rows -----------------------------------------------------------------------------------------------
 
     def _leave_waiting(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)

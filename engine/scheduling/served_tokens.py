@@ -11,7 +11,8 @@ waiting in a tier than a step admits, their counters differ by at most M, the to
 admitted and have not ended, so what they are served over any time differs by at most 2 M (theorem 4.4 there). Without
 shared blocks and preemption M is the pool's slots. Where one enters past another without room
 (engine/scheduling/order.py), the counters may differ by 2 M; a rescue (engine/scheduling/rescue.py) may add one
-sequence's tokens.
+sequence's tokens. A domain that is owed first tokens (engine/scheduling/first_tokens.py) is not backlogged: it may pass
+one that is, and gets no further ahead of it than the most served domain is, and its own sequences' tokens.
 """
 
 from collections.abc import Iterable

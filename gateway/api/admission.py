@@ -33,7 +33,12 @@ from tenancy.ledger import Hold, InsufficientCredit, place_hold
 from tenancy.prices import Price, PriceMissingError, affordable_tokens, price_at, worst_case_nano_usd
 from tenancy.quota import Lease, QuotaSnapshot, QuotaUnavailableError, Refused
 
-KIND_OF_LIMIT = {"requests_per_minute": "requests", "tokens_per_minute": "tokens", "concurrency_max": "concurrency"}
+KIND_OF_LIMIT = {
+    "requests_per_minute": "requests",
+    "tokens_per_minute": "tokens",
+    "concurrency_max": "concurrency",
+    "tokens_per_day": "tokens",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,9 @@ async def admit(
     """
     claim.lease = await _acquire(services, caller, work, claim.request_id)
     state["answer_headers"] = rate_limit_headers(claim.lease.snapshot)
+    if claim.lease.would_refuse:
+        names = ", ".join(sorted({name for _, name in claim.lease.would_refuse}))
+        state["answer_headers"] += (("x-bulkhead-would-refuse", names),)
     claim.hold_id = new_id("hold", services.world.entropy)
     try:
         async with services.database.transaction() as conn:
@@ -165,6 +173,15 @@ async def write_admission(
     }
     entry = Entry("request.admitted", tenant_id, admission.started_ns, body)
     await append(conn, entry, entropy=services.world.entropy)
+    for scope_id, limit_name in lease.would_refuse:
+        services.metrics.would_refuse(admission.principal.tenant_name, limit_name)
+        shadow: dict[str, str | int | bool | list[str]] = {
+            "request_id": request_id,
+            "scope_id": scope_id,
+            "limit_name": limit_name,
+        }
+        entry = Entry("limit.would_refuse", tenant_id, started_ns, shadow)
+        await append(conn, entry, entropy=services.world.entropy)
     return admission
 
 
@@ -201,10 +218,11 @@ def _lowered(admission: Admission, refused: InsufficientCredit) -> Admission:
 
 def _refusal(refused: Refused, work: Work) -> Exception:
     headers = rate_limit_headers(refused.snapshot)
-    if refused.code == "never_fits" and refused.limit_name == "tokens_per_minute":
+    period = "day" if refused.limit_name == "tokens_per_day" else "minute"
+    if refused.code == "never_fits" and KIND_OF_LIMIT[refused.limit_name] == "tokens":
         num_tokens = work.num_prompt_tokens + work.max_tokens
-        return NeverFitsError(num_tokens, refused.limit, headers)
-    return RateLimitedError(KIND_OF_LIMIT[refused.limit_name], refused.retry_after_ms, headers)
+        return NeverFitsError(num_tokens, refused.limit, headers, period)
+    return RateLimitedError(KIND_OF_LIMIT[refused.limit_name], refused.retry_after_ms, headers, period)
 
 
 def rate_limit_headers(snapshot: QuotaSnapshot) -> Headers:

@@ -99,17 +99,17 @@ class SlowBodyError(Exception):
 class RateLimitedError(Exception):
     """A limit of the tenant refused. `kind` is "requests", "tokens" or "concurrency"; `headers` carry the state."""
 
-    def __init__(self, kind: str, retry_after_ms: int, headers: Headers = ()) -> None:
+    def __init__(self, kind: str, retry_after_ms: int, headers: Headers = (), period: str = "minute") -> None:
         super().__init__(kind)
-        self.kind, self.retry_after_ms, self.headers = kind, retry_after_ms, headers
+        self.kind, self.retry_after_ms, self.headers, self.period = kind, retry_after_ms, headers, period
 
 
 class NeverFitsError(Exception):
     """The request needs more tokens than its limit ever holds: no waiting helps."""
 
-    def __init__(self, num_tokens: int, limit_tokens: int, headers: Headers = ()) -> None:
+    def __init__(self, num_tokens: int, limit_tokens: int, headers: Headers = (), period: str = "minute") -> None:
         super().__init__(num_tokens)
-        self.num_tokens, self.limit_tokens, self.headers = num_tokens, limit_tokens, headers
+        self.num_tokens, self.limit_tokens, self.headers, self.period = num_tokens, limit_tokens, headers, period
 
 
 class CreditExhaustedError(Exception):
@@ -199,14 +199,14 @@ def _rate_limited(error: RateLimitedError) -> Problem:
     if error.kind == "concurrency":
         message = "Too many requests of this tenant are running: wait until one has ended."
         return Problem(429, "concurrency", message, None, "concurrency_limit_exceeded", headers)
-    message = f"Rate limit reached for {error.kind} per minute. Try again in {error.retry_after_ms} ms."
+    message = f"Rate limit reached for {error.kind} per {error.period}. Try again in {error.retry_after_ms} ms."
     return Problem(429, error.kind, message, None, "rate_limit_exceeded", headers)
 
 
 def _never_fits(error: NeverFitsError) -> Problem:
     message = (
         f"Prompt and max_tokens together ask for {error.num_tokens} tokens; a limit of this key holds "
-        f"{error.limit_tokens} per minute at most. Ask for fewer tokens."
+        f"{error.limit_tokens} per {error.period} at most. Ask for fewer tokens."
     )
     return Problem(400, "invalid_request_error", message, "max_tokens", "request_never_fits", error.headers)
 

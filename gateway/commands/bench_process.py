@@ -3,6 +3,9 @@
 import json
 import subprocess
 import sys
+import tempfile
+import threading
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from gateway.settings import load_settings
 from gateway.world import real_world
 
 TIMEOUT_S = 1_800  # of one measurement
+PROGRESS = "progress: "  # how engine/bench begins a line of progress
 
 
 def model_dir() -> Path:
@@ -27,15 +31,29 @@ def measure(*arguments: str, module: str = "engine.bench") -> dict[str, Any]:
 
 
 def speak(module: str, *arguments: str, folder: Path | None = None, timeout_s: int = TIMEOUT_S) -> dict[str, Any]:
-    """The JSON object that a module prints last, run in a process of its own, in ``folder``. Raises CommandError."""
+    """The JSON object that a module prints last, run in a process of its own, in ``folder``; its lines of progress are
+    shown as they come. Raises CommandError."""
     command = [sys.executable, "-m", module, *arguments]
-    try:
-        done = subprocess.run(  # noqa: S603
-            command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=folder
-        )
-    except subprocess.TimeoutExpired as error:
-        raise CommandError(f"a measurement took longer than {timeout_s} s: ask for less of it") from error
-    if done.returncode != 0:
-        raise CommandError(f"a measurement failed ({' '.join(arguments)}):\n{done.stderr[-2_000:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    last_words: deque[str] = deque(maxlen=40)
+    with (
+        tempfile.TemporaryFile("w+") as answers,
+        subprocess.Popen(  # noqa: S603
+            command, stdout=answers, stderr=subprocess.PIPE, text=True, cwd=folder
+        ) as process,
+    ):
+        timer = threading.Timer(timeout_s, process.kill)
+        timer.start()
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(PROGRESS):
+                sys.stderr.write(line.removeprefix(PROGRESS))
+            last_words.append(line)
+        code = process.wait()
+        if not timer.is_alive():
+            raise CommandError(f"a measurement took longer than {timeout_s} s: ask for less of it")
+        timer.cancel()
+        if code != 0:
+            raise CommandError(f"a measurement failed ({' '.join(arguments)}):\n{''.join(last_words)[-2_000:]}")
+        answers.seek(0)
+        answer: dict[str, Any] = json.loads(answers.read().splitlines()[-1])
+        return answer

@@ -14,7 +14,7 @@ from gateway.secrets import metrics_token
 from tenancy.closing import Closed
 from tenancy.directory import Tenant, get_tenant_by_name, list_tenants
 from tenancy.ledger import balance
-from tenancy.limits import get_limits
+from tenancy.limits import LIMIT_NAMES, LimitName, ScopeLimits, get_limits
 from tenancy.money import format_nano_usd
 from tenancy.prices import list_prices
 
@@ -84,10 +84,7 @@ def tenant_list() -> None:
         rows = []
         for tenant in tenants:
             money = await balance(conn, tenant.tenant_id)
-            rule = rules.get(tenant.tenant_id)
-            limits = (
-                (rule.requests_per_minute, rule.tokens_per_minute, rule.concurrency_max) if rule else (None, None, None)
-            )
+            rule = rules.get(tenant.tenant_id, ScopeLimits(tenant.tenant_id))
             amounts = (money.credit_nano_usd, money.held_nano_usd, money.captured_nano_usd)
             rows.append(
                 (
@@ -95,14 +92,31 @@ def tenant_list() -> None:
                     tenant.tenant_id,
                     tenant.status,
                     *(format_nano_usd(amount) for amount in amounts),
-                    *("-" if limit is None else f"{limit:,}" for limit in limits),
-                    str(rule.weight if rule else 1),
+                    *(limit_text(rule, name) for name in LIMIT_NAMES),
+                    str(rule.weight),
                 )
             )
         return rows
 
-    columns = ("tenant", "id", "status", "credit", "held", "billed", "req/min", "tok/min", "at once", "weight")
+    columns = (
+        "tenant",
+        "id",
+        "status",
+        "credit",
+        "held",
+        "billed",
+        "req/min",
+        "tok/min",
+        "at once",
+        "tok/day",
+        "weight",
+    )
     print_table(columns, in_transaction(session, work), numbers_from=3)
+
+
+def limit_text(limits: ScopeLimits, name: LimitName) -> str:
+    value = getattr(limits, name)
+    return "-" if value is None else f"{value:,}" + (" (shadow)" if name in limits.shadow else "")
 
 
 @tenant_app.command("suspend")

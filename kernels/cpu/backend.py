@@ -3,13 +3,12 @@ id and owner itself.
 
 The library's rule (src/isa.cpp) makes rows exact. Bits are promised per instruction set.
 
-Whose matrix products: one rule for all numbers of rows, by the processor's flags and never by a stopwatch, so that a
-restart computes the same bits. The library's own are exact by construction and read the weights once; where the
-processor has tiles for bfloat16 (AMX), oneDNN uses them and the library does not yet, so there a layer's products are
-oneDNN's, in slabs (kernels/slabs.py). The head is always our own. ``products`` overrides the rule.
+Which set serves is decided by the processor's flags and a trial of its products (kernels/cpu/trial.py), never by a
+stopwatch, so that a restart computes the same bits.
 """
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.backend import KernelError, OwnershipError, StepTables
+from kernels.backend import KernelError, OwnershipError, StepTables, check_tables
 from kernels.cpu.library import DTYPES, AttentionArgs, NormArgs, RopeArgs, SiluArgs, load, optional_pointer, pointer
 from kernels.cpu.product import NativeProduct
+from kernels.cpu.trial import multiplies
 from kernels.memory import Arena
 from kernels.products import Head, Product
-from kernels.slabs import SlabLinear
 
 ITEM_TOKENS_MAX = 16  # new tokens of a row that share one walk over its keys
 FLAGS = {1: "a block id out of range", 2: "a block of another owner"}
@@ -42,31 +41,34 @@ class Plan:
 
 
 class NativeBackend:
-    """``isa`` empty takes the best that this machine has. Raises KernelError where it cannot be had."""
+    """``isa`` empty takes the best that this machine has and that passes its trial; ``log`` hears of those that do not.
+    Raises KernelError where it cannot be had."""
 
     exact = True
+    device = torch.device("cpu")
 
-    def __init__(self, isa: str = "", num_threads: int = 1, products: str = "auto") -> None:
+    def __init__(self, isa: str = "", num_threads: int = 1, log: Callable[[str], None] = lambda line: None) -> None:
         self._library = load()
         isas = self._library.isas()
         if isa and isa not in isas:
             raise KernelError(f"this machine's native kernels are {', '.join(isas)}, not {isa}")
-        self.isa = isa or next(iter(isas))
+        self.isa = self._tried([isa] if isa else list(isas), log)
         self._isa = isas[self.isa]
         self._arena = Arena()
-        self._slabs = products == "onednn" or (products == "auto" and self._library.has_amx())
-        self.name = f"native-{self.isa}" + ("+onednn" if self._slabs else "")
+        self.name = f"native-{self.isa}"
         self._library.set_num_threads(num_threads)
+
+    def _tried(self, names: list[str], log: Callable[[str], None]) -> str:
+        for name in names:
+            if multiplies(self._library, self._library.isas()[name]):
+                return name
+            log(f"the native kernels {name} multiply wrongly on this machine and are not used")
+        raise KernelError(f"no native kernels multiply as they should on this machine: tried {', '.join(names)}")
 
     def plan(self, tables: StepTables) -> Plan:
         num_new = np.diff(tables.cu_seqlens)
         num_tokens = int(tables.cu_seqlens[-1])
-        if tables.cu_seqlens[0] != 0 or (num_new < 0).any() or (tables.kv_lens < num_new).any():
-            raise ValueError("rows must be in order and no longer than their keys")
-        if (tables.kv_lens > tables.block_tables.shape[1] * tables.block_size).any():
-            raise ValueError("a row is longer than its block table")
-        if len(tables.slot_mapping) != num_tokens or len(tables.kv_lens) != len(num_new) != len(tables.row_tags):
-            raise ValueError("tables of different steps")
+        check_tables(tables)
         num_items = -(-num_new // ITEM_TOKENS_MAX)
         rows = np.repeat(np.arange(len(num_new)), num_items)
         first = (np.arange(len(rows)) - np.repeat(np.cumsum(num_items) - num_items, num_items)) * ITEM_TOKENS_MAX
@@ -103,8 +105,6 @@ class NativeBackend:
         return Plan(tables, items, token_tags, flags, refused, rope, attention)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Product:
-        if self._slabs:
-            return SlabLinear(weight, bias)
         return NativeProduct(self._library, self._isa, self._arena, weight, bias)
 
     def head(self, weight: Tensor) -> Head:

@@ -155,10 +155,6 @@ class Library:
         """Inputs in a step of a panel of bfloat16 weights: 1, or pairs filled up to a multiple of this many."""
         return int(self._loaded.bulkhead_bf16_inputs(isa))
 
-    def has_amx(self) -> bool:
-        """Whether this processor multiplies tiles of bfloat16."""
-        return bool(self._loaded.bulkhead_has_amx())
-
     def set_num_threads(self, num_threads: int) -> None:
         self._loaded.bulkhead_set_num_threads(num_threads)
 

@@ -31,22 +31,25 @@ class AttentionShape:
     tile is part of what a bit is, as SPLIT is."""
 
     block_m: int = 64
-    tile: int = 64
+    tile: int = 32
     num_warps: int = 4
     num_stages: int = 2
 
 
 NO_BLOCK = -(2**31)  # in `refused`: nothing was
 SPLIT = 512  # keys whose sum is finished before the next begins, at absolute positions; a multiple of every tile
-WIDE_HEAD = 256  # from this padded head size on, half the tile: registers and shared memory are used up
+WIDE_HEAD = 256  # from this padded head size on, half the tile: registers are used up
 
 
-def attention_shape(head_size: int, ratio: int, itemsize: int) -> AttentionShape:
-    """``ratio`` query heads for each key head; ``itemsize`` bytes of a number in the cache. It does not know how many
-    rows or tokens there are: prompt chunks and decode tokens get the same tile."""
-    is_large = power_of_two(head_size) >= WIDE_HEAD or itemsize == 4
+def attention_shape(capability: int, head_size: int, ratio: int, itemsize: int) -> AttentionShape:
+    """``capability`` as in variants.CAPABILITIES, 0 interpreted; ``ratio`` query heads for each key head; ``itemsize``
+    bytes of a number in the cache. It does not know how many rows or tokens there are: prompt chunks and decode tokens
+    get the same tile."""
+    padded = power_of_two(head_size)
+    is_large = padded >= WIDE_HEAD or itemsize == 4
     block_m = max(64, power_of_two(ratio))
-    return AttentionShape(block_m=block_m, tile=32 if is_large else 64, num_warps=8 if is_large or block_m > 64 else 4)
+    num_stages = 1 if capability == 120 and padded <= 64 else 2  # two of them spill there
+    return AttentionShape(block_m, 16 if is_large else 32, 8 if is_large or block_m > 64 else 4, num_stages)
 
 
 def check(tensor: Tensor, shape: tuple[int, ...], like: Tensor | None = None) -> None:

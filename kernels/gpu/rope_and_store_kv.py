@@ -50,9 +50,9 @@ def rope_and_store_kv_kernel(
         cos = tl.load(cos_ptr + token * (D // 2) + pair, mask=pair < D // 2, other=0.0)
         sin = tl.load(sin_ptr + token * (D // 2) + pair, mask=pair < D // 2, other=0.0)
         first, second = low.to(tl.float32), high.to(tl.float32)
-        is_value = head >= HQ + HKV
-        low = tl.where(is_value, low, (first * cos - second * sin).to(low.dtype))
-        high = tl.where(is_value, high, (second * cos + first * sin).to(high.dtype))
+        turns = head < HQ + HKV
+        low = tl.where(turns, (first * cos - second * sin).to(low.dtype), low)
+        high = tl.where(turns, (second * cos + first * sin).to(high.dtype), high)
         is_query = inside & (head < HQ)
         tl.store(low_at, low, mask=is_query)
         tl.store(low_at + D // 2, high, mask=is_query)
@@ -69,10 +69,10 @@ def rope_and_store_kv_kernel(
             key_at = key_ptr + (slot * HKV + head - HQ) * D + pair
             tl.store(key_at, low, mask=is_key)
             tl.store(key_at + D // 2, high, mask=is_key)
-            is_value = inside & (head >= HQ + HKV)
+            goes_to_values = inside & (head >= HQ + HKV)
             value_at = value_ptr + (slot * HKV + head - HQ - HKV) * D + pair
-            tl.store(value_at, low, mask=is_value)
-            tl.store(value_at + D // 2, high, mask=is_value)
+            tl.store(value_at, low, mask=goes_to_values)
+            tl.store(value_at + D // 2, high, mask=goes_to_values)
         else:  # an id of more than 32 bits is reported as the largest: it is out of range all the same
             tl.atomic_max(refused_ptr + token, tl.minimum(block, 2**31 - 1).to(tl.int32))
 

@@ -4,12 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from engine.core import StepResult
 from engine.engine_thread import Connection, EngineThread, Received
 from engine.journal import Journal, read_journals
 from engine.protocol import Drain, FrameReader, FromWorker, Incident, TokenOutput, decode_from_worker
-from tests.strategies.integer_model import IntegerRunner, Watcher, integer_core, submit
+from tests.strategies.integer_model import IntegerRunner, Watcher, continuation, decode, integer_core, submit
 
 
 class Harness:
@@ -116,6 +117,41 @@ def test_violations_in_too_many_steps_close_the_door(harness: Harness) -> None:
     assert kinds == ["foreign_block", "foreign_block", "admission_closed"]
     assert harness.thread.stats is not None
     assert harness.thread.stats.closed
+
+
+@pytest.mark.parametrize("in_core", [False, True])
+def test_an_output_that_nobody_asked_for_is_dropped_and_everybody_else_goes_on(harness: Harness, in_core: bool) -> None:
+    """In the core without an owner, or of a name that was never heard of: nobody gets it, everybody hears of it."""
+    step, mine, end = harness.core.step, connection(), 6
+    harness.runner.fail_steps = set(range(end, 99))  # to end the run
+    if in_core:
+        harness.core.add(submit("stranger", [7, 7], 9))
+
+    def crossed() -> StepResult:
+        result = step()
+        if harness.core.step_number == 3 and not in_core:
+            result.outputs.append(replace(result.outputs[0], sequence_id="stranger"))
+        return result
+
+    harness.core.step = crossed  # type: ignore[method-assign]
+    for index in range(2):
+        harness.thread.commands.put(Received(mine, submit(f"s{index}", [index + 1], 3)))
+    for index in range(9):
+        harness.thread.commands.put(Received(mine, submit(f"more{index}", [1, 2], 9)))
+    assert harness.thread.run() == 1
+    more = {f"more{index}": "engine_failure" for index in range(9)}
+    assert harness.endings() == {"s0": "", "s1": ""} | more
+    texts = dict.fromkeys(("s0", "s1"), "")
+    for _, message in harness.delivered:
+        if isinstance(message, TokenOutput) and message.sequence_id in texts:
+            texts[message.sequence_id] += message.text
+    assert texts == {f"s{index}": decode(continuation([index + 1], 3)) for index in range(2)}
+    incidents = [(owner, message) for owner, message in harness.delivered if isinstance(message, Incident)]
+    assert [(owner, one.kind, one.sequence_ids) for owner, one in incidents] == [
+        (None, "output_of_stranger", ["stranger"])
+    ]
+    assert "stranger" not in read_journals(harness.journal.path.parent)
+    assert harness.core.pool.num_free == 64
 
 
 def test_the_journal_is_written_before_the_frames(harness: Harness) -> None:

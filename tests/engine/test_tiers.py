@@ -34,6 +34,11 @@ def find(core: EngineCore, name: str) -> Sequence:
 # ---------------------------------------------------------------- what every step must keep
 
 
+def is_prompt(sequence: Sequence) -> bool:
+    """More of it is to be computed than one token: a step that also generates may bound these."""
+    return sequence.num_tokens - sequence.num_computed_tokens > 1
+
+
 class Checked:
     """Looks at every step of a scheduler right after it was decided, with its own idea of what fits."""
 
@@ -63,22 +68,23 @@ class Checked:
     def look(self, plan: Schedule) -> None:
         given = {row.sequence: row.num_new_tokens for row in plan.rows}
         assert sum(given.values()) == self.load.max_batched_tokens - plan.budget <= self.load.max_batched_tokens
-        self.batch_takes_what_others_leave(given)
+        self.batch_takes_what_others_leave(given, plan)
         self.higher_ranks_go_first(given, plan)
         self.nobody_is_left_out(plan)
+        self.prompts_keep_their_bound(plan)
         for sequence in self.scheduler.preempted:
             assert sequence.row == -1
             assert sequence.num_computed_tokens <= len(sequence.block_ids) * self.load.block_size
 
-    def batch_takes_what_others_leave(self, given: dict[Sequence, int]) -> None:
+    def batch_takes_what_others_leave(self, given: dict[Sequence, int], plan: Schedule) -> None:
         if any(sequence.rank == BATCH for sequence in given):
             for other in self.scheduler.running:
-                if other.rank > BATCH:
+                if other.rank > BATCH and not (is_prompt(other) and plan.prompt_budget <= 0):
                     assert given.get(other) == other.num_tokens - other.num_computed_tokens
 
     def higher_ranks_go_first(self, given: dict[Sequence, int], plan: Schedule) -> None:
         for sequence in self.scheduler.running:
-            if sequence not in given:
+            if sequence not in given and not (is_prompt(sequence) and plan.prompt_budget <= 0):
                 assert all(other.rank >= sequence.rank for other in given), "a lower rank got its tokens"
         if self.scheduler.running:
             lowest = min(sequence.rank for sequence in self.scheduler.running)
@@ -86,11 +92,27 @@ class Checked:
             for rank in {s.rank for s in self.scheduler.waiting if s.rank > max(lowest, plan.closed_rank)}:
                 # The head of a rank may lack blocks; but where all fit, none waits for the row of a lower rank.
                 line = [s for s in self.scheduler.waiting if s.rank == rank]
-                budget = plan.budget > 0 or any(other.rank < rank for other in given)
+                budget = plan.prompt_budget > 0 and (plan.budget > 0 or any(other.rank < rank for other in given))
                 assert not (full and budget and all(self.fits(s) for s in line)), "a lower rank keeps a row"
 
+    def prompts_keep_their_bound(self, plan: Schedule) -> None:
+        """Tokens of prompts in a step that also generates; what is owed may be more. Batch work generates last."""
+        prompts = [r for r in plan.rows if is_prompt(r.sequence)]
+        generating = [r for r in plan.rows if r.sequence.rank > BATCH and r.sequence.num_completion_tokens]
+        if self.load.max_prompt_tokens and any(
+            r not in prompts and r.sequence not in plan.admitted for r in generating
+        ):
+            num_tokens = sum(r.num_new_tokens for r in prompts if not r.sequence.owed)
+            one_each = sum(r.num_new_tokens == 1 for r in prompts)
+            assert num_tokens <= self.load.max_prompt_tokens + one_each
+
     def nobody_is_left_out(self, plan: Schedule) -> None:
-        if not plan.budget or len(self.scheduler.running) == self.load.max_num_seqs or plan.preempted:
+        if (
+            plan.prompt_budget <= 0
+            or not plan.budget
+            or len(self.scheduler.running) == self.load.max_num_seqs
+            or plan.preempted
+        ):
             return
         behind = max((s.rank for s in self.scheduler.preempted), default=BATCH - 1)
         for sequence in self.scheduler.waiting:
@@ -117,6 +139,7 @@ def test_every_step_keeps_the_order_of_ranks_and_wastes_no_room(load: Load) -> N
         max_num_seqs=load.max_num_seqs,
         scheduling=load.scheduling,
         wait_max_tokens=load.wait_max_tokens,
+        max_prompt_tokens=load.max_prompt_tokens,
     )
     Checked(core, load)
     for index, arrival in enumerate(sorted(load.arrivals, key=lambda arrival: arrival.step)):
@@ -331,6 +354,7 @@ def test_tiers_change_the_order_and_no_token(load: Load) -> None:
         max_num_seqs=load.max_num_seqs,
         scheduling=load.scheduling,
         wait_max_tokens=load.wait_max_tokens,
+        max_prompt_tokens=load.max_prompt_tokens,
     )
     assert load.wait_max_tokens <= WAIT_MAX_TOKENS
     taken = {}

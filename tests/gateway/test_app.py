@@ -394,6 +394,34 @@ def test_a_clients_request_id_is_not_trusted(hall: Hall, runner: asyncio.Runner)
     assert answer.headers["x-request-id"] != "mine"
 
 
+def test_a_limit_in_shadow_serves_and_tells(stage: Stage, runner: asyncio.Runner) -> None:
+    hall, _ = stage.make()
+
+    async def scenario() -> None:
+        tenant_id = hall.accounts["acme"].tenant_id
+        only: Any = {"requests_per_minute": 1, "tokens_per_day": 100, "shadow": frozenset({"requests_per_minute"})}
+        async with hall.services.database.transaction() as conn:
+            await set_limits(conn, "tenant", tenant_id, now_ns=1, **only)
+        first, second = await hall.chat(max_tokens=2), await hall.chat(max_tokens=2)
+        assert (first.status, second.status) == (200, 200)
+        assert "x-bulkhead-would-refuse" not in first.headers
+        assert second.headers["x-bulkhead-would-refuse"] == "requests_per_minute"
+        assert "x-ratelimit-limit-requests" not in second.headers
+        (entry,) = await hall.outbox("limit.would_refuse")
+        assert entry == {
+            "request_id": second.headers["x-request-id"],
+            "scope_id": tenant_id,
+            "limit_name": "requests_per_minute",
+        }
+        line = 'bulkhead_would_refuse_total{limit="requests_per_minute",tenant="acme"} 1.0'
+        assert line in hall.services.metrics.render().decode()
+        never = await hall.chat(max_tokens=150)
+        assert problem(never) == (400, "max_tokens", "request_never_fits")
+        assert "100 per day" in never.json()["error"]["message"]
+
+    runner.run(scenario())
+
+
 def test_limits_refuse_and_say_when(shared_stage: Stage, runner: asyncio.Runner) -> None:
     hall, _ = shared_stage.make()
 

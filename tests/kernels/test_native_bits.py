@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.cpu.backend import NativeBackend
-from kernels.slabs import SLAB, SlabLinear
 from tests.kernels.native import Shape, bits, every_isa, make_step, random_row, run
 
 ROW_COUNTS = [*range(1, 71), 127, 128, 129, 255, 256, 257]
@@ -96,35 +95,3 @@ def put(cache: Tensor, blocks: np.ndarray, content: Tensor) -> None:
     at = np.arange(len(content))
     slots = blocks[at // cache.shape[1]].astype(np.int64) * cache.shape[1] + at % cache.shape[1]
     cache.flatten(0, 1)[slots] = content
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(576, 960), (48, 80), (1536, 576), (65, 33)])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_rows_of_products_in_slabs(dtype: torch.dtype, sizes: tuple[int, int], with_bias: bool) -> None:
-    generator = torch.Generator().manual_seed(2)
-    weight = torch.randn((sizes[1], sizes[0]), generator=generator).mul(0.05).to(dtype)
-    bias = torch.randn(sizes[1], generator=generator).to(dtype) if with_bias else None
-    x = torch.randn((257, sizes[0]), generator=generator).to(dtype)
-    linear = SlabLinear(weight, bias)
-    alone = torch.cat([linear(x[i : i + 1]) for i in range(257)])
-    wide = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    torch.testing.assert_close(alone.double(), wide, atol=2e-2, rtol=2e-2)
-    before = torch.get_num_threads()
-    try:
-        for num_threads in (1, 2):
-            torch.set_num_threads(num_threads)
-            for count in ROW_COUNTS[num_threads - 1 :: 2]:
-                rows = torch.randperm(257, generator=generator)[:count]
-                assert torch.equal(bits(linear(x[rows])), bits(alone[rows])), f"{count} rows, {num_threads} threads"
-    finally:
-        torch.set_num_threads(before)
-    assert linear.is_exact()
-    assert linear(x[:0]).shape == (0, sizes[1])
-
-
-def test_a_product_that_depends_on_its_company_is_found_out() -> None:
-    linear = SlabLinear(torch.randn(8, 8))
-    linear._slab = lambda x: x + x.sum()  # type: ignore[method-assign]
-    assert not linear.is_exact()
-    assert SLAB == 16, "a change of SLAB changes bits: say so in the release notes"

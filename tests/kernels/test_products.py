@@ -1,6 +1,7 @@
 """The library's own matrix product: right, in one order of sums, and the same bits for a row in any company."""
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.backend import choose
+from kernels.backend import KernelError, choose
 from kernels.cpu.backend import NativeBackend
 from kernels.cpu.library import load
 from kernels.cpu.product import NativeProduct
+from kernels.cpu.trial import multiplies
 from kernels.products import PlainHead, Product, keeps_bits
-from kernels.slabs import SlabLinear
 from kernels.torch_cpu import TorchBackend
 from tests.kernels.native import bits, every_isa, isas
 
@@ -47,7 +48,7 @@ def wide(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def test_a_product_is_right(
     isa: str, num_inputs: int, num_outputs: int, num_rows: int, dtype: torch.dtype, with_bias: bool, seed: int
 ) -> None:
-    backend = NativeBackend(isa, products="own")
+    backend = NativeBackend(isa)
     x, weight, bias = matrices((num_inputs, num_outputs), dtype, num_rows, seed)
     y = backend.linear(weight, bias if with_bias else None)(x)
     assert (y.dtype, y.shape) == (dtype, (num_rows, num_outputs))
@@ -66,7 +67,7 @@ def test_a_product_is_right(
 @pytest.mark.parametrize("sizes", [(576, 960), (65, 33)])
 def test_rows_of_products(isa: str, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
     x, weight, bias = matrices(sizes, dtype, 257, 1)
-    backend = NativeBackend(isa, 1, products="own")
+    backend = NativeBackend(isa, 1)
     generator = torch.Generator().manual_seed(2)
     for product in (backend.linear(weight, bias), backend.head(weight)):
         alone = torch.cat([product(x[i : i + 1]) for i in range(257)])
@@ -82,7 +83,7 @@ def test_rows_of_products(isa: str, dtype: torch.dtype, sizes: tuple[int, int]) 
 def test_columns_do_not_matter_to_each_other(isa: str) -> None:
     """A column's bits are the same wherever it lies in a panel and whoever its neighbours are."""
     x, weight, _ = matrices((100, 90), torch.bfloat16, 9, 3)
-    backend = NativeBackend(isa, products="own")
+    backend = NativeBackend(isa)
     whole = backend.linear(weight)(x)
     order = torch.randperm(90, generator=torch.Generator().manual_seed(4))[:53]
     assert torch.equal(bits(backend.linear(weight[order])(x)), bits(whole[:, order]))
@@ -95,7 +96,7 @@ def test_the_order_of_sums() -> None:
     want = np.zeros((7, 40), dtype=np.float32)
     for k in range(75):
         want += x[:, k : k + 1].numpy() * weight[:, k].numpy()
-    got = NativeBackend("portable", products="own").linear(weight)(x)
+    got = NativeBackend("portable").linear(weight)(x)
     assert (got.numpy().view(np.int32) == want.view(np.int32)).all()
 
 
@@ -104,25 +105,41 @@ def test_a_broken_number_stays_in_its_row_and_column(isa: str) -> None:
     x, weight, _ = matrices((33, 50), torch.bfloat16, 5, 6)
     x[2, 7] = torch.nan
     weight[11, 3] = torch.inf
-    broken = ~NativeBackend(isa, products="own").linear(weight)(x).isfinite()
+    broken = ~NativeBackend(isa).linear(weight)(x).isfinite()
     assert broken[2].all()
     assert broken[:, 11].all()
     broken[2], broken[:, 11] = False, False
     assert not broken.any()
 
 
+@pytest.mark.skipif(not isas(), reason="no native kernels: install a C++ compiler, run make native")
+def test_kernels_that_multiply_wrongly_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a processor might whose flags promise what it does not keep."""
+    names, best, lines = isas(), isas()[0], list[str]()
+    monkeypatch.setattr("kernels.cpu.backend.multiplies", lambda library, isa: isa != library.isas()[best])
+    chosen = choose("auto", 1, lines.append)
+    if len(names) > 1:
+        assert chosen.name == f"native-{names[1]}"
+    assert f"the native kernels {best} multiply wrongly" in lines[0]
+    with pytest.raises(KernelError, match=f"tried {best}"):
+        choose(best, 1, print)
+    monkeypatch.setattr("kernels.cpu.backend.multiplies", lambda library, isa: False)
+    assert isinstance(choose("auto", 1, lines.append), TorchBackend)
+
+
 @every_isa
-def test_whose_products(isa: str) -> None:
-    weight = torch.randn(8, 8)
-    own, slabs = NativeBackend(isa, products="own"), NativeBackend(isa, products="onednn")
-    assert isinstance(own.linear(weight), NativeProduct)
-    assert own.name == f"native-{isa}"
-    assert isinstance(slabs.linear(weight), SlabLinear)
-    assert slabs.name == f"native-{isa}+onednn"
-    assert isinstance(slabs.head(weight), NativeProduct), "the head is always our own"
-    auto = choose(isa, 1, print)
-    assert auto.name == (slabs if load().has_amx() else own).name
-    assert TorchBackend().linear(weight).is_exact() is False
+@pytest.mark.parametrize("slip", [lambda y: y * 1.1, lambda y: y + len(y) * 1e-3, lambda y: y * float("nan")])
+def test_the_trial_finds_wrong_products(isa: str, slip: Callable[[Tensor], Tensor]) -> None:
+    library, number = load(), load().isas()[isa]
+    assert multiplies(library, number)
+
+    def slipped(self: NativeProduct, x: Tensor) -> Tensor:
+        return slip(whole(self, x).float()).to(x.dtype)
+
+    whole = NativeProduct.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NativeProduct, "__call__", slipped)
+        assert not multiplies.__wrapped__(library, number)
 
 
 @pytest.mark.skipif("avx512_bf16" not in isas(), reason="this processor has no AVX-512-BF16")
@@ -134,11 +151,12 @@ def test_the_order_of_sums_in_pairs() -> None:
         for at in (k + 1, k):
             if at < 75:
                 want += x[:, at : at + 1].float().numpy() * weight[:, at].float().numpy()
-    got = NativeBackend("avx512_bf16", products="own").head(weight)(x)
+    got = NativeBackend("avx512_bf16").head(weight)(x)
     assert (got.numpy().view(np.int32) == want.view(np.int32)).all()
 
 
 FLAGS_OF = {
+    "amx": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_tile", "amx_bf16"},
     "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx2": {"avx2", "fma"},
@@ -152,7 +170,6 @@ def test_the_processor_is_asked_by_its_flags() -> None:
     for isa in isas():
         assert FLAGS_OF[isa] <= flags
     assert isas() == [isa for isa in FLAGS_OF if isa in isas()], "best first"
-    assert load().has_amx() == ({*FLAGS_OF["avx512"], "amx_bf16"} <= flags)
 
 
 def test_torchs_head_keeps_its_rows() -> None:

@@ -24,8 +24,9 @@ from tenancy.ids import InvalidNameError, new_id
 from tenancy.keys import authenticate
 from tenancy.ledger import Balance, balance
 from tenancy.limits import LimitError, ScopeLimits, get_limits, load_scopes, set_limits
+from tenancy.rotation import rotate_key
 from tests.tenancy.conftest import opened
-from tests.tenancy.world import PEPPER, T0, counting_entropy, populate
+from tests.tenancy.world import PEPPER, SECOND, T0, counting_entropy, populate
 
 
 def test_a_tenant_is_made_with_its_accounts_open(database_url: str) -> None:
@@ -100,6 +101,16 @@ def test_a_request_is_counted_in_four_scopes(database_url: str) -> None:
                 ScopeLimits(made.key_id, organisation_id=org),
             ]
             assert list(await get_limits(conn, [made.tenant_id, "key_x"])) == [made.tenant_id]
+            rules: Any = {"tokens_per_day": 5, "shadow": frozenset({"tokens_per_day", "concurrency_max"})}
+            asked = await set_limits(conn, "key", made.key_id, **rules, now_ns=T0)
+            assert (await get_limits(conn, [made.key_id]))[made.key_id] == asked
+            rotated = await rotate_key(
+                conn, made.key_id, overlap_ns=SECOND, pepper=PEPPER, entropy=counting_entropy("r"), now_ns=T0
+            )
+            successor = (await get_limits(conn, [rotated.minted.key_id]))[rotated.minted.key_id]
+            assert (successor.tokens_per_day, successor.shadow) == (5, asked.shadow)
+            with pytest.raises(LimitError, match="no limit 'x'"):
+                await set_limits(conn, "key", made.key_id, shadow=frozenset({"x"}), now_ns=T0)  # type: ignore[arg-type]
             with pytest.raises(LimitError, match="concurrency_max"):
                 await set_limits(conn, "key", made.key_id, concurrency_max=-1, now_ns=T0)
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
-from tenancy.limits import PER_MINUTE_MAX, ScopeLimits
+from tenancy.limits import PER_DAY_MAX, PER_MINUTE_MAX, LimitName, ScopeLimits
 from tenancy.quota import UNIT, Lease, Quota, QuotaSnapshot, QuotaUnavailableError, Refused
 from tests.tenancy.conftest import OpenRedis, redis_client
 
@@ -376,3 +376,110 @@ def test_a_lost_server_is_an_error_of_ours(tmp_path: Path) -> None:
 def test_limits_that_cannot_be_counted_are_refused(bad: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=str(bad)):
         ScopeLimits("key_1", tokens_per_minute=bad)
+
+
+def daily(id_: str, tpd: int | None, *shadow: LimitName, **limits: int) -> ScopeLimits:
+    return ScopeLimits(id_, organisation_id=ORG, tokens_per_day=tpd, shadow=frozenset(shadow), **limits)
+
+
+@given(steps=st.lists(st.tuples(st.sampled_from(["take", "give", "night"]), st.integers(0, 60)), max_size=25))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tokens_of_a_day_are_counted_until_midnight(open_redis: OpenRedis, steps: list[tuple[str, int]]) -> None:
+    """Against a model; midnight comes by dating the state a day back."""
+    scopes = [daily("tenant_1", 100), daily("key_1", 70)]
+
+    async def run() -> None:
+        async with open_redis() as redis:
+            await redis.flushall()
+            quota = Quota(redis)
+            used, leases, days = 0, list[tuple[Lease, int]](), 0
+            begun = (await redis.time())[0] // 86_400
+            for number, (step, amount) in enumerate(steps):
+                if (await redis.time())[0] // 86_400 != begun:
+                    return  # a real midnight
+                if step == "night":
+                    used, days = 0, days + 1
+                    for one in scopes:
+                        if await redis.exists(state_key(one.scope_id)):
+                            await redis.hincrby(state_key(one.scope_id), "dn", -1)
+                    for lease, _ in leases:  # they were placed yesterday
+                        for one in scopes:
+                            field = f"day:{state_key(one.scope_id)}"
+                            await redis.hincrby(f"bulkhead:quota1:{{{ORG}}}:lease:{lease.lease_id}", field, -1)
+                elif step == "take":
+                    result = await take(quota, scopes, f"lease_{number}", amount)
+                    assert isinstance(result, Lease) == (used + amount <= 70)
+                    if isinstance(result, Lease):
+                        used += amount
+                        leases.append((result, days))
+                        assert result.snapshot.remaining_tokens_per_day == 70 - used
+                    else:
+                        assert (result.code, result.limit_name) == ("rate_limit_exceeded", "tokens_per_day")
+                        assert 0 < result.retry_after_ms <= 86_400_000
+                elif leases:
+                    lease, day = leases.pop(amount % len(leases))
+                    assert await quota.release(lease, lease.num_tokens // 3)
+                    assert not await quota.release(lease, 0)  # once
+                    if day == days:
+                        used -= lease.num_tokens - lease.num_tokens // 3
+            left = await quota.usage_now("ten_1", scopes)
+            assert left.remaining_tokens_per_day == 70 - used
+
+    asyncio.run(run())
+
+
+def test_what_a_day_never_holds_is_never_admitted(open_redis: OpenRedis) -> None:
+    async def run() -> None:
+        async with open_redis() as redis:
+            refused = await take(Quota(redis), [daily("key_1", PER_DAY_MAX)], "l1", PER_DAY_MAX + 5)
+            assert isinstance(refused, Refused)
+            assert (refused.code, refused.limit_name, refused.retry_after_ms) == ("never_fits", "tokens_per_day", 0)
+
+    asyncio.run(run())
+
+
+@given(limits=st.tuples(limit_values, limit_values, st.one_of(st.none(), st.integers(0, 20))), data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_limit_in_shadow_tells_what_it_would_have_refused(open_redis: OpenRedis, limits: Any, data: Any) -> None:
+    """The same requests against the same limit, enforced and in shadow: refused here where it is named there."""
+    sizes = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=12))
+    rpm, tpm, tpd = limits
+    named: dict[LimitName, int | None] = {
+        "requests_per_minute": rpm,
+        "tokens_per_minute": tpm,
+        "tokens_per_day": tpd,
+    }
+
+    async def run() -> None:
+        for name, value in named.items():
+            if value is None:
+                continue
+            async with open_redis() as redis:
+                await redis.flushall()
+                quota, only = Quota(redis), {name: value}
+                real = [ScopeLimits("real", organisation_id=ORG, **only)]  # type: ignore[arg-type]
+                shadow = [ScopeLimits("seen", organisation_id=ORG, shadow=frozenset({name}), **only)]  # type: ignore[arg-type]
+                for number, size in enumerate(sizes):
+                    refused = await take(quota, real, f"real_{number}", size)
+                    lease = await take(quota, shadow, f"seen_{number}", size)
+                    assert isinstance(lease, Lease)
+                    assert lease.would_refuse == ((("seen", name),) if isinstance(refused, Refused) else ())
+                    assert lease.snapshot.limit_requests is lease.snapshot.limit_tokens is None
+                    if isinstance(refused, Lease) and size % 2:
+                        assert await quota.release(refused, size // 2)
+                        assert await quota.release(lease, size // 2)
+
+    asyncio.run(run())
+
+
+def test_more_at_once_than_a_limit_in_shadow_is_told(open_redis: OpenRedis) -> None:
+    async def run() -> None:
+        async with open_redis() as redis:
+            quota, scopes = Quota(redis), [daily("key_1", None, "concurrency_max", concurrency_max=1)]
+            first, second = [await take(quota, scopes, id_) for id_ in ("l1", "l2")]
+            assert isinstance(first, Lease)
+            assert isinstance(second, Lease)
+            assert (first.would_refuse, second.would_refuse) == ((), (("key_1", "concurrency_max"),))
+            assert second.snapshot.concurrency_max is None
+
+    asyncio.run(run())

@@ -104,5 +104,5 @@ void rope_and_store_any(const RopeArgs* a, int64_t begin, int64_t end) {
 } // namespace
 
 extern const Ops OPS;
-const Ops OPS = {rms_norm_any, silu_and_mul_any, rope_and_store_any, attention_scratch, attention_any,
-                 ready_bytes,  make_ready,       product_any,        PANEL,             Halves::INPUTS};
+const Ops OPS = {rms_norm_any,  silu_and_mul_any,        rope_and_store_any, attention_scratch, attention_any,
+                 ready_bytes,   bf16_weights::make_ready, product_any,        PANEL,             bf16_weights::INPUTS};

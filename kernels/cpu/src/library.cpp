@@ -2,6 +2,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -10,7 +14,7 @@
 #include "pool.h"
 
 // The sets that the compiler knew: setup.py defines BULKHEAD_<SET> for each.
-extern const Ops ops_portable, ops_avx2, ops_avx512, ops_avx512_bf16;
+extern const Ops ops_portable, ops_avx2, ops_avx512, ops_avx512_bf16, ops_amx;
 
 namespace {
 
@@ -34,9 +38,29 @@ bool has_avx512_bf16() {
     unsigned eax, ebx, ecx, edx;
     return has_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
 }
+
+// Flags of the processor, and an operating system that keeps the tiles and gives this process leave to use them
+// (Linux: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA); asking again does no harm).
+bool has_amx() {
+    unsigned eax, ebx, ecx, edx;
+    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx >> 22 & 1) || !(edx >> 24 & 1))
+        return false;
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low >> 17 & 3) != 3)
+        return false;
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+    return false;
+#endif
+}
 #endif
 
 const Isa ISAS[] = {  // best first
+#if defined(BULKHEAD_AMX)
+    {"amx", &ops_amx, has_amx},
+#endif
 #if defined(BULKHEAD_AVX512_BF16)
     {"avx512_bf16", &ops_avx512_bf16, has_avx512_bf16},
 #endif
@@ -151,16 +175,6 @@ EXPORT void bulkhead_attention(int isa, const AttentionArgs* args) {
             j->ops->attention(j->args, begin, end < j->num ? end : j->num, scratch.at_least(j->scratch_floats));
         },
         &job, (job.num + chunk - 1) / chunk);
-}
-
-// Whether this processor multiplies tiles of bfloat16 (AMX), which no set here does.
-EXPORT int bulkhead_has_amx() {
-#if defined(__x86_64__)
-    unsigned eax, ebx, ecx, edx;
-    return has_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
-#else
-    return 0;
-#endif
 }
 
 EXPORT int bulkhead_panel(int isa) {

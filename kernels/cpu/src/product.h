@@ -8,6 +8,9 @@
 #pragma once
 #include "ops.h"
 #include "vec.h"
+#if defined(__AMX_BF16__)
+#include "product_amx.h"
+#endif
 
 namespace {
 
@@ -170,27 +173,46 @@ template <class Kind, class Y> void product(const ProductArgs* a, int64_t begin,
         }
 }
 
-// Bytes that the inputs of all rows take in the form that the tiles read; 0: as they lie.
-int64_t ready_bytes(const ProductArgs* a) {
-    if (a->weight_dtype == FLOAT32 || Halves::ready(a))
-        return 0;
-    return a->num_rows * steps_of<Halves>(a) * (int64_t)sizeof(Halves::Input);
+// bfloat16 weights, without tiles.
+namespace vectors {
+
+constexpr int64_t INPUTS = Halves::INPUTS;
+
+template <class Y> void product(const ProductArgs* a, int64_t begin, int64_t end) {
+    ::product<Halves, Y>(a, begin, end);
 }
 
-// Rows begin..end of x into x_ready.
-void make_ready(const ProductArgs* a, int64_t begin, int64_t end) {
+inline int64_t ready_bytes(const ProductArgs* a) {
+    return Halves::ready(a) ? 0 : a->num_rows * steps_of<Halves>(a) * (int64_t)sizeof(Halves::Input);
+}
+
+inline void make_ready(const ProductArgs* a, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++)
         Halves::make_ready((const uint16_t*)a->x + row * a->num_inputs,
                            (Halves::Input*)a->x_ready + row * steps_of<Halves>(a), a->num_inputs);
+}
+
+} // namespace vectors
+
+#if defined(__AMX_BF16__)
+namespace bf16_weights = amx;
+static_assert(PANEL == amx::PANEL, "one width of panels for all weights");
+#else
+namespace bf16_weights = vectors;
+#endif
+
+// Bytes that the inputs of all rows take in the form that the tiles read; 0: as they lie.
+int64_t ready_bytes(const ProductArgs* a) {
+    return a->weight_dtype == FLOAT32 ? 0 : bf16_weights::ready_bytes(a);
 }
 
 void product_any(const ProductArgs* a, int64_t begin, int64_t end) {
     if (a->weight_dtype == FLOAT32)
         product<Floats, float>(a, begin, end);
     else if (a->y_dtype == FLOAT32)
-        product<Halves, float>(a, begin, end);
+        bf16_weights::product<float>(a, begin, end);
     else
-        product<Halves, bf16>(a, begin, end);
+        bf16_weights::product<bf16>(a, begin, end);
 }
 
 } // namespace

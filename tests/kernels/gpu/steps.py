@@ -24,7 +24,7 @@ SMALL = AttentionShape(block_m=16, tile=16, num_warps=4)
 SPLIT = 32  # as short as tests want it: rows of 33 keys have two sums
 
 # A program takes the interpreter ten milliseconds: fewer examples than elsewhere, deep runs have their own number.
-few = settings(max_examples=max(6, settings.default.max_examples // 6), deadline=None)
+few = settings(max_examples=max(10, settings.default.max_examples // 4), deadline=None)
 
 
 @dataclass

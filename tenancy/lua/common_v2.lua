@@ -1,4 +1,4 @@
--- Put in front of every script of version 1. Lua's numbers are doubles: every value here stays an integer below 2^53.
+-- Put in front of every script of version 2. Lua's numbers are doubles: every value here stays an integer below 2^53.
 --
 -- GCRA, kept as a debt instead of as an arrival time. A scope owes `debt` for what it was admitted lately; the debt
 -- drains at the limit's rate, and a request of n is admitted if debt + n <= one minute's allowance. Debt is counted in
@@ -7,10 +7,13 @@
 --
 -- State of a scope, a hash: rd, rt = request debt and when it was last drained (us); td, tt = the same for tokens;
 -- open = tokens reserved by leases that may still be given back; burnt = tokens that no lease can give back any more.
+-- dn, du = the day (UTC, since the epoch) and the tokens used and reserved in it: a day is counted, not drained, since
+-- its allowance in units would pass 2^53. A clock set back goes on counting in the later day.
 -- Leases of a scope, a sorted set: lease id -> expiry (ms).
 
 local UNIT = 60000000
 local STATE_TTL_MS = 3600000
+local DAY_US = 86400000000
 
 local function now_us()
   local t = redis.call('TIME')
@@ -28,10 +31,12 @@ local function drained(debt, since, now, limit)
   return debt - gone
 end
 
-local function load(key, now, rpm, tpm)
-  local h = redis.call('HMGET', key, 'rd', 'rt', 'td', 'tt', 'open', 'burnt')
-  for i = 1, 6 do h[i] = tonumber(h[i] or 0) end
-  local s = { rd = h[1], rt = h[2], td = h[3], tt = h[4], open = h[5], burnt = h[6] }
+local function load(key, now, rpm, tpm, tpd)
+  local h = redis.call('HMGET', key, 'rd', 'rt', 'td', 'tt', 'open', 'burnt', 'dn', 'du')
+  for i = 1, 8 do h[i] = tonumber(h[i] or 0) end
+  local s = { rd = h[1], rt = h[2], td = h[3], tt = h[4], open = h[5], burnt = h[6], dn = h[7], du = h[8] }
+  local today = math.floor(now / DAY_US)
+  if tpd > 0 and today > s.dn then s.dn, s.du = today, 0 end
   if rpm > 0 then
     s.rd, s.rt = drained(s.rd, s.rt, now, rpm), math.max(s.rt, now) -- a clock set back drains nothing
   end
@@ -47,12 +52,13 @@ local function load(key, now, rpm, tpm)
   return s
 end
 
-local function save(key, s, ttl_ms, rpm, tpm)
+local function save(key, s, ttl_ms, rpm, tpm, tpd)
   local keep = math.max(STATE_TTL_MS, 2 * ttl_ms)
   -- A limit that was lowered far below its debt drains for longer than a minute: keep the debt until it is gone.
   if rpm > 0 then keep = math.max(keep, math.ceil(s.rd / rpm / 1000)) end
   if tpm > 0 then keep = math.max(keep, math.ceil(s.td / tpm / 1000)) end
+  if tpd > 0 then keep = math.max(keep, 2 * DAY_US / 1000) end
   redis.call('HSET', key, 'rd', int(s.rd), 'rt', int(s.rt), 'td', int(s.td), 'tt', int(s.tt),
-    'open', int(s.open), 'burnt', int(s.burnt))
+    'open', int(s.open), 'burnt', int(s.burnt), 'dn', int(s.dn), 'du', int(s.du))
   redis.call('PEXPIRE', key, int(keep))
 end

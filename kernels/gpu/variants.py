@@ -1,0 +1,219 @@
+"""What the gate compiles: every kernel as a model of each size launches it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kernels.gpu import gather_tags, launch, matmul, paged_attention, rms_norm, rope_and_store_kv, scrub_blocks
+from kernels.gpu import silu_and_mul as silu
+
+CAPABILITIES = (80, 90, 100, 120)  # A100, H100 and H200, B200, RTX 50: compute capability x 10
+BLOCK_SIZE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One layer's sizes."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+    @property
+    def ratio(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+
+SMOLLM2_135M = Model("SmolLM2-135M", 576, 1536, 9, 3, 64)
+LLAMA_8B = Model("Llama-3-8B", 4096, 14336, 32, 8, 128)
+LLAMA_70B = Model("Llama-3-70B", 8192, 28672, 64, 8, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A kernel with its constants and the types of its other arguments, as Triton's compiler names them."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    multiplies: bool = False  # a matrix instruction is expected
+    is_quick: bool = field(default=False)  # compiled by `make test` too
+
+
+def variants(capability: int) -> list[Variant]:
+    listed = []
+    for model, dtypes in ((LLAMA_8B, ("bf16", "fp16")), (SMOLLM2_135M, ("bf16", "fp32"))):
+        for dtype in dtypes:
+            listed += of_model(capability, model, dtype)
+    listed.append(
+        attention(capability, LLAMA_8B, "bf16", "window, cap, sinks", HAS_WINDOW=True, HAS_CAP=True, HAS_SINKS=True)
+    )
+    listed.append(attention(capability, LLAMA_8B, "bf16", "unchecked", CHECK=False))
+    listed.append(attention(capability, LLAMA_70B, "bf16"))
+    return listed
+
+
+def of_model(capability: int, model: Model, dtype: str) -> list[Variant]:
+    pointer, label = f"*{dtype}", f"{model.name} {dtype}"
+    norm_block = launch.power_of_two(model.hidden)
+    return [
+        Variant(
+            f"rms_norm {label}",
+            rms_norm.rms_norm_kernel,
+            {
+                "x_ptr": pointer,
+                "weight_ptr": pointer,
+                "residual_ptr": "*fp32",
+                "total_ptr": "*fp32",
+                "out_ptr": pointer,
+                "epsilon": "fp32",
+            },
+            {"SIZE": model.hidden, "BLOCK": norm_block, "HAS_RESIDUAL": True},
+            launch.options(rms_norm.norm_warps(norm_block)),
+        ),
+        Variant(
+            f"silu_and_mul {label}",
+            silu.silu_and_mul_kernel,
+            {"gate_up_ptr": pointer, "out_ptr": pointer, "size": "i32"},
+            {"BLOCK": silu.BLOCK},
+            launch.options(),
+        ),
+        Variant(
+            f"rope_and_store_kv {label}",
+            rope_and_store_kv.rope_and_store_kv_kernel,
+            {
+                "qkv_ptr": pointer,
+                "cos_ptr": "*fp32",
+                "sin_ptr": "*fp32",
+                "key_ptr": pointer,
+                "value_ptr": pointer,
+                "slots_ptr": "*i64",
+                "token_tags_ptr": "*i64",
+                "block_tags_ptr": "*i64",
+                "refused_ptr": "*i32",
+                "num_blocks": "i32",
+            },
+            {
+                "HQ": model.num_heads,
+                "HKV": model.num_kv_heads,
+                "D": model.head_size,
+                "HALF": launch.power_of_two(model.head_size // 2),
+                "BLOCK_SIZE": BLOCK_SIZE,
+                "HEADS": rope_and_store_kv.HEADS,
+                "ROTATE": True,
+                "CHECK": True,
+            },
+            launch.options(),
+        ),
+        attention(capability, model, dtype),
+        Variant(
+            f"merge {label}",
+            paged_attention.merge_kernel,
+            {
+                "out_ptr": pointer,
+                "partial_ptr": "*fp32",
+                "partial_top_ptr": "*fp32",
+                "partial_total_ptr": "*fp32",
+                "tokens_ptr": "*i32",
+                "places_ptr": "*i64",
+                "ends_ptr": "*i32",
+                "sinks_ptr": "*fp32",
+            },
+            {
+                "HKV": model.num_kv_heads,
+                "RATIO": model.ratio,
+                "RATIO_PAD": launch.power_of_two(model.ratio),
+                "D": model.head_size,
+                "D_PAD": max(16, launch.power_of_two(model.head_size)),
+                "SPLIT": launch.SPLIT,
+                "HAS_SINKS": False,
+            },
+            launch.options(),
+        ),
+        product(model, dtype),
+        product(model, dtype, is_head=True),
+        Variant(
+            f"scrub_blocks {label}",
+            scrub_blocks.scrub_blocks_kernel,
+            {"memory_ptr": pointer, "blocks_ptr": "*i64", "block_tags_ptr": "*i64", "num_blocks": "i32"},
+            {"SIZE": BLOCK_SIZE * model.num_kv_heads * model.head_size, "BLOCK": scrub_blocks.BLOCK},
+            launch.options(),
+        ),
+        Variant(
+            f"gather_tags {label}",
+            gather_tags.gather_tags_kernel,
+            {
+                "block_tables_ptr": "*i32",
+                "kv_lens_ptr": "*i32",
+                "block_tags_ptr": "*i64",
+                "out_ptr": "*i64",
+                "num_blocks": "i32",
+                "table_width": "i32",
+            },
+            {"BLOCK_SIZE": BLOCK_SIZE, "BLOCK": gather_tags.BLOCK},
+            launch.options(),
+        ),
+    ]
+
+
+def product(model: Model, dtype: str, *, is_head: bool = False) -> Variant:
+    x = "*fp32" if is_head else f"*{dtype}"
+    in_parts = is_head and dtype != "fp32"
+    return Variant(
+        f"matmul {'head ' if is_head else ''}{model.name} {dtype}",
+        matmul.matmul_kernel,
+        {"x_ptr": x, "weight_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "y_ptr": x, "num_rows": "i32"},
+        {
+            "N": 4096 if is_head else model.hidden,
+            "K": model.hidden,
+            "BLOCK_M": matmul.BLOCK_M,
+            "BLOCK_N": matmul.BLOCK_N,
+            "BLOCK_K": matmul.BLOCK_K,
+            "HAS_BIAS": False,
+            "IN_PARTS": in_parts,
+            "CAST": False,
+        },
+        launch.options(matmul.NUM_WARPS_IN_PARTS if in_parts else matmul.NUM_WARPS, matmul.NUM_STAGES),
+        multiplies=dtype != "fp32",
+    )
+
+
+def attention(capability: int, model: Model, dtype: str, extra: str = "", **changes: bool) -> Variant:
+    shape = launch.attention_shape(capability, model.head_size, model.ratio, 4 if dtype == "fp32" else 2)
+    pointer = f"*{dtype}"
+    int32 = ("num_rows", "num_blocks", "table_width", "query_stride", "window")
+    return Variant(
+        f"paged_attention {model.name} {dtype}" + (f", {extra}" if extra else ""),
+        paged_attention.paged_attention_kernel,
+        {
+            **dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "out_ptr"), pointer),
+            **dict.fromkeys(("partial_ptr", "partial_top_ptr", "partial_total_ptr", "sinks_ptr"), "*fp32"),
+            **dict.fromkeys(("cu_seqlens_ptr", "kv_lens_ptr", "block_tables_ptr", "refused_ptr"), "*i32"),
+            **dict.fromkeys(("row_tags_ptr", "block_tags_ptr", "partial_starts_ptr"), "*i64"),
+            **dict.fromkeys(("scale", "soft_cap"), "fp32"),
+            **dict.fromkeys(int32, "i32"),
+        },
+        {
+            "HKV": model.num_kv_heads,
+            "RATIO": model.ratio,
+            "D": model.head_size,
+            "D_PAD": max(16, launch.power_of_two(model.head_size)),
+            "BLOCK_SIZE": BLOCK_SIZE,
+            "BLOCK_M": shape.block_m,
+            "TILE": shape.tile,
+            "SPLIT": launch.SPLIT,
+            "HAS_WINDOW": False,
+            "HAS_CAP": False,
+            "HAS_SINKS": False,
+            "CHECK": True,
+            "CAST": False,
+            **changes,
+        },
+        launch.options(shape.num_warps, shape.num_stages),
+        multiplies=dtype != "fp32",
+        is_quick=model is LLAMA_8B and dtype == "bf16" and not extra,
+    )
