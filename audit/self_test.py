@@ -1,4 +1,4 @@
-"""The auditor proves that it is awake: a synthetic violation must be flagged, and a clean step must not."""
+"""The auditor proves that it is awake: synthetic violations must be flagged, and clean steps and answers must not."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -6,7 +6,11 @@ from typing import Protocol
 import numpy as np
 
 from audit.block_ledger import FREE, NOBODY, SEALED, WRITING, BlockLedger, Happening
+from audit.cache_bytes import CacheBytes
+from audit.launch import KernelArrays, Logprob, array_problems
+from audit.released_tokens import Output, output_problems
 from audit.sampling_rows import SampledRow, SamplingFacts
+from audit.sequence_ledger import AuditedSequence
 from audit.step_arrays import StepArrays
 
 
@@ -68,6 +72,7 @@ def passes(real: BlockLedger, check: Callable[[BlockLedger, StepArrays], Verdict
     own_state = rules([mine, other], size + 1, other * size, "a")
     foreign_state = rules([mine, other], size + 1, other * size, "b")
     ledger.sequences["self-test/a"].blocks.remove(other)
+    content = _sees_content()
     published = event("seal", mine, "a") == event("publish", mine, "a") == ""
     foreign_share = event("share", mine, "b")
     return (
@@ -77,6 +82,38 @@ def passes(real: BlockLedger, check: Callable[[BlockLedger, StepArrays], Verdict
         and "foreign_block" in real_read
         and not own_state
         and {"foreign_sampling_state", "foreign_parameters"} <= foreign_state
+        and content
         and published
         and foreign_share == "foreign_share"
+    )
+
+
+def _sees_content() -> bool:
+    """Foreign text, a foreign log probability, other arrays and changed bytes, each beside a right one."""
+
+    def rules(text: str, logprob: float) -> set[str]:
+        sequence = AuditedSequence("self-test/a", "self-test/a", b"", [1])
+        sequence.samples(2, b"yes")
+        sequence.launched(0, 1)
+        sequence.pending_logprobs.append(Logprob(2, -1.0))
+        output = Output("self-test/a", (2,), 1, 0, 1, False, text, [Logprob(2, logprob)], (), "length")
+        names = {"self-test/a": sequence}
+        return {rule for _, rule, _ in output_problems(names, [output], ["self-test/a"], knows_text=True)}
+
+    numbers = np.array([0, 1])
+    approved = KernelArrays(*(numbers,) * len(KernelArrays._fields)).copy()
+    memory = np.ones((1, 2, 1, 1), np.uint64)
+    read, slots, generations = CacheBytes([memory], 2, 1, 0), np.array([0, 1]), np.array([1, 1])
+    read.note(slots, generations)
+    unchanged = read.changed(slots, generations)
+    memory[0, 1] = 2
+    return (
+        rules("yes", -1.0) == set()
+        and rules("no", -1.0) == {"foreign_text"}
+        and rules("yes", -2.0) == {"foreign_logprobs"}
+        and not array_problems(approved, approved.copy())
+        and bool(array_problems(approved, approved.copy()._replace(kv_lens=numbers + 1)))
+        and not unchanged.any()
+        and read.changed(slots, generations).tolist() == [False, True]
+        and not read.is_zero(0, 1)
     )

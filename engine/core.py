@@ -228,8 +228,8 @@ class EngineCore:
         """Arrays that the observer has nothing to say against, or None where no row is left."""
         self._show_events()
         while rows:
-            sizes = self._runner.block_size, self._runner.state_of, self.pool.num_free
-            batch = build_batch(self.step_number, rows, *sizes)
+            runner, num_free = self._runner, self.pool.num_free
+            batch = build_batch(self.step_number, rows, runner.block_size, runner.state_of, num_free)
             violations = self._observer.before_launch(batch.evidence)
             if not violations:
                 return batch
@@ -260,8 +260,7 @@ class EngineCore:
         result.outputs = []
         self._punish(violations, [], result)
         self.pool.forget_domains(sorted({domain for violation in violations for domain in violation[2]}))
-        named = {name for violation in violations for name in violation[1]}
-        result.outputs = with_endings(outputs, named, result.outputs)
+        result.outputs = with_endings(outputs, {name for found in violations for name in found[1]}, result.outputs)
 
     def _quarantine(self, named: set[str], result: StepResult) -> None:
         affected = contaminated(self._sequences.values(), named)

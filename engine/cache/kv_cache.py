@@ -83,7 +83,9 @@ class KVCache:
 
     def words(self) -> tuple[NDArray[Any], ...]:
         """The cache itself as unsigned integers [places, num_blocks, block_size, words], one array for each shape of
-        layers; a place is a layer's keys or values."""
+        layers; a place is a layer's keys or values. None where it lies in a device's memory."""
+        if any(memory.device.type != "cpu" for memory in self._memory.values()):
+            return ()
         views = []
         for memory in self._memory.values():
             places, slot = memory.flatten(0, 1).flatten(3), memory[0, 0, 0, 0].numel() * memory.element_size()

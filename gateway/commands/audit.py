@@ -37,7 +37,8 @@ ENGINE_EXCLUSIONS = (
     "Sequences of one tenant that begin with the same tokens share KV blocks; heavy use by one tenant evicts others'.",
     (
         "Bytes of the KV cache are read in samples: a few words of each slot, at one layer, when it is written, when "
-        "its block is shared and when a block is said to be zero, and of some slots before each step."
+        "its block is shared and when a block is said to be zero, and of at most {slots} slots before each step "
+        "(by the settings with which this report was made)."
     ),
     "What a kernel does with correct arrays is tested before a release and not seen at run time.",
     "Queueing delay and load are not hidden from tenants.",
@@ -96,6 +97,7 @@ def audit_report(
     until_ns = min(parse_time(until, "--until"), now_ns) if until else now_ns
     if since_ns >= until_ns:
         raise CommandError(f"--since {since or 'the beginning'} is not before --until {until or 'now'}")
+    settings = session.settings
     folder = out or session.folders.reports
     keyring = load_keyring(session.folders.log_keys, origin=session.settings.log_origin, entropy=session.world.entropy)
 
@@ -111,7 +113,7 @@ def audit_report(
             now_ns=now_ns,
             heartbeat_gap_max_ns=HEARTBEATS_MISSED_MAX * session.settings.heartbeat_interval_s * 10**9,
             tenant_names={tenant.tenant_id: tenant.name for tenant in await list_tenants(conn)},
-            exclusions=ENGINE_EXCLUSIONS,
+            exclusions=tuple(text.format(slots=settings.audit_slots_per_step) for text in ENGINE_EXCLUSIONS),
         )
 
     report = in_transaction(session, build)

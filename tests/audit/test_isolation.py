@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from audit import isolation, step_check
+from audit.cache_bytes import CacheBytes
 from audit.isolation import IsolationAuditor
 from tests.audit.traces import Event, Happening, ModelEngine, Step, audit, check
 
@@ -519,6 +520,29 @@ def test_the_self_test_notices_a_blind_check(monkeypatch: pytest.MonkeyPatch, pa
     counters = auditor.counters()
     assert (counters["num_self_tests"], counters["num_self_tests_failed"], counters["last_self_test_ok"]) == (2, 1, 0)
     assert counters["num_violations"] == 0
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "blind"),
+    [
+        ("released_tokens", "say", lambda *_, **__: True),
+        ("self_test", "array_problems", lambda *_: []),
+        ("self_test", "output_problems", lambda *_, **__: []),
+    ],
+)
+def test_the_self_test_notices_an_auditor_that_is_blind_to_content(
+    monkeypatch: pytest.MonkeyPatch, where: str, name: str, blind: object
+) -> None:
+    auditor, _ = two_tenants()
+    assert auditor.self_test()
+    monkeypatch.setattr(f"audit.{where}.{name}", blind)
+    assert not auditor.self_test()
+
+
+def test_the_self_test_notices_bytes_that_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    auditor, _ = two_tenants()
+    monkeypatch.setattr(CacheBytes, "changed", lambda _, slots, generations: np.zeros(len(slots), np.bool_))
+    assert not auditor.self_test()
 
 
 def test_the_self_test_notices_a_check_that_cries_at_everything(monkeypatch: pytest.MonkeyPatch) -> None:
