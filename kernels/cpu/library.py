@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.backend import KernelError
 
 PATH = Path(__file__).parent / "_native.so"
-ABI = 4
+ABI = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -132,10 +132,11 @@ class Library:
             (self.silu_and_mul, SiluArgs),
             (self.rope_and_store, RopeArgs),
             (self.attention, AttentionArgs),
-            (self.product, ProductArgs),
         ):
             function.argtypes = (ctypes.c_int, POINTER(args))
             function.restype = None
+        self.product.argtypes = (ctypes.c_int, POINTER(ProductArgs), c_void_p, c_void_p, c_int64)
+        self.product.restype = None
 
     def isas(self) -> dict[str, int]:
         """Instruction sets that this machine has, by name, best first -> their number."""
@@ -167,7 +168,7 @@ def load() -> Library:
 
 def pointer(tensor: Tensor) -> int:
     assert tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
+    assert tensor.is_cpu
     return tensor.data_ptr()
 
 

@@ -58,24 +58,23 @@ class NativeProduct:
         self._packed = pack(weight, self._panel, self._bf16_inputs, arena)
         self._bias = None if bias is None else bias.contiguous()
         self._out_dtype = torch.float32 if head else weight.dtype
+        args = ProductArgs(
+            weight=pointer(self._packed),
+            bias=optional_pointer(self._bias),
+            num_inputs=self.num_inputs,
+            num_outputs=self.num_outputs,
+            weight_dtype=DTYPES[weight.dtype],
+            y_dtype=DTYPES[self._out_dtype],
+        )
+        self._matrix = ctypes.byref(args)  # made once: a step calls every matrix of the model
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out]."""
         assert x.shape[1:] == (self.num_inputs,)
         assert x.dtype == self._packed.dtype
-        y = torch.empty((len(x), self.num_outputs), dtype=self._out_dtype)
-        args = ProductArgs(
-            x=pointer(x),
-            weight=pointer(self._packed),
-            bias=optional_pointer(self._bias),
-            y=pointer(y),
-            num_rows=len(x),
-            num_inputs=self.num_inputs,
-            num_outputs=self.num_outputs,
-            weight_dtype=DTYPES[x.dtype],
-            y_dtype=DTYPES[y.dtype],
-        )
-        self._library.product(self._isa, ctypes.byref(args))
+        num_rows = x.shape[0]
+        y = torch.empty((num_rows, self.num_outputs), dtype=self._out_dtype)
+        self._library.product(self._isa, self._matrix, pointer(x), pointer(y), num_rows)
         return y
 
     def rows(self, indices: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def start(model_dir: Path, dtype: str, isa: str = "") -> EngineCore:
     """Small blocks and a small budget: prompts are chunked, and sequences join at different steps. ``isa``: on that
     instruction set's kernels, products included, and not on this machine's best."""
     tokenizer = Tokenizer.load(model_dir)
-    backend = NativeBackend(isa, products="own") if isa else None
+    backend = NativeBackend(isa) if isa else None
     runner = ModelRunner.load(model_dir, dtype=dtype, block_size=16, max_num_seqs=10, num_blocks=200, backend=backend)
     return EngineCore(
         runner,

@@ -135,7 +135,7 @@ constexpr int64_t PANELS_PER_PIECE_MIN = 2;  // some microseconds of work
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int bulkhead_abi() {
-    return 4;
+    return 5;
 }
 
 // Name of the i-th instruction set that was built, best first; null beyond the last.
@@ -185,11 +185,14 @@ EXPORT int bulkhead_bf16_inputs(int isa) {
     return ISAS[isa].ops->bf16_inputs;
 }
 
-EXPORT void bulkhead_product(int isa, const ProductArgs* args) {
+// x [num_rows, in] -> y [num_rows, out]; `matrix` holds the rest and is not written.
+EXPORT void bulkhead_product(int isa, const ProductArgs* matrix, const void* x, void* y, int64_t num_rows) {
     const Ops* ops = ISAS[isa].ops;
-    ProductArgs all = *args;
-    const int64_t num_bytes = ops->ready_bytes(args);
-    all.x_ready = all.x;
+    ProductArgs all = *matrix;
+    all.x = all.x_ready = x;
+    all.y = y;
+    all.num_rows = num_rows;
+    const int64_t num_bytes = ops->ready_bytes(&all);
     if (num_bytes) {
         all.x_ready = inputs.at_least(static_cast<size_t>(num_bytes) / sizeof(float));
         in_chunks(&all, ops->make_ready, all.num_rows, TOKENS_PER_PIECE);
