@@ -8,7 +8,7 @@ constexpr int DIGEST_LANES = 4;
 constexpr uint64_t DIGEST_A = 0x9e3779b185ebca87u, DIGEST_B = 0xc2b2ae3d27d4eb4fu;
 
 inline uint64_t rotated(uint64_t x, int by) {
-    return x << by | x >> (64 - by);
+    return x << by | x >> ((64 - by) & 63);  // by 0 is allowed
 }
 
 inline bool is_block(const BlocksArgs* a, int64_t index) {
