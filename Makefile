@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TORCH  := 2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all check bench format models native native-asan kernels kernels-write gpu setup setup-dev clean
+.PHONY: help serve test test-all check bench format models native native-asan native-aarch64 kernels kernels-write gpu setup setup-dev clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,14 @@ native-asan: setup-dev ## Run the kernels' tests under AddressSanitizer and UBSa
 	NATIVE_LIBRARY=build/asan/kernels/cpu/_native.so ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 		$(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels
+
+AARCH64 := -std=c++17 -pthread -Wall -Wextra -ffp-contract=off -fno-math-errno
+native-aarch64: ## Compile the kernels for 64-bit Arm and try them in an emulator (g++-aarch64-linux-gnu, qemu-user-static)
+	mkdir -p build/aarch64
+	aarch64-linux-gnu-g++ $(AARCH64) -O3 -DOPS=ops_portable -c kernels/cpu/src/isa.cpp -o build/aarch64/isa.o
+	aarch64-linux-gnu-g++ $(AARCH64) -O3 -DBULKHEAD_PORTABLE -c kernels/cpu/src/library.cpp -o build/aarch64/library.o
+	aarch64-linux-gnu-g++ $(AARCH64) -O1 -static tests/kernels/compare.cpp build/aarch64/*.o -o build/aarch64/compare
+	qemu-aarch64-static build/aarch64/compare
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev

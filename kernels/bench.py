@@ -14,14 +14,19 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
+from types import ModuleType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import reference, torch_cpu
 from kernels.backend import KernelError, StepTables
 from kernels.cpu.backend import NativeBackend
+from kernels.cpu.blocks import digest_blocks, fill_blocks
+from kernels.cpu.library import load
 from kernels.torch_cpu import TorchBackend
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 576, 1536, 9, 3, 64, 49152
@@ -151,6 +156,20 @@ class Bench:
                 [lambda x=x, r=residual: self.plain.rms_norm(x, weight, 1e-5, r)],  # type: ignore[misc]
                 [lambda x=x: F.rms_norm(x, (HIDDEN,), weight, 1e-5)],  # type: ignore[misc]
             )
+            for tanh in (True, False):
+                self.measure(
+                    "gelu_and_mul",
+                    f"{case}, {'tanh' if tanh else 'erf'}",
+                    num_rows * 3 * INTERMEDIATE * dtype.itemsize,
+                    8.0 * num_rows * INTERMEDIATE,
+                    [lambda g=gate_up, t=tanh: self.ours.gelu_and_mul(g, tanh=t)],  # type: ignore[misc]
+                    [lambda g=gate_up, t=tanh: reference.gelu_and_mul(g, tanh=t)],  # type: ignore[misc]
+                    [
+                        lambda g=gate_up, t="tanh" if tanh else "none": (  # type: ignore[misc]
+                            F.gelu(g[:, :INTERMEDIATE], approximate=t) * g[:, INTERMEDIATE:]
+                        )
+                    ],
+                )
             self.measure(
                 "silu_and_mul",
                 case,
@@ -160,6 +179,35 @@ class Bench:
                 [lambda g=gate_up: self.plain.silu_and_mul(g)],  # type: ignore[misc]
                 [lambda g=gate_up: F.silu(g[:, :INTERMEDIATE]) * g[:, INTERMEDIATE:]],  # type: ignore[misc]
             )
+
+    def blocks(self, num_blocks: int, dtype: torch.dtype) -> None:
+        """Digest and fill of blocks of one layer; torch has no digest: there the bytes are summed."""
+        library = load()
+        shape = (num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_SIZE)
+        num_bytes = 2 * prod(shape) * dtype.itemsize
+        caches = [
+            (torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in range(self.num_copies(num_bytes))
+        ]
+        ids, one = torch.randperm(num_blocks), torch.zeros(1, dtype=torch.int64)
+        one_block = [lambda k=k, v=v: reference.digest_blocks(k, v, one, (1, 2)) for k, v in caches[:1]]
+        self.measure(
+            "digest_blocks",
+            f"{num_blocks} blocks (twin: 1)",
+            num_bytes,
+            0.0,
+            [lambda k=k, v=v: digest_blocks(library, k, v, ids, (1, 2)) for k, v in caches],  # type: ignore[misc]
+            one_block,
+            [lambda k=k, v=v: (k.view(torch.int16).sum(), v.view(torch.int16).sum()) for k, v in caches],  # type: ignore[misc]
+        )
+        self.measure(
+            "fill_blocks",
+            f"{num_blocks} blocks",
+            num_bytes,
+            0.0,
+            [lambda k=k, v=v: fill_blocks(library, k, v, ids, 0) for k, v in caches],  # type: ignore[misc]
+            [lambda k=k, v=v: reference.fill_blocks(k, v, ids, 0) for k, v in caches],  # type: ignore[misc]
+            [lambda k=k, v=v: (k.zero_(), v.zero_()) for k, v in caches],  # type: ignore[misc]
+        )
 
     def attention(self, num_rows: int, num_new: int, kv_len: int, dtype: torch.dtype) -> None:
         """Rope, store and attention of ``num_new`` tokens in each row that then has ``kv_len``; torch's own op gets its
@@ -183,6 +231,19 @@ class Bench:
                 for k, v in caches
             ]  # fmt: skip
 
+        plan, slots = self.ours.plan(tables), torch.from_numpy(tables.slot_mapping)
+        self.measure(
+            "rope_and_store",
+            f"{num_tokens} rows",
+            num_tokens * ((2 * HEADS + 4 * KV_HEADS) * dtype.itemsize + 4) * HEAD_SIZE,
+            3.0 * num_tokens * (HEADS + KV_HEADS) * HEAD_SIZE,
+            [
+                lambda k=k, v=v: self.ours.rope_and_store(qkv, cos, sin, k, v, num_heads=HEADS, plan=plan)  # type: ignore[misc]
+                for k, v in caches
+            ],
+            [lambda k=k, v=v: _rope_and_store(torch_cpu, qkv, cos, sin, k, v, slots) for k, v in caches],  # type: ignore[misc]
+            [lambda k=k, v=v: _rope_and_store(reference, qkv, cos, sin, k, v, slots) for k, v in caches],  # type: ignore[misc]
+        )
         query = torch.randn((num_rows, HEADS, num_new, HEAD_SIZE)).to(dtype)
         dense = [
             [torch.randn((num_rows, KV_HEADS, kv_len, HEAD_SIZE)).to(dtype) for _ in range(2)] for _ in range(copies)
@@ -212,6 +273,13 @@ def _packed(weight: Tensor) -> Callable[[Tensor], Tensor]:
     except RuntimeError:  # this processor has none for the dtype
         return lambda x: F.linear(x, weight)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def _rope_and_store(
+    ops: ModuleType, qkv: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+) -> None:
+    rotated = ops.rope(qkv[:, : HEADS + KV_HEADS], cos, sin)
+    ops.store_kv(rotated[:, HEADS:], qkv[:, HEADS + KV_HEADS :], key_cache, value_cache, slots)
 
 
 def _applied(product: Callable[[Tensor], Tensor], x: Tensor) -> Call:
@@ -263,6 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench.elementwise(rows, torch.bfloat16)
         for num_rows in sorted({1, *(number for number in rows if number <= 32)}):
             bench.attention(num_rows, 1, asked.context, torch.bfloat16)
+        bench.blocks(32, torch.bfloat16)
         bench.attention(1, asked.chunk, asked.chunk, torch.bfloat16)
     result = {
         "kernels": bench.ours.name,

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+DIGEST_A, DIGEST_B = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F
+_WORD = 2**64
+
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Root mean square norm (arXiv 1910.07467), with an optional residual added first.
@@ -35,6 +38,13 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """SwiGLU's activation (arXiv 2002.05202): gate_up [T, 2 * I] -> silu(first half) * second half, [T, I]."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def gelu_and_mul(gate_up: Tensor, *, tanh: bool) -> Tensor:
+    """GeGLU's activation (arXiv 2002.05202): gate_up [T, 2 * I] -> gelu(first half) * second half, [T, I]. gelu(x) is
+    x * P(N(0, 1) < x), through erf, or with ``tanh`` through Hendrycks' approximation of it (arXiv 1606.08415)."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh" if tanh else "none") * up).to(gate_up.dtype)
 
 
 def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -93,3 +103,46 @@ def paged_attention(
         weights = scores.softmax(dim=-1)[..., :kv_len]
         out[start:end] = torch.einsum("hqk,khd->qhd", weights, value).to(query.dtype)
     return out
+
+
+def digest_blocks(key_cache: Tensor, value_cache: Tensor, block_ids: Tensor, key: tuple[int, int]) -> Tensor:
+    """128 bits for the content of each block: caches [N, ...], block_ids int64 [B] -> int64 [B, 2].
+
+    Exactly, on 64-bit words with everything modulo 2^64: the block's bytes of keys, then those of values, each cut
+    into little-endian words, the last filled up with zeros. Four lanes begin as key[i % 2] + i * A; word j of each part
+    goes into lane j % 4: lane = rotl(lane + word * B, 31) * A. Digest half h: sum = key[h] ^ bytes of one part; for
+    each lane i, sum = (sum ^ rotl(lane, 29 * h)) * B + i; then sum ^= sum >> 33, sum *= A, sum ^= sum >> 29.
+
+    Every step is a bijection of its lane, so that one changed word always changes its lane. It finds writes that should
+    not have been; it is no cryptographic hash: who knows ``key`` can make two blocks with one digest.
+    """
+    rows = []
+    for block in block_ids.tolist():
+        lanes = [(key[i % 2] + i * DIGEST_A) % _WORD for i in range(4)]
+        parts = [
+            cache[block].contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            for cache in (key_cache, value_cache)
+        ]
+        for part in parts:
+            for j in range(0, len(part), 8):
+                word = int.from_bytes(part[j : j + 8], "little")
+                i = j // 8 % 4
+                lanes[i] = _rotl((lanes[i] + word * DIGEST_B) % _WORD, 31) * DIGEST_A % _WORD
+        for half in range(2):
+            sum_ = key[half] ^ len(parts[0])
+            for i, lane in enumerate(lanes):
+                sum_ = ((sum_ ^ _rotl(lane, 29 * half)) * DIGEST_B + i) % _WORD
+            sum_ = (sum_ ^ sum_ >> 33) * DIGEST_A % _WORD
+            rows.append(sum_ ^ sum_ >> 29)
+    signed = [number - _WORD if number >= _WORD // 2 else number for number in rows]
+    return torch.tensor(signed, dtype=torch.int64).view(-1, 2)
+
+
+def _rotl(number: int, by: int) -> int:
+    return (number << by | number >> 64 - by) % _WORD if by else number
+
+
+def fill_blocks(key_cache: Tensor, value_cache: Tensor, block_ids: Tensor, byte: int) -> None:
+    """Set every byte of blocks, in place: 0 scrubs, 255 makes every number a NaN. Arguments as in digest_blocks."""
+    for cache in (key_cache, value_cache):
+        cache.view(torch.uint8)[block_ids] = byte

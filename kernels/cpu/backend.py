@@ -17,13 +17,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.backend import KernelError, OwnershipError, StepTables, check_tables
-from kernels.cpu.library import DTYPES, AttentionArgs, NormArgs, RopeArgs, SiluArgs, load, optional_pointer, pointer
+from kernels.cpu.library import (
+    DTYPES,
+    ActivationArgs,
+    AttentionArgs,
+    NormArgs,
+    RopeArgs,
+    load,
+    optional_pointer,
+    pointer,
+)
 from kernels.cpu.product import NativeProduct
 from kernels.cpu.trial import multiplies
 from kernels.memory import Arena
 from kernels.products import Head, Product
 
 ITEM_TOKENS_MAX = 16  # new tokens of a row that share one walk over its keys
+SILU, GELU_TANH, GELU_ERF = 0, 1, 2
 FLAGS = {1: "a block id out of range", 2: "a block of another owner"}
 
 
@@ -120,32 +130,36 @@ class NativeBackend:
         assert weight.shape == (size,)
         assert total.shape == x.shape
         assert total.dtype == torch.float32
-        args = NormArgs(
-            x=pointer(x),
-            weight=pointer(weight),
-            residual=None if residual is None else pointer(residual),
-            total=pointer(total),
-            out=pointer(out),
-            num_tokens=num_tokens,
-            size=size,
-            epsilon=epsilon,
-            dtype=DTYPES[x.dtype],
+        at = pointer(total)
+        args = NormArgs(  # by place: by name it takes as long as the op itself
+            pointer(x),
+            pointer(weight),
+            None if residual is None else at,
+            at,
+            pointer(out),
+            num_tokens,
+            size,
+            epsilon,
+            DTYPES[x.dtype],
         )
         self._library.rms_norm(self._isa, ctypes.byref(args))
         return out, total
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return self._activate_and_mul(gate_up, SILU)
+
+    def gelu_and_mul(self, gate_up: Tensor, *, tanh: bool) -> Tensor:
+        """See reference.gelu_and_mul."""
+        return self._activate_and_mul(gate_up, GELU_TANH if tanh else GELU_ERF)
+
+    def _activate_and_mul(self, gate_up: Tensor, kind: int) -> Tensor:
         num_tokens, width = gate_up.shape
         assert width % 2 == 0
         out = torch.empty((num_tokens, width // 2), dtype=gate_up.dtype)
-        args = SiluArgs(
-            gate_up=pointer(gate_up),
-            out=pointer(out),
-            num_tokens=num_tokens,
-            size=width // 2,
-            dtype=DTYPES[gate_up.dtype],
-        )
-        self._library.silu_and_mul(self._isa, ctypes.byref(args))
+        args = ActivationArgs(
+            pointer(gate_up), pointer(out), num_tokens, width // 2, DTYPES[gate_up.dtype], kind
+        )  # fmt: skip
+        self._library.activate_and_mul(self._isa, ctypes.byref(args))
         return out
 
     def attend(
@@ -179,19 +193,35 @@ class NativeBackend:
             assert angle is None or (angle.shape == (num_tokens, head_size // 2) and angle.dtype == torch.float32)
         assert sinks is None or (sinks.shape == (num_heads,) and sinks.dtype == torch.float32)
         out = torch.empty((num_tokens, num_heads, head_size), dtype=qkv.dtype)
-        for args in (plan.rope, plan.attention):
-            args.key_cache, args.value_cache = pointer(key_cache), pointer(value_cache)
-            args.num_heads, args.num_kv_heads, args.head_size = num_heads, num_kv_heads, head_size
-            args.dtype = DTYPES[qkv.dtype]
-        plan.rope.qkv = plan.attention.query = pointer(qkv)
-        plan.rope.cos, plan.rope.sin = optional_pointer(cos), optional_pointer(sin)
-        plan.attention.out, plan.attention.scale = pointer(out), scale
-        plan.attention.window, plan.attention.soft_cap = window, soft_cap
-        plan.attention.sinks = optional_pointer(sinks)
-        plan.attention.query_stride = all_heads * head_size
-        self._library.rope_and_store(self._isa, ctypes.byref(plan.rope))
-        self._library.attention(self._isa, ctypes.byref(plan.attention))
+        args = plan.attention
+        args.query, args.out, args.query_stride = pointer(qkv), pointer(out), all_heads * head_size
+        args.key_cache, args.value_cache = pointer(key_cache), pointer(value_cache)
+        args.num_heads, args.num_kv_heads, args.head_size = num_heads, num_kv_heads, head_size
+        args.dtype, args.scale, args.window, args.soft_cap = DTYPES[qkv.dtype], scale, window, soft_cap
+        args.sinks = optional_pointer(sinks)
+        self.rope_and_store(qkv, cos, sin, key_cache, value_cache, num_heads=num_heads, plan=plan)
+        self._library.attention(self._isa, ctypes.byref(args))
         return out
+
+    def rope_and_store(
+        self,
+        qkv: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        *,
+        num_heads: int,
+        plan: Plan,
+    ) -> None:
+        """The first half of ``attend``, which has checked its arguments: queries are rotated in place, keys and values
+        are written into the cache."""
+        args = plan.rope
+        args.qkv, args.cos, args.sin = pointer(qkv), optional_pointer(cos), optional_pointer(sin)
+        args.key_cache, args.value_cache = pointer(key_cache), pointer(value_cache)
+        args.num_heads, args.num_kv_heads, args.head_size = num_heads, key_cache.shape[2], key_cache.shape[3]
+        args.dtype = DTYPES[qkv.dtype]
+        self._library.rope_and_store(self._isa, ctypes.byref(args))
 
     def check(self, plan: Plan) -> None:
         tokens = np.flatnonzero(plan.flags).tolist()

@@ -1,7 +1,7 @@
 """The native library through ctypes: structs as in src/ops.h, loaded once, the GIL released during every call."""
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -29,13 +29,14 @@ class NormArgs(Structure):
     )
 
 
-class SiluArgs(Structure):
+class ActivationArgs(Structure):
     _fields_ = (
         ("gate_up", c_void_p),
         ("out", c_void_p),
         ("num_tokens", c_int64),
         ("size", c_int64),
         ("dtype", c_int32),
+        ("kind", c_int32),
     )
 
 
@@ -107,6 +108,20 @@ class ProductArgs(Structure):
     )
 
 
+class BlocksArgs(Structure):
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("block_ids", c_void_p),
+        ("digests", c_void_p),
+        ("num_blocks", c_int64),
+        ("num_ids", c_int64),
+        ("block_bytes", c_int64),
+        ("key", c_uint64 * 2),
+        ("fill", c_int32),
+    )
+
+
 class Library:
     """The functions, with their types."""
 
@@ -123,13 +138,13 @@ class Library:
         loaded.bulkhead_isa_name.restype = ctypes.c_char_p
         self._loaded = loaded
         self.rms_norm = loaded.bulkhead_rms_norm
-        self.silu_and_mul = loaded.bulkhead_silu_and_mul
+        self.activate_and_mul = loaded.bulkhead_activate_and_mul
         self.rope_and_store = loaded.bulkhead_rope_and_store
         self.attention = loaded.bulkhead_attention
         self.product = loaded.bulkhead_product
         for function, args in (
             (self.rms_norm, NormArgs),
-            (self.silu_and_mul, SiluArgs),
+            (self.activate_and_mul, ActivationArgs),
             (self.rope_and_store, RopeArgs),
             (self.attention, AttentionArgs),
         ):
@@ -137,6 +152,12 @@ class Library:
             function.restype = None
         self.product.argtypes = (ctypes.c_int, POINTER(ProductArgs), c_void_p, c_void_p, c_int64)
         self.product.restype = None
+
+        self.digest_blocks = loaded.bulkhead_digest_blocks
+        self.fill_blocks = loaded.bulkhead_fill_blocks
+        for function in (self.digest_blocks, self.fill_blocks):
+            function.argtypes = (POINTER(BlocksArgs),)
+            function.restype = None
 
     def isas(self) -> dict[str, int]:
         """Instruction sets that this machine has, by name, best first -> their number."""

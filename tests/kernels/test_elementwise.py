@@ -57,3 +57,12 @@ def test_silu_and_mul(ops: object, num_tokens: int, size: int, dtype: torch.dtyp
     gate_up = random((num_tokens, 2 * size), seed, dtype)
     gate, up = gate_up.double().chunk(2, dim=-1)
     close(ops.silu_and_mul(gate_up), gate * torch.sigmoid(gate) * up, dtype)  # type: ignore[attr-defined]
+
+
+@given(num_tokens=st.integers(0, 9), size=st.sampled_from([1, 5, 64]), dtype=DTYPES, seed=st.integers(0, 99))
+def test_gelu_and_mul(num_tokens: int, size: int, dtype: torch.dtype, seed: int) -> None:
+    gate_up = random((num_tokens, 2 * size), seed, dtype)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    close(reference.gelu_and_mul(gate_up, tanh=False), gate * (1 + torch.erf(gate / 2**0.5)) / 2 * up, dtype)
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    close(reference.gelu_and_mul(gate_up, tanh=True), gate * (1 + inner.tanh()) / 2 * up, dtype)

@@ -88,6 +88,11 @@ def test_norm_and_activation_match_their_twins(
     torch.testing.assert_close(got[1], want[1], atol=1e-6, rtol=1e-6)
     gate_up = torch.randn((num_tokens, 2 * size), generator=generator).mul(20).to(dtype)
     torch.testing.assert_close(backend.silu_and_mul(gate_up), reference.silu_and_mul(gate_up), **tolerance)
+    for scale in (20.0, 1.0, 0.05):
+        gate_up = torch.randn((num_tokens, 2 * size), generator=generator).mul(scale).to(dtype)
+        for tanh in (False, True):
+            want_gelu = reference.gelu_and_mul(gate_up, tanh=tanh)
+            torch.testing.assert_close(backend.gelu_and_mul(gate_up, tanh=tanh), want_gelu, **tolerance)
 
 
 @every_isa
@@ -95,6 +100,8 @@ def test_numbers_that_broke_stay_broken(isa: str) -> None:
     backend = NativeBackend(isa)
     broken = torch.tensor([[math.nan, 1.0, 2.0, 3.0]])
     assert backend.silu_and_mul(broken).isnan().tolist() == [[True, False]]
+    for tanh in (False, True):
+        assert backend.gelu_and_mul(broken, tanh=tanh).isnan().tolist() == [[True, False]]
     assert backend.rms_norm(broken, torch.ones(4), 1e-5)[0].isnan().all()
     shape = Shape(2, 1, 8, 4, torch.float32)
     row = random_row(shape, 9, 0)

@@ -27,6 +27,7 @@ def test_rows_of_norm_and_activation(isa: str, dtype: torch.dtype) -> None:
     alone = NativeBackend(isa, 1)
     norms = [alone.rms_norm(x[i : i + 1], weight, 1e-5, residual[i : i + 1].clone()) for i in range(257)]
     acts = torch.cat([alone.silu_and_mul(gate_up[i : i + 1]) for i in range(257)])
+    gelus = [torch.cat([alone.gelu_and_mul(gate_up[i : i + 1], tanh=t) for i in range(257)]) for t in (False, True)]
     for num_threads in (1, 2):
         backend = NativeBackend(isa, num_threads)
         for count in ROW_COUNTS:
@@ -35,6 +36,8 @@ def test_rows_of_norm_and_activation(isa: str, dtype: torch.dtype) -> None:
             assert torch.equal(bits(normed), bits(torch.cat([norms[i][0] for i in rows.tolist()])))
             assert torch.equal(bits(total), bits(torch.cat([norms[i][1] for i in rows.tolist()])))
             assert torch.equal(bits(backend.silu_and_mul(gate_up[rows])), bits(acts[rows]))
+            for index, want in enumerate(gelus):
+                assert torch.equal(bits(backend.gelu_and_mul(gate_up[rows], tanh=bool(index))), bits(want[rows]))
 
 
 @every_isa

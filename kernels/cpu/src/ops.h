@@ -21,11 +21,13 @@ struct NormArgs {
     int32_t dtype;
 };
 
-struct SiluArgs {
+enum { ACTIVATION_SILU = 0, ACTIVATION_GELU_TANH = 1, ACTIVATION_GELU_ERF = 2 };
+
+struct ActivationArgs {
     const void* gate_up;  // [T, 2 * I]
     void* out;            // [T, I]
     int64_t num_tokens, size;
-    int32_t dtype;
+    int32_t dtype, kind;
 };
 
 struct RopeArgs {
@@ -73,10 +75,20 @@ struct ProductArgs {
     int32_t weight_dtype, y_dtype;
 };
 
+struct BlocksArgs {
+    void* keys;                // [N, block_bytes]
+    void* values;              // [N, block_bytes]
+    const int64_t* block_ids;  // [B]
+    uint64_t* digests;         // [B, 2] or null
+    int64_t num_blocks, num_ids, block_bytes;
+    uint64_t key[2];
+    int32_t fill;  // a byte
+};
+
 // What one instruction set offers: each works on a range of independent pieces.
 struct Ops {
     void (*rms_norm)(const NormArgs*, int64_t begin, int64_t end);
-    void (*silu_and_mul)(const SiluArgs*, int64_t begin, int64_t end);
+    void (*activate_and_mul)(const ActivationArgs*, int64_t begin, int64_t end);
     void (*rope_and_store)(const RopeArgs*, int64_t begin, int64_t end);
     int64_t (*attention_scratch)(const AttentionArgs*);  // floats
     void (*attention)(const AttentionArgs*, int64_t begin, int64_t end, float* scratch);
