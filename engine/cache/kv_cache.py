@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.errors import ConfigError
 from engine.models.facts import CacheLayer
 from kernels.backend import OwnershipError
 from kernels.memory import zeros
@@ -83,9 +84,11 @@ class KVCache:
 
     def words(self) -> tuple[NDArray[Any], ...]:
         """The cache itself as unsigned integers [places, num_blocks, block_size, words], one array for each shape of
-        layers; a place is a layer's keys or values."""
+        layers; a place is a layer's keys or values. Raises ConfigError where it lies on a GPU."""
         views = []
         for memory in self._memory.values():
+            if memory.device.type != "cpu":
+                raise ConfigError("the auditor looks into the KV cache, and cannot into a GPU's yet: see docs/gpu.md")
             places, slot = memory.flatten(0, 1).flatten(3), memory[0, 0, 0, 0].numel() * memory.element_size()
             size = next(size for size in (8, 4, 2, 1) if slot % size == 0)
             views.append(places.view(torch.uint8).numpy().view(f"u{size}"))
