@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.errors import ConfigError
 from engine.models.facts import CacheLayer
 from kernels.backend import OwnershipError
 from kernels.memory import zeros
@@ -59,11 +60,10 @@ class KVCache:
             shape: _zeros((count, 2, num_blocks, block_size, shape.num_kv_heads, shape.head_size), dtype, device)
             for shape, count in counts.items()
         }
-        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._layers: list[Tensor] = []
         for layer in reversed(layers):
             counts[layer] -= 1
-            keys, values = self._memory[layer][counts[layer]]
-            self._layers.insert(0, (keys, values))
+            self._layers.insert(0, self._memory[layer][counts[layer]])
         self.block_tags = np.zeros(num_blocks, dtype=np.int64)  # 0: nobody's
 
     def claim(self, slot_mapping: NDArray[np.int64], token_tags: NDArray[np.int64]) -> None:
@@ -80,15 +80,15 @@ class KVCache:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Views of a layer's keys and values."""
-        return self._layers[index]
+        return self._layers[index][0], self._layers[index][1]
 
     def words(self) -> tuple[NDArray[Any], ...]:
         """The cache itself as unsigned integers [places, num_blocks, block_size, words], one array for each shape of
-        layers; a place is a layer's keys or values. None where it lies in a device's memory."""
-        if any(memory.device.type != "cpu" for memory in self._memory.values()):
-            return ()
+        layers; a place is a layer's keys or values. Raises ConfigError where it lies on a GPU."""
         views = []
         for memory in self._memory.values():
+            if memory.device.type != "cpu":
+                raise ConfigError("the auditor looks into the KV cache, and cannot into a GPU's yet: see docs/gpu.md")
             places, slot = memory.flatten(0, 1).flatten(3), memory[0, 0, 0, 0].numel() * memory.element_size()
             size = next(size for size in (8, 4, 2, 1) if slot % size == 0)
             views.append(places.view(torch.uint8).numpy().view(f"u{size}"))

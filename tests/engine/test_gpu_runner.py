@@ -4,12 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from engine.batch import Batch
+from engine.cache.kv_cache import KVCache
 from engine.core import EngineCore
+from engine.errors import ConfigError
 from engine.events import NullObserver, Observer
 from engine.model_runner import ModelRunner
+from engine.models.facts import CacheLayer
 from engine.models.llama import LlamaModel
 from engine.models.load import load_model
 from engine.protocol import SamplingParams, Submit
@@ -121,6 +125,14 @@ def test_logits_are_those_of_the_cpu(model: LlamaModel, tmp_path: Path) -> None:
     assert play(ours, submits) == play(theirs, submits)
     for key, logits in theirs.seen.items():
         np.testing.assert_allclose(ours.seen[key], logits, atol=2e-3, rtol=2e-3)
+
+
+def test_a_worker_whose_auditor_cannot_look_into_the_cache_does_not_start() -> None:
+    cache = KVCache(
+        layers=[CacheLayer(1, 2)], num_blocks=2, block_size=4, dtype=torch.float32, device=torch.device("meta")
+    )
+    with pytest.raises(ConfigError, match=r"gpu\.md"):
+        cache.words()
 
 
 def test_a_wrong_table_ends_whoever_reads_through_it(model: LlamaModel) -> None:
