@@ -60,10 +60,11 @@ class KVCache:
             shape: _zeros((count, 2, num_blocks, block_size, shape.num_kv_heads, shape.head_size), dtype, device)
             for shape, count in counts.items()
         }
-        self._layers: list[Tensor] = []
+        self._layers: list[tuple[Tensor, Tensor]] = []
         for layer in reversed(layers):
             counts[layer] -= 1
-            self._layers.insert(0, self._memory[layer][counts[layer]])
+            keys, values = self._memory[layer][counts[layer]]
+            self._layers.insert(0, (keys, values))
         self.block_tags = np.zeros(num_blocks, dtype=np.int64)  # 0: nobody's
 
     def claim(self, slot_mapping: NDArray[np.int64], token_tags: NDArray[np.int64]) -> None:
@@ -80,7 +81,7 @@ class KVCache:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Views of a layer's keys and values."""
-        return self._layers[index][0], self._layers[index][1]
+        return self._layers[index]
 
     def words(self) -> tuple[NDArray[Any], ...]:
         """The cache itself as unsigned integers [places, num_blocks, block_size, words], one array for each shape of
