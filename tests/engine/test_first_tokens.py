@@ -2,12 +2,14 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.core import EngineCore
-from engine.scheduling.first_tokens import ALONE_MAX
+from engine.scheduling.first_tokens import ALONE_MAX, FAR_OVER
 from engine.scheduling.schedule import Schedule
 from engine.sequence import Sequence, Status
 from tests.strategies.integer_model import continuation, integer_core, submit
@@ -176,6 +178,29 @@ def test_a_visitor_takes_a_row_and_its_victim_goes_on_where_it_was() -> None:
     assert [output.sequence_id for output in core.step().outputs] == ["f0", "f1"]
     while core.has_work:
         core.step()
+
+
+@pytest.mark.parametrize(("num_asked", "enters"), [(FAR_OVER * 2, False), (FAR_OVER * 2 + 1, True)])
+def test_only_who_asks_for_far_more_than_its_share_makes_way(num_asked: int, enters: bool) -> None:
+    """Four rows, two domains: a share is two."""
+    core, _ = integer_core(num_blocks=64, max_num_seqs=ROWS, max_batched_tokens=BUDGET, prefix_cache=False)
+    for index in range(num_asked):
+        core.add(submit(f"f{index}", [index + 1] * 2, 9, domain="busy"))
+    core.step()
+    core.step()
+    core.add(submit("v", [9], 2, domain="visitor"))
+    core.step()
+    assert (find(core, "v").status is Status.RUNNING) == enters
+
+
+def test_visitors_without_end_leave_every_third_step_to_everybody() -> None:
+    engine = Observed({"flood": (2, 9)})
+    alone = []
+    for step in range(60):
+        engine.add(f"v{step}", f"domain{step}", 1, 1)
+        alone.append(engine.step().alone)
+    runs = [len(list(group)) for is_alone, group in groupby(alone) if is_alone]
+    assert max(runs) == ALONE_MAX
 
 
 def test_a_visitor_of_a_lower_tier_holds_up_nobody_above_it() -> None:
