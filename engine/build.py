@@ -17,7 +17,7 @@ from engine.sampling.matcher import Matchers
 from engine.scheduling.order import POLICIES
 from engine.text.tokenizer import Tokenizer
 from engine.worker_log import log
-from kernels.backend import choose
+from kernels.choice import choose
 
 MakeObserver = Callable[[Watched], Observer]
 

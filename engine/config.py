@@ -30,7 +30,7 @@ class WorkerConfig:
     block_size: int = 32  # tokens per KV block
     num_threads: int = 0
     dtype: str = "bfloat16"
-    kernels: str = "auto"  # kernels/backend.py: auto, torch, triton, or an instruction set of the native library
+    kernels: str = "auto"  # kernels/choice.py: auto, torch, triton, or an instruction set of the native library
     max_waiting: int = 256  # further submits are refused with "busy"
     scheduling: str = "fair"  # engine/scheduling/order.py
     wait_max_tokens: int = 65_536  # served to everybody while one starves: engine/scheduling/rescue.py

@@ -1,11 +1,11 @@
-"""What a model needs of the ops, whoever computes them, and the choice of who does.
+"""What a model needs of the ops, whoever computes them.
 
 The model builds a Plan once a step and hands it to every layer. A backend that is `exact` computes each row from its
 own numbers in an order of its own: a row's bits do not depend on the other rows, on chunking, on the placement of
 blocks or on the number of threads. One that is not is fit for relaxed isolation only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -115,34 +115,3 @@ class Backend(Protocol):
     def check(self, plan: Any) -> None:
         """After the last layer, before any output leaves. Raises OwnershipError."""
         ...
-
-
-def choose(choice: str, num_threads: int, log: Callable[[str], None]) -> Backend:
-    """``auto`` takes the best that this machine has, and plain torch with one line in the log where that is all.
-    ``triton`` is the GPU's, or interpreted ones for tests; it is never chosen by itself (docs/gpu.md).
-
-    Raises KernelError where a named instruction set cannot be had.
-    """
-    from kernels.cpu.backend import NativeBackend
-    from kernels.torch_cpu import TorchBackend
-
-    if choice == "torch":
-        return TorchBackend()
-    if choice == "triton":
-        return _triton()
-    try:
-        return NativeBackend("" if choice == "auto" else choice, num_threads, log)
-    except KernelError as error:
-        if choice != "auto":
-            raise
-        log(f"{error}: serving on plain torch, slower and with relaxed isolation; `make native` builds the kernels")
-        return TorchBackend()
-
-
-def _triton() -> Backend:
-    """Imported only where it is asked for: Triton is an extra, and takes its time."""
-    try:
-        from kernels.gpu.backend import TritonBackend
-    except ImportError as error:
-        raise KernelError("the Triton kernels want the package triton: install bulkhead[gpu]") from error
-    return TritonBackend()

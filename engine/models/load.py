@@ -12,7 +12,8 @@ from engine.models.llama import LlamaModel
 from engine.models.llama_config import ModelConfig, NotOurs
 from engine.models.weights import load_weights
 from engine.text.tokenizer import read_json
-from kernels.backend import Backend, choose
+from kernels.backend import Backend
+from kernels.choice import choose
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -16,7 +16,7 @@ from engine.models.llama_config import ARCHITECTURES, HONOURED, NO_EFFECT, Model
 from engine.protocol import SamplingParams
 from engine.scheduling.schedule import ScheduledRow
 from engine.sequence import Sequence
-from kernels.backend import choose
+from kernels.choice import choose
 from tests.strategies.tiny_model import write_tiny_model
 
 LLAMA3 = {

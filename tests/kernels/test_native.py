@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels import reference
-from kernels.backend import KernelError, OwnershipError, choose
+from kernels.backend import KernelError, OwnershipError
+from kernels.choice import choose
 from kernels.cpu import library
 from kernels.cpu.backend import NativeBackend
 from kernels.torch_cpu import TorchBackend

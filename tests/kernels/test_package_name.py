@@ -20,7 +20,7 @@ def test_serving_on_a_cpu_imports_no_triton() -> None:
     """Triton is an extra: half a gigabyte that a machine without a GPU does not need."""
     code = (
         "import sys, engine.worker, engine.build, gateway.worker, gateway.audit_observer\n"
-        "from kernels.backend import choose\n"
+        "from kernels.choice import choose\n"
         "choose('auto', 1, lambda line: None)\n"
         "raise SystemExit('triton' in sys.modules or any(name.startswith('kernels.gpu') for name in sys.modules))"
     )

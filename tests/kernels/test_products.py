@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.backend import KernelError, choose
+from kernels.backend import KernelError
+from kernels.choice import choose
 from kernels.cpu.backend import NativeBackend
 from kernels.cpu.library import load
 from kernels.cpu.product import NativeProduct
