@@ -49,6 +49,8 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         log=log,
     )
     isolation = "bitwise" if runner.model.is_exact() else "relaxed"
+    if isolation == "bitwise":
+        torch.set_num_threads(1)  # the kernels have threads of their own; torch's would spin on their cores in between
     if runner.model.backend.exact and isolation == "relaxed":
         log("matrix products of this model depend on their company in the last bits: isolation is relaxed")
     model = runner.model.config
