@@ -49,6 +49,13 @@ def _percent(least: int, most: int) -> Callable[[str], int]:
     return cast
 
 
+def _pad(text: str) -> int:
+    value = int(text)
+    if not 16 <= value <= 16_384:
+        raise ValueError("must be between 16 and 16384, the size of a TLS record")
+    return value
+
+
 def _boolean(text: str) -> bool:
     values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
     if text.lower() not in values:
@@ -106,6 +113,9 @@ class Settings:
     idempotency_bytes_max: int = _setting(1024 * 1024, _positive)  # of one answer; a larger one is not retained
     idempotency_keys_max: int = _setting(10_000, _positive)  # of a tenant
     send_timeout_s: int = _setting(20, _positive)  # a client that reads nothing for this long is gone
+    stream_cover: bool = _setting(False, _boolean)  # gateway/api/cover.py
+    stream_pad_bytes: int = _setting(1_024, _pad)
+    stream_pace_ms: int = _setting(100, _not_negative)
     checkpoint_interval_ms: int = _setting(2_000, _positive)
     heartbeat_interval_s: int = _setting(10, _positive)
     drain_timeout_s: int = _setting(10, _positive)
