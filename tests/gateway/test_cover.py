@@ -117,10 +117,10 @@ def test_who_stops_reading_is_noticed_behind_the_beat() -> None:
         await stream.write(event({"text": "a"}))
         await asyncio.sleep(0.03)
         wire.stalled = True
+        await stream.write(event({"text": "b"}))  # nobody takes it, and nobody knows yet
+        await asyncio.sleep(0.2)
         with pytest.raises(SlowReaderError):
-            for _ in range(100):
-                await stream.write(event({"text": "b"}))
-                await asyncio.sleep(0.01)
+            await stream.write(event({"text": "c"}))
         with pytest.raises(SlowReaderError):
             await stream.close()
         await stream.stop()
