@@ -110,7 +110,7 @@ def seen_of_canaries(num_listened: int, num_own_seen: int, leaks: Sequence[str])
         tuple(leaks[:3]),
         {},
         lacking if num_listened else "nobody listened",
-        f"no marker in {num_listened} answers to the other tenant: with 95 % confidence fewer than {bound:.1%} have one",
+        f"no marker in {num_listened} answers to the other tenant: with 95 % confidence less than {bound:.1%} have one",
         {"num_answers": num_listened, "num_own_seen": num_own_seen, "num_leaks": len(leaks), "rate_bound": bound},
     )
 

@@ -11,7 +11,13 @@ from typing import Any
 PREFIX = "BULKHEAD_"
 SCHEDULING = ("fair", "fcfs", "round_robin", "sjf", "bounded")  # the engine's policies by name
 LOG_LEVELS = ("debug", "info", "warning", "error")
-FOREIGN = {"BULKHEAD_TEST_PROFILE", "BULKHEAD_TEST_MODEL_DIR", "BULKHEAD_KEY"}  # read by tests, snippets, bench
+FOREIGN = {  # read by tests, snippets and commands
+    "BULKHEAD_TEST_PROFILE",
+    "BULKHEAD_TEST_MODEL_DIR",
+    "BULKHEAD_KEY",
+    "BULKHEAD_PROBE_KEY_A",
+    "BULKHEAD_PROBE_KEY_B",
+}
 
 
 class SettingsError(Exception):

@@ -22,9 +22,7 @@ from audit.probe_verdict import (
 
 def rounds(own_saves: float, other_saves: float, *, noise: float = 4.0, num: int = 12, seed: int = 1) -> list[Arms]:
     draw = random.Random(seed)
-    return [
-        Arms(*(200 - saved + draw.gauss(0, noise) for saved in (own_saves, other_saves, 0.0))) for _ in range(num)
-    ]
+    return [Arms(*(200 - saved + draw.gauss(0, noise) for saved in (own_saves, other_saves, 0.0))) for _ in range(num)]
 
 
 def verdict(seen: Seen) -> str:

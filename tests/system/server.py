@@ -30,6 +30,8 @@ def free_port() -> int:
 class Server:
     """Use as a context manager. `keys` maps tenant names to API keys (first start only; they survive `restart`)."""
 
+    module = "gateway"  # what is started: a test may plant a fault in a module of its own
+
     def __init__(self, data_dir: Path, model_dir: Path | None, **settings: str) -> None:
         self.data_dir = data_dir
         self.port = free_port()
@@ -58,7 +60,7 @@ class Server:
         started = time.monotonic()
         with (self.data_dir.parent / f"{self.data_dir.name}.stderr").open("a") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gateway", "serve"],
+                [sys.executable, "-m", self.module, "serve"],
                 cwd=ROOT,
                 env=self.env,
                 stdout=subprocess.PIPE,
