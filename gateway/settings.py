@@ -122,6 +122,7 @@ class Settings:
     stream_cover: bool = _setting(False, _boolean)  # gateway/api/cover.py
     stream_pad_bytes: int = _setting(1_024, _pad)
     stream_pace_ms: int = _setting(100, _not_negative)
+    webhook_private: bool = _setting(False, _boolean)  # gateway/webhooks/post.py
     checkpoint_interval_ms: int = _setting(2_000, _positive)
     heartbeat_interval_s: int = _setting(10, _positive)
     drain_timeout_s: int = _setting(10, _positive)

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from audit import tables as audit_tables
 from tenancy import tables as tenancy_tables
+from tenancy import webhook_tables as webhook_tables  # its tables are in the same metadata
 
 ADVISORY_LOCK = 0x62756C6B68656164  # "bulkhead"
 LOCK_TIMEOUT_MS = 4_000

@@ -1,4 +1,5 @@
-"""The loops behind a serving gateway: log, overdue holds, expired credit, suspended tenants, key uses, heartbeats."""
+"""The loops behind a serving gateway: log, overdue holds, expired credit, suspended tenants, key uses, webhooks,
+heartbeats."""
 
 import asyncio
 
@@ -15,6 +16,7 @@ from gateway.host.folders import Folders
 from gateway.host.overdue import settle_abandoned
 from gateway.sequences import usage_by_request
 from gateway.services import Services
+from gateway.webhooks.delivery import Webhooks
 from tenancy.closing import inactive_among
 from tenancy.credits import tenants_with_due_credit
 from tenancy.idempotency import forget_expired
@@ -25,6 +27,7 @@ REAP_BATCH_MAX = 256  # holds settled in one round
 WATCH_INTERVAL_S = 0.5  # a suspended tenant's sequences end within a second
 KEY_USE_INTERVAL_S = 60.0
 FORGET_INTERVAL_S = 60.0
+WEBHOOK_INTERVAL_S = 1.0
 
 
 class Housekeeping:
@@ -34,12 +37,15 @@ class Housekeeping:
         self._folders = folders
         self._keyring = keyring
         self._engine = engine
+        webhooks = Webhooks(services)
         self.loops = (
             Loop("sequencer", settings.checkpoint_interval_ms / 1_000, self.sequence),
             Loop("reaper", REAP_INTERVAL_S, self.reap),
             Loop("watch", WATCH_INTERVAL_S, self.watch),
             Loop("key uses", KEY_USE_INTERVAL_S, self.write_key_uses),
             Loop("credit", REAP_INTERVAL_S, self.expire_credit),
+            Loop("webhooks", WEBHOOK_INTERVAL_S, webhooks.round),
+            Loop("old deliveries", FORGET_INTERVAL_S, webhooks.forget),
             Loop("answers", FORGET_INTERVAL_S, self.forget_answers),
             Loop("heartbeat", float(settings.heartbeat_interval_s), engine.heartbeat),
         )

@@ -136,7 +136,7 @@ class Server:
             found["worker" if "gateway.worker" in command else "valkey"] = child
         return found
 
-    def run(self, *command: str, expect: int = 0) -> str:
+    def run(self, *command: str, expect: int = 0, timeout_s: float = 120) -> str:
         """A bulkhead command beside the running server; its output."""
         done = subprocess.run(
             [sys.executable, "-m", "gateway", *command],
@@ -144,7 +144,7 @@ class Server:
             env=self.env,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=timeout_s,
         )
         assert done.returncode == expect, done.stdout + done.stderr
         return done.stdout + done.stderr

@@ -27,7 +27,7 @@ def sharing_server(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) ->
 def probed(server: Server, folder: Path, *options: str, expect: int) -> dict[str, Any]:
     keys = ("--key-a", server.keys["acme"], "--key-b", server.keys["globex"])
     target = (server.url, "--ca", str(server.ca), "--json", str(folder / "probe.json"))
-    said = server.run("audit", "probe", *target, *keys, *options, expect=expect)
+    said = server.run("audit", "probe", *target, *keys, *options, expect=expect, timeout_s=800)
     assert not any(key in said for key in server.keys.values())
     found: dict[str, Any] = json.loads((folder / "probe.json").read_text())
     assert not any(key in json.dumps(found) for key in server.keys.values())
