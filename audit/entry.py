@@ -105,6 +105,7 @@ _ALL = (
         _text("request_id", "original_request_id", "key_id"),
     ),
     Kind("tenant.created", 1, "A tenant was created.", _text("organisation_id", "name")),
+    Kind("project.created", 1, "A project of a tenant was created.", _text("project_id", "name")),
     Kind(
         "tenant.status_changed",
         1,
