@@ -77,7 +77,7 @@ class AuditLogDesk(Desk):
                 query = query.where(
                     log_leaf.c.at_ns >= bound_ns if name.startswith("g") else log_leaf.c.at_ns < bound_ns
                 )
-        async with self.services.database.read() as conn:
+        async with self.services.database.read(tenant_id) as conn:
             return (await conn.execute(query)).all()
 
 

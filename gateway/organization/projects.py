@@ -55,7 +55,7 @@ class ProjectDesk(Desk):
         if len(await self._projects(caller)) >= PROJECTS_MAX:
             raise InvalidRequestError(f"there are {PROJECTS_MAX} projects already", "name")
         try:
-            async with self.services.database.transaction() as conn:
+            async with self.services.database.transaction(caller.principal.tenant_id) as conn:
                 made = await self.clerk(conn).create_project(caller.principal.tenant_id, wanted.name)
         except (DuplicateNameError, InvalidNameError) as error:
             raise InvalidRequestError(str(error), "name") from error
@@ -78,7 +78,7 @@ class ProjectDesk(Desk):
     async def revoke_key(self, request: Request, caller: Caller) -> Any:
         key = await self._own_key(request, caller)
         reason = f"deleted with key {caller.principal.key_id}"
-        async with self.services.database.transaction() as conn:
+        async with self.services.database.transaction(caller.principal.tenant_id) as conn:
             await self.clerk(conn).revoke_key(caller.principal.tenant_id, key.key_id, reason)
         return {"object": "organization.project.api_key.deleted", "id": key.key_id, "deleted": True}
 
@@ -90,7 +90,7 @@ class ProjectDesk(Desk):
         now_ns = self.services.world.now_ns()
         expires_ns = now_ns + wanted.expires_in_seconds * NS if wanted.expires_in_seconds else None
         try:
-            async with self.services.database.transaction() as conn:
+            async with self.services.database.transaction(caller.principal.tenant_id) as conn:
                 minted = await self.clerk(conn).create_key(
                     caller.principal.tenant_id,
                     project.project_id,
@@ -133,7 +133,7 @@ class ProjectDesk(Desk):
         if request.path_params["rate_limit_id"] != _limit_id(project):
             raise NotThereError("rate limit", request.path_params["rate_limit_id"])
         wanted = await body_of(request, NewLimits)
-        async with self.services.database.transaction() as conn:
+        async with self.services.database.transaction(caller.principal.tenant_id) as conn:
             found = (await get_limits(conn, [project.project_id])).get(
                 project.project_id, ScopeLimits(project.project_id)
             )
@@ -149,12 +149,12 @@ class ProjectDesk(Desk):
         return _limits(project, await self._limits_of(project))
 
     async def _limits_of(self, project: Project) -> ScopeLimits:
-        async with self.services.database.read() as conn:
+        async with self.services.database.read(project.tenant_id) as conn:
             found = await get_limits(conn, [project.project_id])
         return found.get(project.project_id, ScopeLimits(project.project_id))
 
     async def _projects(self, caller: Caller) -> list[Project]:
-        async with self.services.database.read() as conn:
+        async with self.services.database.read(caller.principal.tenant_id) as conn:
             return await list_projects(conn, caller.principal.tenant_id)
 
     async def _own(self, request: Request, caller: Caller) -> Project:
@@ -167,7 +167,7 @@ class ProjectDesk(Desk):
 
     async def _live_keys(self, request: Request, caller: Caller) -> list[ApiKey]:
         project = await self._own(request, caller)
-        async with self.services.database.read() as conn:
+        async with self.services.database.read(caller.principal.tenant_id) as conn:
             keys = await list_keys(conn, caller.principal.tenant_id)
         return [key for key in keys if key.project_id == project.project_id and key.revoked_ns is None]
 

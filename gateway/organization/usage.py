@@ -59,7 +59,7 @@ class UsageDesk(Desk):
         if cursor and (first_s % width_s or first_s < start_s - width_s):
             raise InvalidRequestError("page is not a next_page of this query", "page")
         last_s = min(end_s, first_s + limit * width_s)
-        async with self.services.database.read() as conn:
+        async with self.services.database.read(caller.principal.tenant_id) as conn:
             sums = await usage_buckets(
                 conn,
                 caller.principal.tenant_id,
