@@ -195,6 +195,39 @@ _ALL = (
         ),
     ),
     Kind(
+        "policy.changed",
+        1,
+        "What happens to a tenant's requests while the store of quotas is gone. Caps are open's, for each gateway; the "
+        "slice is lease's, in percent of each limit.",
+        (
+            Field("mode", "str", choices=("closed", "lease", "open")),
+            *_count("slice_percent", "requests_per_minute", "tokens_per_minute", "concurrency_max"),
+        ),
+    ),
+    Kind(
+        "quota.lost",
+        1,
+        "A gateway lost the store of quotas; requests follow their tenants' policies from here on.",
+        _text("reason"),
+    ),
+    Kind(
+        "quota.back",
+        1,
+        "A gateway has the store of quotas again. The counts are of requests that policies admitted, or nobody.",
+        _count("lost_ns", "num_admitted_lease", "num_admitted_open", "num_refused"),
+    ),
+    Kind(
+        "quota.rebuilt",
+        1,
+        "An organisation's counters were made anew from the ledger: for the first time, at the start of a gateway, "
+        "because the store had lost them, or because policies had admitted requests without it.",
+        (
+            *_text("organisation_id"),
+            Field("reason", "str", choices=("first", "start", "emptied", "outage")),
+            *_count("num_scopes", "num_open"),
+        ),
+    ),
+    Kind(
         "limit.would_refuse",
         1,
         "A request was admitted that a limit in shadow would have refused.",

@@ -20,6 +20,7 @@ from tenancy import (
     closing,
     corrections,
     directory,
+    failure_policy,
     keys,
     ledger,
     limits,
@@ -30,6 +31,7 @@ from tenancy import (
 )
 from tenancy.budget_use import BudgetScope
 from tenancy.credits import CreditKind
+from tenancy.failure_policy import FailurePolicy
 from tenancy.key_rules import UNRESTRICTED, KeyRules
 from tenancy.periods import Period
 
@@ -122,6 +124,19 @@ class Clerk:
             "shadow": sorted(shadow),
         }
         await self._log("limits.changed", owner, body)
+
+    async def set_policy(self, tenant_id: str, policy: FailurePolicy) -> None:
+        """What happens to the tenant's requests while the store of quotas is gone. Raises UnknownIdError."""
+        await directory.owner_of(self.conn, "tenant", tenant_id)
+        await failure_policy.set_policy(self.conn, tenant_id, policy, now_ns=self.now_ns)
+        body: Body = {
+            "mode": policy.mode,
+            "slice_percent": policy.slice_percent,
+            "requests_per_minute": policy.requests_per_minute,
+            "tokens_per_minute": policy.tokens_per_minute,
+            "concurrency_max": policy.concurrency_max,
+        }
+        await self._log("policy.changed", tenant_id, body)
 
     async def create_key(
         self,

@@ -20,6 +20,7 @@ from gateway.commands import credits as credits_commands
 from gateway.commands import directory as directory_commands
 from gateway.commands import keys as keys_commands
 from gateway.commands import limits as limits_commands
+from gateway.commands import policies as policies_commands
 from gateway.commands import webhooks as webhooks_commands
 from gateway.commands.errors import KNOWN_ERRORS
 from gateway.logs import configure_logs
@@ -27,6 +28,7 @@ from gateway.settings import load_settings
 from gateway.world import real_world
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+directory_commands.tenant_app.command("policy")(policies_commands.tenant_policy)
 app.add_typer(directory_commands.tenant_app, name="tenant")
 app.add_typer(keys_commands.key_app, name="key")
 app.add_typer(limits_commands.limits_app, name="limits")
@@ -67,7 +69,7 @@ def migrate() -> None:
     from gateway.host.migrate import migrate as run
 
     settings = load_settings(real_world().environ)
-    open_folders(settings.data_dir)
+    open_folders(settings.data_dir, settings.secrets_dir)
     changed = run(settings.effective_database_url)
     typer.echo("database upgraded" if changed else "database is up to date")
 
@@ -79,7 +81,7 @@ def model_fetch() -> None:
     from gateway.host.folders import open_folders
 
     settings = load_settings(real_world().environ)
-    open_folders(settings.data_dir)
+    open_folders(settings.data_dir, settings.secrets_dir)
     folder = ensure_demo_model(settings.effective_model_dir, typer.echo)
     typer.echo(f"the model is in {folder}")
 

@@ -13,8 +13,13 @@ from typing import Any
 
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+# No ping before each use: three of them would be a tenth of a request. A connection that has died is noticed when it is
+# used; that request gets 503 and Retry-After, and the whole pool is made anew.
+POOL: dict[str, Any] = {"pool_size": 10, "max_overflow": 10, "pool_timeout": 5}
+SQLITE_POOL: dict[str, Any] = {"pool_timeout": 5}
 _BIND = text("SELECT set_config('bulkhead.tenant', :tenant_id, true)")  # true: until the transaction ends
 BUSY_TIMEOUT_MS = 5_000  # how long a SQLite writer waits for another process (a CLI command) to finish
 
@@ -28,7 +33,7 @@ class Database:
         self.url = url
         self.is_sqlite = url.startswith("sqlite")
         # A write in WAL costs one fsync: FULL is kept because this file is a ledger.
-        self._engine: AsyncEngine = create_async_engine(url, pool_pre_ping=not self.is_sqlite, pool_timeout=5)
+        self._engine: AsyncEngine = create_async_engine(url, **(SQLITE_POOL if self.is_sqlite else POOL))
         self._write_lock = asyncio.Lock() if self.is_sqlite else None
         if self.is_sqlite:
             _prepare_sqlite(self._engine)
@@ -92,6 +97,8 @@ class _mapped_errors:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OperationalError | InterfaceError | sqlite3.OperationalError | OSError | TimeoutError):
+            raise DatabaseUnavailableError(_reason(error)) from error
+        if isinstance(error, PoolTimeoutError):  # every connection is in use, and none came back in time
             raise DatabaseUnavailableError(_reason(error)) from error
         if isinstance(error, DBAPIError) and error.connection_invalidated:
             raise DatabaseUnavailableError(_reason(error)) from error

@@ -5,7 +5,7 @@ tenant label comes from the ledger's own tenants only and from at most TENANTS_M
 that nobody can grow a scraper's memory. Each name is described in docs/metrics.md.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -44,6 +44,9 @@ class Metrics:
         self._requests = counter("bulkhead_requests", "Admitted requests by how they ended", "tenant", "finish_reason")
         self._tokens = counter("bulkhead_tokens", "Tokens charged", "tenant", "kind")
         self._would_refuse = counter("bulkhead_would_refuse", "Served, against a limit in shadow", "tenant", "limit")
+        self._lost = counter("bulkhead_quota_outages", "Times that the store of quotas was lost")
+        self._by_policy = counter("bulkhead_quota_by_policy", "Requests without the store", "tenant", "mode", "outcome")
+        self._rebuilt = counter("bulkhead_quota_rebuilds", "Counters made anew from the ledger", "reason")
         self._webhooks = counter("bulkhead_webhook_attempts", "Webhook deliveries tried, by outcome", "outcome")
         self._success = counter("vllm:request_success", "Requests that ended with an answer", "finished_reason")
         self._ttft = histogram("vllm:time_to_first_token_seconds", "Admission to first text", TTFT_BUCKETS_S)
@@ -54,6 +57,19 @@ class Metrics:
 
     def watch_loops(self, loops: Sequence[LoopHealth]) -> None:
         self.registry.register(_LoopCollector(loops))
+
+    def watch_store(self, is_there: Callable[[], bool]) -> None:
+        self.registry.register(_StoreCollector(is_there))
+
+    def store_lost(self) -> None:
+        self._lost.inc()
+
+    def admitted_without_store(self, tenant: str, mode: str, *, granted: bool) -> None:
+        """The store of quotas was gone, and the tenant's policy decided."""
+        self._by_policy.labels(self._tenant(tenant), mode, "admitted" if granted else "refused").inc()
+
+    def quota_rebuilt(self, reason: str) -> None:
+        self._rebuilt.labels(reason).inc()
 
     def answered(self, status: int) -> None:
         self._responses.labels(str(status)).inc()
@@ -149,6 +165,14 @@ def _engine_metrics(ready: Ready, stats: Stats) -> Iterable[Metric]:
     for name, value in sorted(stats.audit.items()):
         if name.startswith("num_"):
             yield counter(f"bulkhead_audit_{name.removeprefix('num_')}", "Isolation auditor", value)
+
+
+class _StoreCollector(Collector):
+    def __init__(self, is_there: Callable[[], bool]) -> None:
+        self._is_there = is_there
+
+    def collect(self) -> Iterable[Metric]:
+        yield GaugeMetricFamily("bulkhead_quota_store", "1 while the store of quotas answers", int(self._is_there()))
 
 
 class _LoopCollector(Collector):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from redis.asyncio import Redis
 
 from engine.text.tokenizer import Tokenizer
+from gateway.allowance import Allowance
 from gateway.database import Database
 from gateway.engine_link import EngineLink
 from gateway.key_uses import KeyUses
@@ -29,3 +30,11 @@ class Services:
     key_uses: KeyUses = field(default_factory=KeyUses)
     running: Running = field(default_factory=Running)
     metrics: Metrics = field(default_factory=Metrics)
+    gateway_id: str = ""  # of this data folder, whose journal counts what its requests produced
+    allowance: Allowance = field(init=False)
+
+    def __post_init__(self) -> None:
+        allowance = Allowance(
+            self.quota, self.redis, self.database, self.world, self.metrics, self.settings.lease_ttl_s
+        )
+        object.__setattr__(self, "allowance", allowance)

@@ -95,6 +95,7 @@ class Settings:
     tls_key: str = _setting("", str)
     database_url: str = _setting("", str)  # empty: SQLite in data_dir
     redis_url: str = _setting("", str)  # empty: embedded Valkey in data_dir
+    secrets_dir: str = _setting("", str)  # empty: in data_dir
     model_dir: str = _setting("", str)  # empty: the demo model in data_dir
     num_threads: int = _setting(0, _not_negative)  # engine threads; 0: cores minus one, at least one
     kernels: str = _setting("auto", str)  # engine/config.py knows the choices

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from sqlalchemy import ColumnElement, and_, case, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, bindparam, case, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
@@ -91,7 +91,7 @@ class Spender:
 
 async def open_counters(conn: AsyncConnection, spender: Spender, at_ns: int) -> list[BudgetUse]:
     """The spender's budgets in the periods of `at_ns`, each with a row from now on. Needs the account locks."""
-    found = await _read(conn, _BUDGET.c.scope_id.in_(spender.scope_ids), at_ns)
+    found = await _read(conn, _OF_SCOPES, {"of": spender.scope_ids}, at_ns)
     return [use if exists else await make_counter(conn, use.budget, at_ns) for use, exists in found]
 
 
@@ -109,7 +109,7 @@ async def settle(
     A counter that has no row is no budget's: its budget came after that period.
     """
     alerts: list[BudgetAlert] = []
-    for use, exists in await _read(conn, _BUDGET.c.scope_id.in_(spender.scope_ids), placed_ns):
+    for use, exists in await _read(conn, _OF_SCOPES, {"of": spender.scope_ids}, placed_ns):
         if exists:
             moved = replace(
                 use,
@@ -130,7 +130,7 @@ async def write_and_alert(conn: AsyncConnection, use: BudgetUse) -> list[BudgetA
 
 async def budget_uses(conn: AsyncConnection, tenant_id: str, at_ns: int) -> list[BudgetUse]:
     """A tenant's budgets and their figures in the periods of `at_ns`. Reads only."""
-    return [use for use, _ in await _read(conn, _BUDGET.c.tenant_id == tenant_id, at_ns)]
+    return [use for use, _ in await _read(conn, _OF_TENANT, {"of": tenant_id}, at_ns)]
 
 
 async def make_counter(conn: AsyncConnection, budget: Budget, at_ns: int) -> BudgetUse:
@@ -157,20 +157,12 @@ async def make_counter(conn: AsyncConnection, budget: Budget, at_ns: int) -> Bud
     return use
 
 
-async def _read(conn: AsyncConnection, which: ColumnElement[bool], at_ns: int) -> list[tuple[BudgetUse, bool]]:
+async def _read(
+    conn: AsyncConnection, query: Select[Any], of: dict[str, Any], at_ns: int
+) -> list[tuple[BudgetUse, bool]]:
     """Budgets with their figures in the periods of `at_ns`, and whether those have a row."""
-    same_period = or_(
-        *(
-            and_(_BUDGET.c.period == period, _USE.c.period_start_ns == period_start_ns(period, at_ns))
-            for period in PERIODS
-        )
-    )
-    rows = await conn.execute(
-        select(*BUDGET_COLUMNS, _USE.c.used_nano_usd, _USE.c.held_nano_usd, _USE.c.alerted_percent)
-        .select_from(_BUDGET.outerjoin(_USE, and_(_USE.c.budget_id == _BUDGET.c.id, same_period)))
-        .where(which)
-        .order_by(_BUDGET.c.id)
-    )
+    starts = {f"start_of_{period}": period_start_ns(period, at_ns) for period in PERIODS}
+    rows = await conn.execute(query, of | starts)
     return [(_use(Budget(*row[:7]), row[7:], at_ns), row.used_nano_usd is not None) for row in rows]
 
 
@@ -182,11 +174,14 @@ def _use(budget: Budget, figures: Sequence[Any], at_ns: int) -> BudgetUse:
 
 async def _write(conn: AsyncConnection, use: BudgetUse) -> None:
     assert min(use.used_nano_usd, use.held_nano_usd) >= 0, f"budget {use.budget.budget_id} would count below zero"
-    await conn.execute(
-        update(_USE)
-        .where(_USE.c.budget_id == use.budget.budget_id, _USE.c.period_start_ns == use.period_start_ns)
-        .values(used_nano_usd=use.used_nano_usd, held_nano_usd=use.held_nano_usd, alerted_percent=use.alerted_percent)
-    )
+    figures = {
+        "of": use.budget.budget_id,
+        "start": use.period_start_ns,
+        "used": use.used_nano_usd,
+        "held": use.held_nano_usd,
+        "alerted": use.alerted_percent,
+    }
+    await conn.execute(_WRITTEN, figures)
 
 
 _BUDGET: Final = tables.budget
@@ -199,4 +194,36 @@ BUDGET_COLUMNS: Final = (  # as Budget has them
     _BUDGET.c.period,
     _BUDGET.c.hard,
     _BUDGET.c.limit_nano_usd,
+)
+
+
+def _reading(which: ColumnElement[bool]) -> Select[Any]:
+    """Built once, as in posting.py."""
+    in_period = or_(
+        *(
+            and_(
+                _BUDGET.c.period == period,
+                _USE.c.period_start_ns == _bound(f"start_of_{period}"),
+            )
+            for period in PERIODS
+        )
+    )
+    return (
+        select(*BUDGET_COLUMNS, _USE.c.used_nano_usd, _USE.c.held_nano_usd, _USE.c.alerted_percent)
+        .select_from(_BUDGET.outerjoin(_USE, and_(_USE.c.budget_id == _BUDGET.c.id, in_period)))
+        .where(which)
+        .order_by(_BUDGET.c.id)
+    )
+
+
+def _bound(name: str) -> Any:
+    return bindparam(name, type_=_USE.c.period_start_ns.type)
+
+
+_OF_SCOPES: Final = _reading(_BUDGET.c.scope_id.in_(bindparam("of", expanding=True)))
+_OF_TENANT: Final = _reading(_BUDGET.c.tenant_id == bindparam("of"))
+_WRITTEN: Final = (
+    update(_USE)
+    .where(_USE.c.budget_id == bindparam("of"), _USE.c.period_start_ns == _bound("start"))
+    .values(used_nano_usd=_bound("used"), held_nano_usd=_bound("held"), alerted_percent=_bound("alerted"))
 )

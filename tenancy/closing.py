@@ -8,8 +8,9 @@ status after that (`require_active`). So either the hold is there first and dele
 """
 
 from dataclasses import dataclass
+from typing import Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import Select, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
@@ -53,11 +54,15 @@ async def deleted_tenants(conn: AsyncConnection) -> list[str]:
     return list((await conn.execute(select(table.c.id).where(table.c.status == "deleted"))).scalars())
 
 
-async def require_active(conn: AsyncConnection, tenant_id: str) -> None:
-    """Call it after place_hold, in the same transaction. Raises TenantInactiveError."""
-    table = tables.tenant
-    if await conn.scalar(select(table.c.status).where(table.c.id == tenant_id)) != "active":
+async def require_active(conn: AsyncConnection, tenant_id: str) -> str:
+    """Call it after place_hold, in the same transaction; the epoch of the tenant's quotas (quota_epochs.py).
+
+    Raises TenantInactiveError.
+    """
+    row = (await conn.execute(_STATUS, {"of": tenant_id})).first()
+    if row is None or row.status != "active":
         raise TenantInactiveError
+    return row.epoch or ""
 
 
 async def inactive_among(conn: AsyncConnection, tenant_ids: list[str]) -> list[str]:
@@ -65,3 +70,13 @@ async def inactive_among(conn: AsyncConnection, tenant_ids: list[str]) -> list[s
     table = tables.tenant
     query = select(table.c.id).where(table.c.id.in_(tenant_ids), table.c.status != "active")
     return list((await conn.execute(query)).scalars())
+
+
+def _status() -> Select[Any]:
+    """Built once, as in posting.py."""
+    table, epoch = tables.tenant, tables.quota_epoch
+    joined = table.outerjoin(epoch, epoch.c.organisation_id == table.c.organisation_id)
+    return select(table.c.status, epoch.c.epoch).select_from(joined).where(table.c.id == bindparam("of"))
+
+
+_STATUS: Final = _status()

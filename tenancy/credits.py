@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
-from sqlalchemy import ColumnElement, func, insert, select, update
+from sqlalchemy import ColumnElement, bindparam, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -135,7 +135,8 @@ async def expire_due(
     conn: AsyncConnection, tenant_id: str, balances: Mapping[str, int], now_ns: int
 ) -> tuple[dict[str, int], tuple[ExpiredCredit, ...]]:
     """Post the expiry of what has expired and is not held; the balances after it, and what is to be logged."""
-    due = sorted(await _open(conn, tenant_id, _CREDIT.c.expires_ns <= now_ns), key=lambda one: _order(one, now_ns))
+    found = [Credit(*row) for row in await conn.execute(_DUE_CREDITS, {"of": tenant_id, "at_ns": now_ns})]
+    due = sorted(found, key=lambda one: _order(one, now_ns))
     after = dict(balances)
     free = sum(credit.left_nano_usd for credit in due) - balances["held"]
     expired: list[ExpiredCredit] = []
@@ -189,22 +190,15 @@ def _order(credit: Credit, now_ns: int) -> tuple[Any, ...]:
 
 
 async def _open(conn: AsyncConnection, tenant_id: str, *more: ColumnElement[bool]) -> list[Credit]:
-    rows = await conn.execute(_CREDITS.where(_CREDIT.c.tenant_id == tenant_id, _CREDIT.c.left_nano_usd > 0, *more))
-    return [Credit(*row) for row in rows]
+    query = _OPEN_CREDITS.where(*more) if more else _OPEN_CREDITS
+    return [Credit(*row) for row in await conn.execute(query, {"of": tenant_id})]
 
 
 async def _use(conn: AsyncConnection, credit: Credit, transaction_id: str, amount_nano_usd: int) -> None:
     # The caller holds the account locks, so what was read of the credit is still so.
-    await conn.execute(
-        insert(tables.credit_use).values(
-            transaction_id=transaction_id, credit_id=credit.credit_id, amount_nano_usd=amount_nano_usd
-        )
-    )
-    await conn.execute(
-        update(_CREDIT)
-        .where(_CREDIT.c.id == credit.credit_id)
-        .values(left_nano_usd=_CREDIT.c.left_nano_usd - amount_nano_usd)
-    )
+    use = {"transaction_id": transaction_id, "credit_id": credit.credit_id, "amount_nano_usd": amount_nano_usd}
+    await conn.execute(_NEW_USE, use)
+    await conn.execute(_LESS_LEFT, {"of": credit.credit_id, "amount": amount_nano_usd})
 
 
 _CREDIT: Final = tables.credit
@@ -216,4 +210,13 @@ _CREDITS: Final = select(
     _CREDIT.c.left_nano_usd,
     _CREDIT.c.expires_ns,
     _CREDIT.c.created_ns,
+)
+# Built once, as in posting.py.
+_OPEN_CREDITS: Final = _CREDITS.where(_CREDIT.c.tenant_id == bindparam("of"), _CREDIT.c.left_nano_usd > 0)
+_DUE_CREDITS: Final = _OPEN_CREDITS.where(_CREDIT.c.expires_ns <= bindparam("at_ns"))
+_NEW_USE: Final = insert(tables.credit_use)
+_LESS_LEFT: Final = (
+    update(_CREDIT)
+    .where(_CREDIT.c.id == bindparam("of"))
+    .values(left_nano_usd=_CREDIT.c.left_nano_usd - bindparam("amount", type_=_CREDIT.c.left_nano_usd.type))
 )

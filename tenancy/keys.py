@@ -20,6 +20,7 @@ from sqlalchemy import Select, bindparam, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
+from tenancy.failure_policy import CLOSED, FailurePolicy, policy_of
 from tenancy.ids import Entropy, new_id, require_name
 from tenancy.key_rules import UNRESTRICTED, KeyRules, loaded, stored
 from tenancy.money import require_int
@@ -61,6 +62,7 @@ class Principal:
     scopes: frozenset[str]
     rules: KeyRules = KeyRules()
     weight: int = 1  # its tenant's share of the engine
+    policy: FailurePolicy = CLOSED  # of its tenant, while the store of quotas is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,7 @@ async def authenticate(
         scopes=frozenset(row.scopes.split(" ")),
         rules=rules,
         weight=row.weight or 1,
+        policy=policy_of(row),
     )
 
 
@@ -237,6 +240,7 @@ def _secret_hmac(pepper: bytes, public_id: str, secret: str) -> bytes:
 
 def _by_public_id() -> Select[Any]:
     key, project, tenant, limit = tables.api_key, tables.project, tables.tenant, tables.scope_limit
+    policy = tables.failure_policy
     return (
         select(
             key.c.id.label("key_id"),
@@ -252,10 +256,16 @@ def _by_public_id() -> Select[Any]:
             tenant.c.status,
             tenant.c.organisation_id,
             limit.c.weight,
+            policy.c.mode,
+            policy.c.slice_percent,
+            policy.c.requests_per_minute,
+            policy.c.tokens_per_minute,
+            policy.c.concurrency_max,
         )
         .join(project, project.c.id == key.c.project_id)
         .join(tenant, tenant.c.id == project.c.tenant_id)
         .outerjoin(limit, limit.c.scope_id == tenant.c.id)
+        .outerjoin(policy, policy.c.tenant_id == tenant.c.id)
         .where(key.c.public_id == bindparam("public_id"))
     )
 

@@ -30,7 +30,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Literal, cast
 
-from sqlalchemy import Select, insert, select, update
+from sqlalchemy import Select, bindparam, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -39,6 +39,7 @@ from tenancy.budget_use import BudgetAlert, BudgetUse, Spender
 from tenancy.credits import CreditKind, ExpiredCredit
 from tenancy.money import MoneyRangeError, require_amount, require_int
 from tenancy.posting import ACCOUNT_KINDS, CURRENCY, account_id, lock_accounts, post, read_accounts
+from tenancy.tables import ExactInteger
 
 HoldState = Literal["pending", "captured", "voided", "expired"]
 
@@ -73,6 +74,8 @@ class Hold:
     settled_ns: int | None  # None while pending
     project_id: str | None = None
     key_id: str | None = None
+    num_tokens: int | None = None  # what counts against limits of tokens: reserved, and once settled what was used
+    gateway_id: str | None = None  # whose worker's journal counts what it produced
     expired: tuple[ExpiredCredit, ...] = field(default=(), compare=False)  # when it was placed; to be logged then
 
     @property
@@ -180,6 +183,8 @@ async def place_hold(
     now_ns: int,
     project_id: str | None = None,
     key_id: str | None = None,
+    num_tokens: int | None = None,
+    gateway_id: str | None = None,
 ) -> Hold | InsufficientCredit:
     """Move the worst case from credit to held, or refuse and move nothing. It counts in the budgets of `now_ns`.
 
@@ -203,6 +208,8 @@ async def place_hold(
         settled_ns=None,
         project_id=project_id,
         key_id=key_id,
+        num_tokens=num_tokens,
+        gateway_id=gateway_id,
     )
     earlier = await get_hold(conn, hold_id)
     if earlier is not None:
@@ -215,31 +222,36 @@ async def place_hold(
     available_nano_usd = max(0, min(limiter.available_nano_usd for limiter in limiters))
     if available_nano_usd < amount_nano_usd:
         return InsufficientCredit(available_nano_usd, amount_nano_usd, limiters, expired)
-    await conn.execute(insert(_HOLD).values({name: getattr(made, made_as) for made_as, name in _HOLD_COLUMNS.items()}))
+    await conn.execute(_NEW_HOLD, {name: getattr(made, made_as) for made_as, name in _HOLD_COLUMNS.items()})
     await budget_use.reserve(conn, uses, amount_nano_usd)
     changes = {"credit": -amount_nano_usd, "held": amount_nano_usd}
     await post(conn, tenant_id, balances, changes, f"{hold_id}:hold", "hold", now_ns, hold_id=hold_id)
     return replace(made, expired=expired)
 
 
-async def capture(conn: AsyncConnection, hold_id: str, amount_nano_usd: int, now_ns: int) -> Settled:
-    """Bill `amount_nano_usd` of a hold and give back the rest.
+async def capture(
+    conn: AsyncConnection, hold_id: str, amount_nano_usd: int, now_ns: int, *, num_tokens: int = 0
+) -> Settled:
+    """Bill `amount_nano_usd` of a hold and give back the rest; `num_tokens` is what counts against limits of tokens.
 
     A hold that is past its expiry but not yet expired can still be captured. Raises HoldSettledError where it ended
     another way or with another amount, UnknownHoldError, and MoneyRangeError for more than was held.
     """
     require_amount(amount_nano_usd, "amount_nano_usd")
-    return await _settle(conn, hold_id, "captured", amount_nano_usd, now_ns)
+    return await _settle(conn, hold_id, "captured", amount_nano_usd, now_ns, num_tokens)
 
 
-async def void(conn: AsyncConnection, hold_id: str, now_ns: int) -> Settled:
-    """Give the whole hold back. Raises HoldSettledError or UnknownHoldError."""
-    return await _settle(conn, hold_id, "voided", 0, now_ns)
+async def void(conn: AsyncConnection, hold_id: str, now_ns: int, *, num_tokens: int = 0) -> Settled:
+    """Give the whole hold back; `num_tokens` count against limits of tokens all the same.
+
+    Raises HoldSettledError or UnknownHoldError.
+    """
+    return await _settle(conn, hold_id, "voided", 0, now_ns, num_tokens)
 
 
 async def expire(conn: AsyncConnection, hold_id: str, now_ns: int) -> Settled:
     """Give back the whole of a hold that nobody settled in time. Raises HoldSettledError or UnknownHoldError."""
-    return await _settle(conn, hold_id, "expired", 0, now_ns)
+    return await _settle(conn, hold_id, "expired", 0, now_ns, 0)
 
 
 async def expire_credit(conn: AsyncConnection, tenant_id: str, now_ns: int) -> tuple[ExpiredCredit, ...]:
@@ -265,7 +277,7 @@ async def claim_pending(conn: AsyncConnection, hold_id: str) -> bool:
 
 
 async def get_hold(conn: AsyncConnection, hold_id: str) -> Hold | None:
-    row = (await conn.execute(_HOLDS.where(_HOLD.c.id == hold_id))).first()
+    row = (await conn.execute(_ONE_HOLD, {"of": hold_id})).first()
     return None if row is None else Hold(*row)
 
 
@@ -291,17 +303,14 @@ async def lock_balance(conn: AsyncConnection, tenant_id: str) -> Balance:
 
 
 async def _settle(
-    conn: AsyncConnection, hold_id: str, state: HoldState, captured_nano_usd: int, now_ns: int
+    conn: AsyncConnection, hold_id: str, state: HoldState, captured_nano_usd: int, now_ns: int, num_tokens: int
 ) -> Settled:
     require_int(now_ns, "now_ns")
     # The conditional UPDATE is the lock and the decision in one: of two racing settlements it changes one row once.
-    changed = await conn.execute(
-        update(_HOLD)
-        .where(_HOLD.c.id == hold_id, _HOLD.c.state == "pending", _HOLD.c.amount_nano_usd >= captured_nano_usd)
-        .values(state=state, captured_nano_usd=captured_nano_usd, settled_ns=now_ns)
-    )
-    hold = await _require_hold(conn, hold_id)
-    if changed.rowcount == 0:
+    values = {"of": hold_id, "to": state, "captured": captured_nano_usd, "at_ns": now_ns, "tokens": num_tokens}
+    row = (await conn.execute(_CHANGED, values)).first()
+    hold = await _require_hold(conn, hold_id) if row is None else Hold(*row)
+    if row is None:
         if hold.state == "pending":
             raise MoneyRangeError(f"cannot capture {captured_nano_usd} of hold {hold_id}: it is {hold.amount_nano_usd}")
         if (hold.state, hold.captured_nano_usd) != (state, captured_nano_usd):
@@ -367,3 +376,21 @@ _HOLD: Final = tables.hold
 # A Hold's fields and their columns, in the order of its constructor.
 _HOLD_COLUMNS: Final = {one.name: one.name.removeprefix("hold_") for one in fields(Hold) if one.name != "expired"}
 _HOLDS: Final[Select[Any]] = select(*(_HOLD.c[name] for name in _HOLD_COLUMNS.values()))
+# Built once, as in posting.py.
+_ONE_HOLD: Final = _HOLDS.where(_HOLD.c.id == bindparam("of"))
+_NEW_HOLD: Final = insert(_HOLD)
+_CHANGED: Final = (
+    update(_HOLD)
+    .where(
+        _HOLD.c.id == bindparam("of"),
+        _HOLD.c.state == "pending",
+        _HOLD.c.amount_nano_usd >= bindparam("captured", type_=ExactInteger()),
+    )
+    .values(
+        state=bindparam("to"),
+        captured_nano_usd=bindparam("captured", type_=ExactInteger()),
+        settled_ns=bindparam("at_ns"),
+        num_tokens=bindparam("tokens"),
+    )
+    .returning(*(_HOLD.c[name] for name in _HOLD_COLUMNS.values()))
+)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal, get_args
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import bindparam, delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
@@ -109,8 +109,7 @@ async def set_limits(
 
 async def get_limits(conn: AsyncConnection, scope_ids: list[str]) -> Mapping[str, ScopeLimits]:
     """The limits of those scopes that have any, by scope id."""
-    table = tables.scope_limit
-    rows = await conn.execute(select(table).where(table.c.scope_id.in_(scope_ids)))
+    rows = await conn.execute(_OF_SCOPES, {"of": scope_ids})
     return {
         row.scope_id: ScopeLimits(
             row.scope_id,
@@ -139,3 +138,7 @@ async def load_scopes(conn: AsyncConnection, principal: Principal) -> list[Scope
 
 def _in_organisation(limits: ScopeLimits, organisation_id: str) -> ScopeLimits:
     return replace(limits, organisation_id=organisation_id)
+
+
+# Built once, as in posting.py.
+_OF_SCOPES: Final = select(tables.scope_limit).where(tables.scope_limit.c.scope_id.in_(bindparam("of", expanding=True)))

@@ -7,7 +7,7 @@ asserted here.
 from collections.abc import Mapping
 from typing import Final
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import BindParameter, Select, Update, bindparam, case, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
@@ -44,17 +44,16 @@ async def post(
         raise MoneyRangeError(f"{kind} {transaction_id} would take a balance beyond {BIGINT_MAX}")
     assert after["credit"] >= 0, f"{kind} {transaction_id} would overdraw the credit of {tenant_id}"
     assert after["held"] >= 0, f"{kind} {transaction_id} would overdraw what {tenant_id} has held"
-    await conn.execute(
-        insert(tables.ledger_transaction).values(
-            id=transaction_id,
-            tenant_id=tenant_id,
-            kind=kind,
-            hold_id=hold_id,
-            memo=memo,
-            created_ns=now_ns,
-            corrects_id=corrects_id,
-        )
-    )
+    row = {
+        "id": transaction_id,
+        "tenant_id": tenant_id,
+        "kind": kind,
+        "hold_id": hold_id,
+        "memo": memo,
+        "created_ns": now_ns,
+        "corrects_id": corrects_id,
+    }
+    await conn.execute(_TRANSACTION, row)
     lines = [
         {
             "transaction_id": transaction_id,
@@ -64,13 +63,13 @@ async def post(
         }
         for line, (name, amount) in enumerate(changes.items())
     ]
-    await conn.execute(insert(tables.ledger_entry).values(lines))
-    for name in sorted(changes):
-        await conn.execute(
-            update(tables.account)
-            .where(tables.account.c.id == account_id(tenant_id, name))
-            .values(balance_nano_usd=after[name])
-        )
+    await conn.execute(_ENTRIES, lines)
+    moved = {
+        f"{part}_{place}": value
+        for place, name in enumerate(sorted(changes))
+        for part, value in (("id", account_id(tenant_id, name)), ("balance", after[name]))
+    }
+    await conn.execute(_MOVES[len(changes)], moved)
     return after
 
 
@@ -79,10 +78,8 @@ async def lock_accounts(conn: AsyncConnection, tenant_id: str) -> dict[str, int]
 
 
 async def read_accounts(conn: AsyncConnection, tenant_id: str, *, lock: bool) -> dict[str, int]:
-    ids = [account_id(tenant_id, kind) for kind in ACCOUNT_KINDS]
-    table = tables.account
-    query = select(table.c.kind, table.c.balance_nano_usd).where(table.c.id.in_(ids)).order_by(table.c.id)
-    rows = await conn.execute(query.with_for_update() if lock else query)
+    ids = {f"id_{place}": account_id(tenant_id, kind) for place, kind in enumerate(ACCOUNT_KINDS)}
+    rows = await conn.execute(_LOCKED if lock else _READ, ids)
     balances = {row.kind: row.balance_nano_usd for row in rows}
     if len(balances) != len(ACCOUNT_KINDS):
         raise UnknownAccountError(f"tenant {tenant_id!r} has no accounts")
@@ -91,3 +88,28 @@ async def read_accounts(conn: AsyncConnection, tenant_id: str, *, lock: bool) ->
 
 def account_id(tenant_id: str, kind: str) -> str:
     return f"{tenant_id}:{kind}:{CURRENCY}"
+
+
+# Built once: a statement that is built for each request costs as much as sending it.
+_TRANSACTION: Final = insert(tables.ledger_transaction)
+_ENTRIES: Final = insert(tables.ledger_entry)
+
+
+def _reading() -> Select[tuple[str, int]]:
+    table = tables.account
+    ids: list[BindParameter[str]] = [bindparam(f"id_{place}") for place in range(len(ACCOUNT_KINDS))]
+    return select(table.c.kind, table.c.balance_nano_usd).where(table.c.id.in_(ids)).order_by(table.c.id)
+
+
+def _moving(num_accounts: int) -> Update:
+    """One statement for all of a transaction's accounts, whose rows are locked already."""
+    table = tables.account
+    ids: list[BindParameter[str]] = [bindparam(f"id_{place}") for place in range(num_accounts)]
+    balances = [bindparam(f"balance_{place}", type_=table.c.balance_nano_usd.type) for place in range(num_accounts)]
+    balance = case(*((table.c.id == id_, new) for id_, new in zip(ids, balances, strict=True)))
+    return update(table).where(table.c.id.in_(ids)).values(balance_nano_usd=balance)
+
+
+_READ: Final = _reading()
+_LOCKED: Final = _READ.with_for_update()
+_MOVES: Final = {number: _moving(number) for number in range(1, len(ACCOUNT_KINDS) + 1)}

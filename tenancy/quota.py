@@ -1,7 +1,7 @@
 """Quotas: requests and tokens per minute (GCRA), tokens per day and concurrency (leases), decided by one script.
 
 In Redis or Valkey, all scopes of a request (organisation, tenant, project, key) are checked and taken in one step: all
-or nothing, a refusal takes nothing. The arithmetic is in lua/common_v2.lua, the clock is the server's. A request
+or nothing, a refusal takes nothing. The arithmetic is in lua/common_v3.lua, the clock is the server's. A request
 reserves its prompt and max_tokens; what it did not use is given back when its lease is released, once. A lease that
 nobody renews expires and frees its slot by itself; its tokens stay counted, because what it used is not known here.
 
@@ -9,6 +9,9 @@ A limit in shadow refuses nothing: the lease names it where it would have.
 
 An idle scope admits one full minute's allowance at once, then the allowance per minute: within any t minutes, requests
 that used u tokens in total were admitted only if u <= limit * (1 + t), also when unused tokens are given back late.
+
+Counters are those of an epoch (quota_epochs.py): a store that has another one, or none, has lost what was counted, and
+admits nothing (EpochMismatch) before `rebuild` has told it.
 
 Not known here: money, tenants, HTTP. The caller's client must not retry by itself and must have timeouts; every error
 of it is a QuotaUnavailableError, and the caller then refuses (fails closed).
@@ -25,10 +28,11 @@ from redis.exceptions import NoScriptError, RedisError
 
 from tenancy.limits import LIMIT_NAMES, PER_DAY_MAX, LimitName, ScopeLimits
 from tenancy.money import require_int
+from tenancy.quota_epochs import Counters
 
 RefusalCode = Literal["rate_limit_exceeded", "concurrency_exceeded", "never_fits"]
 
-UNIT: Final = 60_000_000  # as in lua/common_v2.lua
+UNIT: Final = 60_000_000  # as in lua/common_v3.lua
 FIGURES: Final = 5  # of each scope in an answer
 LEASE_TTL_MS_MAX: Final = 24 * 3_600_000
 BUSY_RETRY_AFTER_MS: Final = 1_000  # nobody knows when a stream will end: a short wait
@@ -68,6 +72,8 @@ class Lease:
     lease_ttl_ms: int
     snapshot: QuotaSnapshot
     would_refuse: tuple[tuple[str, LimitName], ...] = ()  # (scope id, limit): limits in shadow, were they not
+    epoch: str = ""  # under which it was granted; its hold must be placed under the same
+    mode: Literal["store", "lease", "open"] = "store"  # who granted it: the store, or a policy while that was gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +88,23 @@ class Refused:
     snapshot: QuotaSnapshot
 
 
+@dataclass(frozen=True, slots=True)
+class EpochMismatch:
+    """Nothing was taken: the store does not count under the caller's epoch."""
+
+
 class Quota:
     """`redis` may decode responses or not; `prefix` keeps several installations in one server apart."""
 
     def __init__(self, redis: Redis, *, prefix: str = "bulkhead") -> None:
         self._redis = redis
         self._prefix = prefix
-        self._admit = _Script("admit_v2")
-        self._release = _Script("release_v2")
-        self._renew = _Script("renew_v2")
-        self._usage = _Script("usage_v2")
+        self._admit = _Script("admit_v3")
+        self._release = _Script("release_v3")
+        self._renew = _Script("renew_v3")
+        self._usage = _Script("usage_v3")
+        self._cut = _Script("cut_v3")
+        self._rebuild = _Script("rebuild_v3")
 
     async def acquire(
         self,
@@ -101,22 +114,26 @@ class Quota:
         lease_id: str,
         num_tokens: int,
         lease_ttl_ms: int,
-    ) -> Lease | Refused:
+        epoch: str = "",
+    ) -> Lease | Refused | EpochMismatch:
         """Take one request, `num_tokens` tokens and one slot from every scope, or nothing from any.
 
-        The same live lease_id again is granted again and counted once. Raises QuotaUnavailableError, TypeError,
-        ValueError for bad arguments.
+        `epoch` is the organisation's; the empty one is not looked at. The same live lease_id again is granted again
+        and counted once. Raises QuotaUnavailableError, TypeError, ValueError for bad arguments.
         """
         if require_int(num_tokens, "num_tokens") < 0:
             raise ValueError(f"num_tokens must not be negative: {num_tokens}")
         if not 1 <= require_int(lease_ttl_ms, "lease_ttl_ms") <= LEASE_TTL_MS_MAX:
             raise ValueError(f"lease_ttl_ms must be between 1 and {LEASE_TTL_MS_MAX}: {lease_ttl_ms}")
-        arguments: list[str | int] = [lease_id, min(num_tokens, PER_DAY_MAX + 1), lease_ttl_ms]
+        arguments: list[str | int] = [epoch, lease_id, min(num_tokens, PER_DAY_MAX + 1), lease_ttl_ms]
         for scope in scopes:
             arguments += map(_or_unlimited, (getattr(scope, name) for name in LIMIT_NAMES))
             arguments.append(sum(2**bit for bit, name in enumerate(LIMIT_NAMES) if name in scope.shadow))
-        keys = [self._lease_key(tenant_id, scopes, lease_id), *self._scope_keys(tenant_id, scopes)]
+        root = self._root(tenant_id, scopes)
+        keys = [f"{root}:epoch", f"{root}:lease:{lease_id}", *self._scope_keys(tenant_id, scopes)]
         answer = await self._admit.run(self._redis, keys, arguments)
+        if len(answer) == 1:
+            return EpochMismatch()
         verdict, at_scope, at_limit, retry_us, *left = cast("list[int]", answer)
         snapshot = _snapshot(scopes, left)
         if verdict == 0:
@@ -126,7 +143,7 @@ class Quota:
                 for bit, name in enumerate(LIMIT_NAMES)
                 if mask >> bit & 1
             )
-            return Lease(lease_id, tenant_id, tuple(scopes), num_tokens, lease_ttl_ms, snapshot, would_refuse)
+            return Lease(lease_id, tenant_id, tuple(scopes), num_tokens, lease_ttl_ms, snapshot, would_refuse, epoch)
         scope, limit_name = scopes[at_scope - 1], LIMIT_NAMES[at_limit - 1]
         code, retry_after_ms = _refusal(limit_name, retry_us)
         return Refused(code, limit_name, scope.scope_id, getattr(scope, limit_name), retry_after_ms, snapshot)
@@ -156,6 +173,39 @@ class Quota:
         left = await self._usage.run(self._redis, self._scope_keys(tenant_id, scopes), arguments)
         return _snapshot(scopes, cast("list[int]", left))
 
+    async def cut(
+        self, scopes: Sequence[ScopeLimits], *, epoch: str, gateway_id: str, ttl_ms: int, percent: int
+    ) -> list[tuple[int, int, int, int]] | EpochMismatch:
+        """Take a slice of every scope for a gateway, in place of the untouched one that it had; ttl_ms 0 gives it back.
+
+        For each scope: requests, tokens, slots, tokens of a day; 0 also where there is no limit. Needs one
+        organisation's scopes, at least one. Raises QuotaUnavailableError.
+        """
+        arguments: list[str | int] = [epoch, gateway_id, ttl_ms, percent]
+        for scope in scopes:
+            arguments += map(_or_unlimited, (getattr(scope, name) for name in LIMIT_NAMES))
+        root = self._root("", scopes)
+        answer = await self._cut.run(self._redis, [f"{root}:epoch", *self._scope_keys("", scopes)], arguments)
+        if len(answer) != 4 * len(scopes):
+            return EpochMismatch()
+        return list(zip(*(answer[number::4] for number in range(4)), strict=True))
+
+    async def rebuild(self, counters: Counters, *, epoch: str, lease_ttl_ms: int) -> None:
+        """Forget what is counted of an organisation and count `counters` under `epoch`.
+
+        Raises QuotaUnavailableError.
+        """
+        root = f"{self._prefix}:quota1:{{{counters.organisation_id}}}"
+        arguments: list[str | int] = [epoch, lease_ttl_ms, counters.day, f"{root}:", f"{root}:lease:"]
+        arguments.append(len(counters.scopes))
+        for scope_id, one in counters.scopes.items():
+            arguments += [scope_id, one.num_requests, one.num_tokens, one.num_tokens_of_day, one.num_tokens_open]
+        for request in counters.open_requests:
+            arguments += [request.request_id, request.num_tokens, int(request.in_minute), int(request.in_day)]
+            arguments += [len(request.scope_ids), *request.scope_ids]
+        keys = [f"{root}:epoch", f"{root}:{counters.organisation_id}:leases"]
+        await self._rebuild.run(self._redis, keys, arguments)
+
     def _keys(self, lease: Lease) -> list[str]:
         lease_key = self._lease_key(lease.tenant_id, lease.scopes, lease.lease_id)
         return [lease_key, *self._scope_keys(lease.tenant_id, lease.scopes)]
@@ -184,7 +234,7 @@ class _Script:
 
     def __init__(self, name: str) -> None:
         folder = files("tenancy") / "lua"
-        common, body = ((folder / f"{part}.lua").read_text("utf-8") for part in ("common_v2", name))
+        common, body = ((folder / f"{part}.lua").read_text("utf-8") for part in ("common_v3", name))
         self._text = f"-- bulkhead {name}\n{common}\n{body}"
         self._digest = hashlib.sha1(self._text.encode(), usedforsecurity=False).hexdigest()
 

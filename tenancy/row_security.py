@@ -31,6 +31,7 @@ RULES: Final[dict[Table, str]] = {
             tables.hold,
             tables.usage_record,
             tables.idempotency_key,
+            tables.failure_policy,
             webhook_tables.webhook_endpoint,
         ),
         f"tenant_id = {_TENANT}",

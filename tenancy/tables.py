@@ -128,6 +128,30 @@ scope_limit = Table(
     CheckConstraint("scope_kind IN ('organisation', 'tenant', 'project', 'key')", name="scope_kind"),
 )
 
+# What happens to a tenant's requests while the store of quotas is gone; no row: nothing is served then.
+failure_policy = Table(
+    "failure_policy",
+    metadata,
+    Column("tenant_id", String(64), ForeignKey("tenant.id"), primary_key=True),
+    Column("mode", String(16), nullable=False),
+    _int("slice_percent"),
+    _int("requests_per_minute"),
+    _int("tokens_per_minute"),
+    _int("concurrency_max"),
+    _int("updated_ns"),
+    CheckConstraint("mode IN ('lease', 'open')", name="mode"),
+)
+
+# The name of the counters in the store that are those of an organisation (quota_epochs.py).
+quota_epoch = Table(
+    "quota_epoch",
+    metadata,
+    Column("organisation_id", String(64), ForeignKey("organisation.id"), primary_key=True),
+    Column("epoch", String(64), nullable=False),
+    Column("strayed", Boolean, nullable=False),  # a policy has admitted what its counters do not know
+    _int("updated_ns"),
+)
+
 price = Table(
     "price",
     metadata,
@@ -259,6 +283,8 @@ hold = Table(
     _int("settled_ns", nullable=True),
     Column("project_id", String(64), nullable=True),  # null: from before 0003, and not billed
     Column("key_id", String(64), nullable=True),
+    Column("num_tokens", ExactInteger(), nullable=True),  # against token limits: reserved, once settled what was used
+    Column("gateway_id", String(64), nullable=True),  # whose journal counts it; null: from before 0011
     CheckConstraint("state IN ('pending', 'captured', 'voided', 'expired')", name="state"),
     CheckConstraint("(state = 'pending') = (settled_ns IS NULL)", name="settled_once"),
     CheckConstraint("captured_nano_usd IS NULL OR captured_nano_usd BETWEEN 0 AND amount_nano_usd", name="captured"),

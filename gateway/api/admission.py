@@ -32,6 +32,9 @@ from tenancy.keys import Principal
 from tenancy.ledger import Hold, InsufficientCredit, place_hold
 from tenancy.prices import Price, PriceMissingError, affordable_tokens, price_at, worst_case_nano_usd
 from tenancy.quota import Lease, QuotaSnapshot, QuotaUnavailableError, Refused
+from tenancy.quota_epochs import mark_strayed
+
+EPOCH_TRIES = 3  # how often a request is admitted again because its counters were made anew meanwhile
 
 KIND_OF_LIMIT = {
     "requests_per_minute": "requests",
@@ -71,6 +74,10 @@ class Claim:
     key: IdempotencyKey | None = None  # the client's own name for the request, claimed in T1
 
 
+class StaleLeaseError(Exception):
+    """The lease was granted by counters that have been made anew since, and do not know of it."""
+
+
 async def admit(
     services: Services, caller: Caller, work: Work, claim: Claim, state: MutableMapping[str, Any]
 ) -> Admission:
@@ -82,11 +89,25 @@ async def admit(
     undoes `claim`.
     """
     claim.tenant_id = caller.principal.tenant_id
-    claim.lease = await _acquire(services, caller, work, claim.request_id)
-    state["answer_headers"] = rate_limit_headers(claim.lease.snapshot)
-    if claim.lease.would_refuse:
-        names = ", ".join(sorted({name for _, name in claim.lease.would_refuse}))
-        state["answer_headers"] += (("x-bulkhead-would-refuse", names),)
+    for _ in range(EPOCH_TRIES):
+        claim.lease = await _acquire(services, caller, work, claim.request_id)
+        state["answer_headers"] = _lease_headers(claim.lease)
+        try:
+            admission = await _hold(services, caller, work, claim)
+        except StaleLeaseError:
+            services.allowance.stale(claim.lease)
+            claim.lease = None
+            continue
+        if admission.lowered_by:
+            lowered = f"{admission.lowered_by}; max_tokens={admission.max_tokens}"
+            state["answer_headers"] += (("x-bulkhead-budget", lowered),)
+        return admission
+    raise QuotaUnavailableError("the counters were made anew again and again")
+
+
+async def _hold(services: Services, caller: Caller, work: Work, claim: Claim) -> Admission:
+    """T1. Leaves hold_id in `claim` unless it is known that nothing is held."""
+    assert claim.lease is not None
     claim.hold_id = new_id("hold", services.world.entropy)
     try:
         async with services.database.transaction(claim.tenant_id) as conn:
@@ -95,12 +116,16 @@ async def admit(
             )
             if claim.key is not None:
                 await _claim_key(conn, services, claim.key, admission)
-    except (CreditExhaustedError, PriceMissingError, TenantInactiveError, ClaimTakenError, TooManyKeysError):
+    except (
+        CreditExhaustedError,
+        PriceMissingError,
+        TenantInactiveError,
+        ClaimTakenError,
+        TooManyKeysError,
+        StaleLeaseError,
+    ):
         claim.hold_id = None  # refused before anything was held
         raise
-    if admission.lowered_by:
-        lowered = f"{admission.lowered_by}; max_tokens={admission.max_tokens}"
-        state["answer_headers"] += (("x-bulkhead-budget", lowered),)
     return admission
 
 
@@ -117,18 +142,15 @@ async def _claim_key(conn: AsyncConnection, services: Services, key: Idempotency
 async def show_limits(services: Services, caller: Caller, state: MutableMapping[str, Any]) -> None:
     """The x-ratelimit headers of an answer that takes nothing; left out while Valkey is away."""
     with suppress(QuotaUnavailableError):
-        snapshot = await services.quota.usage_now(caller.principal.tenant_id, caller.limits)
+        snapshot = await services.allowance.usage_now(caller.principal.tenant_id, caller.limits)
         state["answer_headers"] = rate_limit_headers(snapshot)
 
 
 async def _acquire(services: Services, caller: Caller, work: Work, request_id: str) -> Lease:
     """A place under every limit of the caller, or none."""
-    result = await services.quota.acquire(
-        caller.limits,
-        tenant_id=caller.principal.tenant_id,
-        lease_id=request_id,
-        num_tokens=work.num_prompt_tokens + work.max_tokens,
-        lease_ttl_ms=services.settings.lease_ttl_s * 1_000,
+    num_tokens = work.num_prompt_tokens + work.max_tokens
+    result = await services.allowance.acquire(
+        caller.principal, caller.limits, lease_id=request_id, num_tokens=num_tokens
     )
     if isinstance(result, Refused):
         raise _refusal(result, work)
@@ -138,7 +160,10 @@ async def _acquire(services: Services, caller: Caller, work: Work, request_id: s
 async def write_admission(
     conn: AsyncConnection, services: Services, caller: Caller, work: Work, request_id: str, lease: Lease, hold_id: str
 ) -> Admission:
-    """T1's statements. Raises CreditExhaustedError, PriceMissingError or TenantInactiveError: roll back then."""
+    """T1's statements.
+
+    Raises CreditExhaustedError, PriceMissingError, TenantInactiveError or StaleLeaseError: roll back then.
+    """
     started_ns = services.world.now_ns()
     tenant_id = caller.principal.tenant_id
     price = await price_at(conn, work.model, started_ns)
@@ -156,14 +181,17 @@ async def write_admission(
         started_ns=started_ns,
         expires_ns=started_ns + services.settings.hold_ttl_s * 1_000_000_000,
     )
-    held = await _place(conn, admission)
+    held = await _place(conn, admission, services.gateway_id)
     expired = held.expired
     if isinstance(held, InsufficientCredit):
         admission = _lowered(admission, held)
-        held = await _place(conn, admission)
+        held = await _place(conn, admission, services.gateway_id)
         assert not isinstance(held, InsufficientCredit), "the refused hold had locked the tenant's accounts"
     await append_expired(conn, expired, started_ns, entropy=services.world.entropy)
-    await require_active(conn, tenant_id)  # after the hold: see tenancy/closing.py
+    if await require_active(conn, tenant_id) != lease.epoch:  # after the hold: see tenancy/closing.py
+        raise StaleLeaseError
+    if lease.mode != "store":
+        await mark_strayed(conn, caller.principal.organisation_id)
     body: dict[str, str | int | bool | list[str]] = {
         "request_id": admission.request_id,
         "key_id": admission.principal.key_id,
@@ -187,7 +215,7 @@ async def write_admission(
     return admission
 
 
-async def _place(conn: AsyncConnection, admission: Admission) -> Hold | InsufficientCredit:
+async def _place(conn: AsyncConnection, admission: Admission, gateway_id: str) -> Hold | InsufficientCredit:
     return await place_hold(
         conn,
         hold_id=admission.hold_id,
@@ -199,6 +227,8 @@ async def _place(conn: AsyncConnection, admission: Admission) -> Hold | Insuffic
         now_ns=admission.started_ns,
         project_id=admission.principal.project_id,
         key_id=admission.principal.key_id,
+        num_tokens=admission.lease.num_tokens,
+        gateway_id=gateway_id,
     )
 
 
@@ -225,6 +255,15 @@ def _refusal(refused: Refused, work: Work) -> Exception:
         num_tokens = work.num_prompt_tokens + work.max_tokens
         return NeverFitsError(num_tokens, refused.limit, headers, period)
     return RateLimitedError(KIND_OF_LIMIT[refused.limit_name], refused.retry_after_ms, headers, period)
+
+
+def _lease_headers(lease: Lease) -> Headers:
+    headers = rate_limit_headers(lease.snapshot)
+    if lease.would_refuse:
+        headers += (("x-bulkhead-would-refuse", ", ".join(sorted({name for _, name in lease.would_refuse}))),)
+    if lease.mode != "store":
+        headers += (("x-bulkhead-limits", lease.mode),)
+    return headers
 
 
 def rate_limit_headers(snapshot: QuotaSnapshot) -> Headers:

@@ -361,7 +361,7 @@ class Exchange:
         while True:
             await asyncio.sleep(self._services.settings.lease_ttl_s / 3)
             try:
-                kept = await self._services.quota.renew(self._admission.lease)
+                kept = await self._services.allowance.renew(self._admission.lease)
                 if not kept:
                     log.warning("lease.expired", request_id=self._admission.request_id)
             except QuotaUnavailableError as error:

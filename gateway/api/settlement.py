@@ -162,7 +162,7 @@ class Settler:
         """Give unused tokens and the place back. Without Valkey the lease's own expiry frees the place."""
         for _ in range(RELEASE_TRIES):
             try:
-                await self._services.quota.release(lease, num_tokens_used)
+                await self._services.allowance.release(lease, num_tokens_used)
                 return
             except QuotaUnavailableError as error:
                 log.warning("release.failed", lease_id=lease.lease_id, error=str(error))
@@ -197,9 +197,9 @@ async def write_settlement(
     if not await record_usage(conn, record):
         return
     if usage == NOTHING:
-        settled = await void(conn, admission.hold_id, at_ns)
+        settled = await void(conn, admission.hold_id, at_ns, num_tokens=outcome.num_quota_tokens)
     else:
-        settled = await capture(conn, admission.hold_id, amount_nano_usd, at_ns)
+        settled = await capture(conn, admission.hold_id, amount_nano_usd, at_ns, num_tokens=outcome.num_quota_tokens)
     await append_settled(conn, settled, at_ns, entropy=entropy)
     entry = settled_entry(
         admission.request_id,

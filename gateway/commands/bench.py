@@ -1,5 +1,4 @@
-"""bulkhead bench gateway: load on a running server, measured from outside. Bounded in count and time; stops by
-itself."""
+"""bulkhead bench, and bench gateway: load on a running server, measured from outside. Bounded, stops by itself."""
 
 import http.client
 import json
@@ -19,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from gateway.commands.bench_engine import bench_engine
+from gateway.commands.bench_gateway import bench_overhead, bench_overshoot
 from gateway.commands.bench_isolation import bench_isolation
 from gateway.commands.bench_scheduling import bench_fairness, bench_policies
 from gateway.commands.bench_soak import bench_soak
@@ -30,6 +30,11 @@ app.command("policies")(bench_policies)
 app.command("fairness")(bench_fairness)
 app.command("isolation")(bench_isolation)
 app.command("soak")(bench_soak)
+
+gateway_app = typer.Typer()
+gateway_app.command("overshoot")(bench_overshoot)
+gateway_app.command("overhead")(bench_overhead)
+app.add_typer(gateway_app, name="gateway")
 
 PROMPT = "Write a short story about a lighthouse keeper and the sea. Part {number}."
 REQUEST_TIMEOUT_S = 300
@@ -51,9 +56,10 @@ class Sample:
         return (self.total_ms - self.ttft_ms) / max(1, self.num_completion_tokens - 1)
 
 
-@app.command("gateway")
+@gateway_app.callback(invoke_without_command=True)
 def bench_gateway(
-    key: Annotated[str, typer.Option(envvar="BULKHEAD_KEY", help="API key of the tenant that pays for the run")],
+    context: typer.Context,
+    key: Annotated[str, typer.Option(envvar="BULKHEAD_KEY", help="API key of the tenant that pays for the run")] = "",
     ca: Annotated[Path, typer.Option(help="certificate authority to trust")] = Path("data/tls/ca.pem"),
     url: Annotated[str, typer.Option(help="the server")] = "https://127.0.0.1:8443",
     concurrency: Annotated[int, typer.Option(min=1, max=256, help="requests in flight")] = 8,
@@ -62,7 +68,11 @@ def bench_gateway(
     covered: Annotated[bool, typer.Option("--covered", help="ask for streams that hide their tokens' lengths")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write every sample and the summary here")] = None,
 ) -> None:
-    """Stream chat completions through the whole way of a request and report rates and latencies."""
+    """Stream chat completions through a running server, measured from outside; or one of the commands below."""
+    if context.invoked_subcommand is not None:
+        return
+    if not key:
+        raise CommandError("name the tenant that pays for the run: --key or BULKHEAD_KEY")
     target = Target(url, key, ca)
     model = target.model()
     started = time.perf_counter()

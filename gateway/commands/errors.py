@@ -8,6 +8,7 @@ from gateway.host.demo_model import ModelError
 from gateway.host.folders import FolderError
 from gateway.host.migrate import MigrationError
 from gateway.host.port import PortError
+from gateway.host.same_keys import ForeignKeysError
 from gateway.host.supervisor import ChildFailedError
 from gateway.host.tls import TlsError
 from gateway.settings import SettingsError
@@ -49,6 +50,7 @@ KNOWN_ERRORS = (
     WebhookError,
     DatabaseUnavailableError,
     FolderError,
+    ForeignKeysError,
     KeyringError,
     LogForkError,
     MigrationError,

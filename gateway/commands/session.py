@@ -32,7 +32,7 @@ class Session:
 def open_session() -> Session:
     world = real_world()
     settings = load_settings(world.environ)
-    folders = open_folders(settings.data_dir)
+    folders = open_folders(settings.data_dir, settings.secrets_dir)
     migrate(settings.effective_database_url)
     return Session(settings, world, folders, load_secrets(folders.secrets, world.entropy))
 

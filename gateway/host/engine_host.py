@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 import structlog
@@ -27,13 +27,20 @@ NEW_COUNTS_S = 1.5
 START_TIMEOUT_S = 180.0  # a cold disk and two busy cores; a warm start takes a few seconds
 
 Body = dict[str, str | int | bool | list[str]]
+EngineCommand = Callable[[Settings, Folders], list[str]]  # the command line that listens on folders.engine_socket
 
 log = structlog.get_logger(__name__)
 
 
 class EngineHost:
     def __init__(
-        self, settings: Settings, world: World, folders: Folders, database: Database, link: EngineLink
+        self,
+        settings: Settings,
+        world: World,
+        folders: Folders,
+        database: Database,
+        link: EngineLink,
+        command: EngineCommand,
     ) -> None:
         self._world = world
         self._folders = folders
@@ -44,7 +51,7 @@ class EngineHost:
         folders.journal.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.child = Child(
             "engine worker",
-            worker_command(worker_config(settings, folders)),
+            command(settings, folders),
             on_start=self._on_start,
             on_exit=self._on_exit,
             env=worker_environment(world.environ),
@@ -141,6 +148,11 @@ class EngineHost:
         async with self._database.transaction() as conn:
             for entry in entries:
                 await append(conn, entry, entropy=self._world.entropy)
+
+
+def served_engine(settings: Settings, folders: Folders) -> list[str]:
+    """The EngineCommand of `serve`."""
+    return worker_command(worker_config(settings, folders))
 
 
 def worker_config(settings: Settings, folders: Folders) -> dict[str, str | int]:

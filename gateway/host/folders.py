@@ -5,7 +5,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,11 @@ class FolderError(Exception):
 class Folders:
     data: Path
     run: Path
+    shared_secrets: Path | None = None  # where several gateways read the same ones
 
     @property
     def secrets(self) -> Path:
-        return self.data / "secrets"
+        return self.shared_secrets or self.data / "secrets"
 
     @property
     def tls(self) -> Path:
@@ -42,7 +43,7 @@ class Folders:
 
     @property
     def log_keys(self) -> Path:
-        return self.data / "secrets" / "log"
+        return self.secrets / "log"
 
     @property
     def reports(self) -> Path:
@@ -57,8 +58,11 @@ class Folders:
         return self.run / "engine.sock"
 
 
-def open_folders(data_dir: Path) -> Folders:
-    """Create what is missing and check that it can be written. Raises FolderError."""
+def open_folders(data_dir: Path, secrets_dir: str = "") -> Folders:
+    """Create what is missing and check that it can be written. `secrets_dir`: "" is in the data folder.
+
+    Raises FolderError.
+    """
     data = data_dir.absolute()
     try:
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -70,7 +74,20 @@ def open_folders(data_dir: Path) -> Folders:
             f"the data folder {data} cannot be written ({error.strerror}):"
             " fix its owner, mode or disk, or set BULKHEAD_DATA_DIR to a folder that can"
         ) from error
-    return Folders(data, _runtime_folder(data))
+    return Folders(data, _runtime_folder(data), Path(secrets_dir).absolute() if secrets_dir else None)
+
+
+def gateway_id(folders: Folders, entropy: Callable[[int], bytes]) -> str:
+    """The name of the gateway that works in this data folder, whose journal is here; made at its first start."""
+    path = folders.data / "gateway_id"
+    try:
+        return path.read_text("ascii").strip()
+    except FileNotFoundError:
+        made = f"gw_{entropy(16).hex()}"
+        temporary = path.with_suffix(".new")  # whole or not at all
+        temporary.write_text(made + "\n", "ascii")
+        temporary.rename(path)
+        return made
 
 
 @contextmanager

@@ -24,9 +24,13 @@ from tenancy.ledger import due_holds, expire_credit
 
 REAP_INTERVAL_S = 5.0
 REAP_BATCH_MAX = 256  # holds settled in one round
+OTHERS_GRACE_NS = (
+    3 * int(REAP_INTERVAL_S) * 10**9
+)  # another gateway's holds are its own for so long: it has the journal
 WATCH_INTERVAL_S = 0.5  # a suspended tenant's sequences end within a second
 KEY_USE_INTERVAL_S = 60.0
 FORGET_INTERVAL_S = 60.0
+STORE_INTERVAL_S = 0.25  # how soon a store of quotas that is back is noticed where nobody asks
 WEBHOOK_INTERVAL_S = 1.0
 ERASE_INTERVAL_S = 2.0
 ERASE_TIMEOUT_S = 30.0  # a step may be under way
@@ -45,6 +49,7 @@ class Housekeeping:
             Loop("sequencer", settings.checkpoint_interval_ms / 1_000, self.sequence),
             Loop("reaper", REAP_INTERVAL_S, self.reap),
             Loop("watch", WATCH_INTERVAL_S, self.watch),
+            Loop("quotas", STORE_INTERVAL_S, services.allowance.watch),
             Loop("key uses", KEY_USE_INTERVAL_S, self.write_key_uses),
             Loop("credit", REAP_INTERVAL_S, self.expire_credit),
             Loop("erasure", ERASE_INTERVAL_S, self.erase_deleted),
@@ -63,6 +68,8 @@ class Housekeeping:
         """End the loops, then give the log its last entries and checkpoint."""
         for loop in self.loops:
             await loop.stop()
+        await Loop("slices", 0, self._services.allowance.close).run_once()
+        await Loop("last outages", 0, self._services.allowance.watch).run_once()
         await Loop("last key uses", 0, self.write_key_uses).run_once()
         await Loop("last heartbeat", 0, self._engine.last_heartbeat).run_once()
         await Loop("farewell", 0, lambda: self._note("gateway.stopped", {"reason": "asked to stop"})).run_once()
@@ -82,7 +89,9 @@ class Housekeeping:
         """Settle holds whose time is over. A hold outlives its request only when a gateway or its database died."""
         services = self._services
         async with services.database.read() as conn:
-            holds = await due_holds(conn, services.world.now_ns(), REAP_BATCH_MAX)
+            due = await due_holds(conn, services.world.now_ns(), REAP_BATCH_MAX)
+        others_ns, own = services.world.now_ns() - OTHERS_GRACE_NS, (None, services.gateway_id)
+        holds = [hold for hold in due if hold.gateway_id in own or hold.expires_ns <= others_ns]
         if not holds:
             return
         journals = usage_by_request(await asyncio.to_thread(read_journals, self._folders.journal))

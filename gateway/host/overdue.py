@@ -38,7 +38,8 @@ async def settle_abandoned(conn: AsyncConnection, services: Services, hold: Hold
     if counted is not None and counted.num_completion_tokens > 0 and admitted is not None:
         usage, outcome = counted, "recovered"
         amount = charge_nano_usd(await get_price(conn, hold.price_id), usage)
-        settled = await capture(conn, hold.hold_id, amount, now_ns)
+        num_tokens = usage.num_prompt_tokens + usage.num_completion_tokens
+        settled = await capture(conn, hold.hold_id, amount, now_ns, num_tokens=num_tokens)
         await record_usage(conn, await _usage_record(conn, hold, admitted, usage, amount, now_ns))
     elif hold.expires_ns <= now_ns:
         outcome = "expired"

@@ -1,7 +1,8 @@
 """After a crash: settle what an earlier process left open, before anything new is served.
 
-How each ends is overdue.py's rule. This server is the only one on its data folder (folders.only_server), so nobody is
-still working on them.
+How each ends is overdue.py's rule. Only this gateway's holds, which name it: it is the only one on its data folder
+(folders.only_server), so nobody is still working on them, and its journal is the one that counts them. What another
+gateway left open is settled by that one when it is back, or by anybody once it is overdue (housekeeping.py).
 """
 
 from dataclasses import dataclass
@@ -26,13 +27,15 @@ class Recovered:
 
 
 async def recover(services: Services, folders: Folders, epoch: str) -> Recovered:
-    """Settle every pending hold from the journals, then delete the journals of workers before `epoch`.
+    """Settle this gateway's pending holds from the journals, then delete the journals of workers before `epoch`.
 
     One transaction per hold, so that a crash in here only leaves work for the next start.
     """
     journals = usage_by_request(read_journals(folders.journal))
     async with services.database.read() as conn:
-        holds = await pending_holds(conn)
+        pending = await pending_holds(conn)
+    # Without a name: from before gateways had one, when there was only one.
+    holds = [hold for hold in pending if hold.gateway_id in (None, services.gateway_id)]
     num_captured = num_voided = amount = 0
     for hold in holds:
         counted = journals.get(hold.request_id)

@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack
 import structlog
 import uvloop
 from rich.console import Console
+from sqlalchemy.exc import IntegrityError
 
 from audit.keyring import load_keyring
 from engine.text.tokenizer import Tokenizer
@@ -24,21 +25,23 @@ from gateway.database import Database
 from gateway.engine_link import EngineLink
 from gateway.host.banner import ready_banner
 from gateway.host.demo_model import ModelError, ensure_demo_model, model_is_present
-from gateway.host.engine_host import EngineHost, worker_environment
+from gateway.host.engine_host import EngineCommand, EngineHost, served_engine, worker_environment
 from gateway.host.first_run import FirstRun, first_run
-from gateway.host.folders import Folders, only_server, open_folders
+from gateway.host.folders import Folders, gateway_id, only_server, open_folders
 from gateway.host.housekeeping import Housekeeping
 from gateway.host.https import HttpsServer, https_server
 from gateway.host.memory import return_freed_memory
 from gateway.host.migrate import migrate
 from gateway.host.port import bind
 from gateway.host.recovery import recover
+from gateway.host.same_keys import require_same_keys
 from gateway.host.tls import TlsFiles, ensure_certificates, own_certificate
 from gateway.host.valkey import connect_redis, valkey_child
 from gateway.secrets import load_secrets
 from gateway.services import Services
 from gateway.settings import Settings
 from gateway.world import World
+from tenancy.directory import DuplicateNameError
 from tenancy.quota import Quota
 
 WORKER_GRACE_S = 5.0
@@ -47,16 +50,19 @@ VALKEY_GRACE_S = 5.0
 log = structlog.get_logger(__name__)
 
 
-def run_serve(settings: Settings, world: World, console: Console) -> int:
-    """Serve until SIGINT or SIGTERM. Raises FolderError, PortError, ModelError and others with one clear line."""
+def run_serve(settings: Settings, world: World, console: Console, engine: EngineCommand = served_engine) -> int:
+    """Serve until SIGINT or SIGTERM. `engine` is what listens on the engine's socket.
+
+    Raises FolderError, PortError, ModelError and others with one clear line.
+    """
     started_ns = world.monotonic_ns()
     return_freed_memory()
-    folders = open_folders(settings.data_dir)
+    folders = open_folders(settings.data_dir, settings.secrets_dir)
     with only_server(folders):
         listener = bind(settings.host, settings.port)
         with console.status("model"):
             prepare_model(settings, lambda text: console.print(f"model: {text}"))
-        return uvloop.run(_serve(settings, world, folders, listener, console, started_ns))
+        return uvloop.run(_serve(settings, world, folders, listener, console, started_ns, engine))
 
 
 def prepare_model(settings: Settings, say: Callable[[str], None]) -> None:
@@ -82,6 +88,7 @@ async def _serve(
     listener: socket.socket,
     console: Console,
     started_ns: int,
+    engine: EngineCommand,
 ) -> int:
     task = asyncio.current_task()
     assert task is not None
@@ -100,7 +107,7 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     with contextlib.suppress(asyncio.CancelledError):
         async with AsyncExitStack() as stack:
-            services, fresh = await _start(settings, world, folders, stack, console)
+            services, fresh = await _start(settings, world, folders, stack, console, engine)
             app = create_app(services, extra_routes=admin_routes(services))
             stack.push_async_callback(app.state.settler.drain, settings.drain_timeout_s)
             tls = tls_files(settings, world, folders)
@@ -115,7 +122,12 @@ async def _serve(
 
 
 async def _start(
-    settings: Settings, world: World, folders: Folders, stack: AsyncExitStack, console: Console
+    settings: Settings,
+    world: World,
+    folders: Folders,
+    stack: AsyncExitStack,
+    console: Console,
+    engine_command: EngineCommand,
 ) -> tuple[Services, FirstRun | None]:
     """Start everything behind the HTTP server; `stack` undoes it in the opposite order."""
     with console.status("database") as status:
@@ -126,7 +138,7 @@ async def _start(
         if not database.is_sqlite and not await database.has_row_security():
             log.warning("row-level security does not hold for this database role: use one without SUPERUSER, BYPASSRLS")
         link = EngineLink()
-        engine = EngineHost(settings, world, folders, database, link)
+        engine = EngineHost(settings, world, folders, database, link, engine_command)
         starts = [engine.child.start()]
         redis_url = settings.redis_url
         if not redis_url:
@@ -140,18 +152,29 @@ async def _start(
         stack.push_async_callback(engine.stop, WORKER_GRACE_S)
         await asyncio.gather(*starts)
         tokenizer = Tokenizer.load(settings.effective_model_dir)
-        services = Services(settings, world, database, redis, Quota(redis), link, tokenizer, secrets)
+        name = gateway_id(folders, world.entropy)
+        services = Services(settings, world, database, redis, Quota(redis), link, tokenizer, secrets, gateway_id=name)
         services.metrics.watch_engine(link)
         status.update("first run and recovery")
-        async with database.transaction() as conn:
-            fresh = None
-            if settings.demo_tenants:
-                fresh = await first_run(conn, world.entropy, world.now_ns(), secrets.key_pepper, tokenizer.model_id)
+        fresh = await _first_run(services) if settings.demo_tenants else None
         ready = link.status.ready
         await recover(services, folders, ready.epoch if ready is not None else "")
         keyring = load_keyring(folders.log_keys, origin=settings.log_origin, entropy=world.entropy)
+        async with database.read() as conn:
+            await require_same_keys(conn, keyring, folders.secrets)
         housekeeping = Housekeeping(services, folders, keyring, engine)
         services.metrics.watch_loops(housekeeping.loops)
         await housekeeping.start()
         stack.push_async_callback(housekeeping.stop)
     return services, fresh
+
+
+async def _first_run(services: Services) -> FirstRun | None:
+    world = services.world
+    try:
+        async with services.database.transaction() as conn:
+            return await first_run(
+                conn, world.entropy, world.now_ns(), services.secrets.key_pepper, services.tokenizer.model_id
+            )
+    except (DuplicateNameError, IntegrityError):
+        return None  # another gateway does it at this moment

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from tenancy.keys import mint_key
 from tenancy.ledger import balance, grant_credit, pending_holds
 from tenancy.ledger_check import check_ledger
 from tenancy.prices import add_price
-from tenancy.quota import Quota
+from tenancy.quota import Quota, QuotaUnavailableError
+from tenancy.quota_epochs import change_epoch, counters_of, lock_epoch, lock_tenants
 from tests.fakes.asgi import Answer, Call
 from tests.fakes.flaky_database import FlakyDatabase
 
@@ -181,11 +182,13 @@ async def open_hall(
     link = EngineLink()
     link.attach(client)
     services = Services(own, world, database, redis, Quota(redis), link, tokenizer, secrets)
+    await _count_from_the_start(services)
     app = create_app(services)
     try:
         yield Hall(app, services, accounts)
     finally:
         await app.state.settler.drain(5)
+        await services.allowance.close()
         await client.close()
         if link._client is not None and link._client is not client:
             await link._client.close()
@@ -201,6 +204,18 @@ async def _create_tables(database: Database) -> None:
     async with database.transaction() as conn:
         await conn.run_sync(tenancy_tables.metadata.create_all)
         await conn.run_sync(audit_tables.metadata.create_all)
+
+
+async def _count_from_the_start(services: Services) -> None:
+    """What a tenant's first request does, done beforehand: tests count transactions."""
+    async with services.database.transaction() as conn:
+        for organisation_id in list((await conn.execute(select(tenancy_tables.organisation.c.id))).scalars()):
+            tenant_ids = await lock_tenants(conn, organisation_id)
+            await lock_epoch(conn, organisation_id, now_ns=0)
+            counters = await counters_of(conn, organisation_id, tenant_ids, now_ns=services.world.now_ns())
+            with suppress(QuotaUnavailableError):
+                await services.quota.rebuild(counters, epoch=organisation_id, lease_ttl_ms=1_000)
+            await change_epoch(conn, organisation_id, organisation_id, now_ns=0)
 
 
 async def _open_account(conn: Any, name: str, secrets: Secrets, world: World, credit_nano_usd: int) -> Account:

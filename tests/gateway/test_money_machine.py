@@ -151,7 +151,7 @@ class MoneyMachine:
         """As much of the gateway as T1, T2 and recovery look at; every call has its own entropy and its own now."""
         now_ns, entropy = self.now_ns, counting_entropy(str(len(self.operations)))
         world = SimpleNamespace(now_ns=lambda: now_ns, entropy=entropy)
-        return SimpleNamespace(world=world, settings=Settings(hold_ttl_s=TTL_S))
+        return SimpleNamespace(world=world, settings=Settings(hold_ttl_s=TTL_S), gateway_id="")
 
     # --- what tenants and operators do --------------------------------------------------------------------------------
 

