@@ -16,14 +16,16 @@ Adding a field to a kind means a new version of it; old versions stay readable f
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
 import rfc8785
 
-Value = str | int | bool | list[str]
-FieldType = Literal["str", "int", "bool", "list[str]"]
+from audit.billing_kinds import BILLING_KINDS
+from audit.entry_kind import SAFE_INT_MAX, Field, Kind
+from audit.entry_kind import counts as _count
+from audit.entry_kind import texts as _text
 
-SAFE_INT_MAX = 2**53 - 1  # the largest number that every JSON reader keeps exactly
+Value = str | int | bool | list[str]
+
 INT64_MAX = 2**63 - 1
 TEXT_CHARS_MAX = 1_024  # an entry is a fact, not a document
 LIST_ITEMS_MAX = 1_024
@@ -32,30 +34,6 @@ DECIMAL_SUFFIXES = ("_ns", "_nano_usd")
 
 class EntryError(ValueError):
     """The entry does not fit the registry; the message names the kind, the field and what is wrong."""
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    name: str
-    type: FieldType
-    minimum: int = 0  # for int
-    choices: tuple[str, ...] = ()  # for str; empty: any text
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    name: str
-    version: int
-    description: str
-    fields: tuple[Field, ...]
-
-
-def _text(*names: str) -> tuple[Field, ...]:
-    return tuple(Field(name, "str") for name in names)
-
-
-def _count(*names: str, minimum: int = 0) -> tuple[Field, ...]:
-    return tuple(Field(name, "int", minimum) for name in names)
 
 
 _BUDGET = (
@@ -143,16 +121,7 @@ _ALL = (
         (*_text("key_id", "old_key_id", "project_id"), *_count("old_expires_ns", "expires_ns")),
     ),
     Kind("key.revoked", 1, "An API key was revoked.", _text("key_id", "reason")),
-    Kind(
-        "price.added",
-        1,
-        "A price version was added; prices are never changed.",
-        (
-            *_text("price_id", "model"),
-            *_count("input_pico_usd", "cached_input_pico_usd", "output_pico_usd", "request_nano_usd"),
-            *_count("effective_from_ns"),
-        ),
-    ),
+    *BILLING_KINDS,
     Kind(
         "credit.granted",
         2,

@@ -74,8 +74,22 @@ KINDS: dict[str, dict[int, str]] = {
     "key.revoked": {1: "key_id:s reason:s"},
     "price.added": {
         1: "price_id:s model:s input_pico_usd:i cached_input_pico_usd:i output_pico_usd:i request_nano_usd:d "
-        "effective_from_ns:d"
+        "effective_from_ns:d",
+        2: "price_id:s model:s input_pico_usd:i cached_input_pico_usd:i output_pico_usd:i request_nano_usd:d "
+        "effective_from_ns:d tier:s currency:s flex_percent:i batch_percent:i priority_percent:i steps:l",
     },
+    "price.drafted": {1: "draft_id:s model:s tier:s"},
+    "price.discarded": {1: "draft_id:s model:s tier:s"},
+    "invoice.issuer_set": {1: "issuer_id:s number_prefix:s name:s tax_id:s payment_days:i"},
+    "invoice.buyer_set": {1: "issuer_id:s name:s tax_id:s tax_rate_bp:i terms:s"},
+    "invoice.drafted": {1: "invoice_id:s corrects_id:s invoice_kind:s since_ns:d until_ns:d"},
+    "invoice.issued": {
+        1: "invoice_id:s number:s document_sha256:s currency:s invoice_kind:s net_minor:i tax_minor:i due_minor:i "
+        "due_ns:d"
+    },
+    "invoice.paid": {1: "invoice_id:s reference:s"},
+    "invoice.voided": {1: "invoice_id:s reason:s"},
+    "books.reconciled": {1: "since_ns:d until_ns:d num_requests:i num_unwitnessed:i num_differences:i differences:l"},
     "credit.granted": {
         1: "transfer_id:s memo:s amount_nano_usd:d",
         2: "transfer_id:s memo:s amount_nano_usd:d credit_kind:s expires_ns:d",

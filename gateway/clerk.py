@@ -6,7 +6,7 @@ The first run and the command line both go through here, so nothing of this kind
 import base64
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from audit.entry import Entry
 from audit.outbox import append
 from gateway.budget_alerts import append_alerts, budget_fields
+from gateway.price_clerk import PriceClerk
 from gateway.world import new_id
 from tenancy import (
     budgets,
@@ -25,7 +26,6 @@ from tenancy import (
     ledger,
     limits,
     operators,
-    prices,
     rotation,
     webhooks,
 )
@@ -34,6 +34,7 @@ from tenancy.credits import CreditKind
 from tenancy.failure_policy import FailurePolicy
 from tenancy.key_rules import UNRESTRICTED, KeyRules
 from tenancy.periods import Period
+from tenancy.price_book import PriceTerms
 
 Body = dict[str, str | int | bool | list[str]]
 KEY_SCOPES = frozenset({"inference"})
@@ -212,30 +213,12 @@ class Clerk:
         cached_input_pico_usd: int,
         output_pico_usd: int,
         request_nano_usd: int,
+        **more: Any,
     ) -> str:
-        """A price in force from now on; its id."""
-        price = await prices.add_price(
-            self.conn,
-            model=model,
-            input_pico_usd=input_pico_usd,
-            cached_input_pico_usd=cached_input_pico_usd,
-            output_pico_usd=output_pico_usd,
-            request_nano_usd=request_nano_usd,
-            effective_from_ns=self.now_ns,
-            entropy=self.entropy,
-            now_ns=self.now_ns,
-        )
-        body: Body = {
-            "price_id": price.price_id,
-            "model": model,
-            "input_pico_usd": input_pico_usd,
-            "cached_input_pico_usd": cached_input_pico_usd,
-            "output_pico_usd": output_pico_usd,
-            "request_nano_usd": request_nano_usd,
-            "effective_from_ns": self.now_ns,
-        }
-        await self._log("price.added", "", body)
-        return price.price_id
+        """A price in force from now on; its id. `more`: other fields of PriceTerms."""
+        terms = PriceTerms(model, input_pico_usd, cached_input_pico_usd, output_pico_usd, request_nano_usd, **more)
+        price_clerk = PriceClerk(self.conn, self.entropy, self.now_ns)
+        return (await price_clerk.schedule(terms, self.now_ns)).price_id
 
     async def grant_credit(
         self,

@@ -15,12 +15,14 @@ from gateway import __version__
 from gateway.commands import audit as audit_commands
 from gateway.commands import bench as bench_commands
 from gateway.commands import bench_kernels as bench_kernels_commands
+from gateway.commands import books as books_commands
 from gateway.commands import budgets as budgets_commands
 from gateway.commands import credits as credits_commands
 from gateway.commands import directory as directory_commands
 from gateway.commands import keys as keys_commands
 from gateway.commands import limits as limits_commands
 from gateway.commands import policies as policies_commands
+from gateway.commands import prices as prices_commands
 from gateway.commands import webhooks as webhooks_commands
 from gateway.commands.errors import KNOWN_ERRORS
 from gateway.logs import configure_logs
@@ -33,8 +35,9 @@ app.add_typer(directory_commands.tenant_app, name="tenant")
 app.add_typer(keys_commands.key_app, name="key")
 app.add_typer(limits_commands.limits_app, name="limits")
 app.add_typer(budgets_commands.budget_app, name="budget")
-app.add_typer(directory_commands.price_app, name="price")
+app.add_typer(prices_commands.price_app, name="price")
 app.add_typer(credits_commands.credit_app, name="credit")
+app.add_typer(books_commands.invoice_app, name="invoice")
 app.add_typer(webhooks_commands.webhook_app, name="webhook")
 app.add_typer(directory_commands.admin_app, name="admin")
 app.add_typer(audit_commands.app, name="audit")

@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import Select, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy import tables
+from tenancy import quota_tables, tables
 from tenancy.directory import Tenant, set_tenant_status
 from tenancy.idempotency import forget_tenant
 from tenancy.keys import revoke_keys_of
@@ -74,7 +74,7 @@ async def inactive_among(conn: AsyncConnection, tenant_ids: list[str]) -> list[s
 
 def _status() -> Select[Any]:
     """Built once, as in posting.py."""
-    table, epoch = tables.tenant, tables.quota_epoch
+    table, epoch = tables.tenant, quota_tables.quota_epoch
     joined = table.outerjoin(epoch, epoch.c.organisation_id == table.c.organisation_id)
     return select(table.c.status, epoch.c.epoch).select_from(joined).where(table.c.id == bindparam("of"))
 

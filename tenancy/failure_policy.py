@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, cast, get_args
 from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy import tables
+from tenancy import quota_tables
 from tenancy.money import require_int
 
 FailureMode = Literal["closed", "lease", "open"]
@@ -53,7 +53,7 @@ CLOSED: Final = FailurePolicy()
 
 async def set_policy(conn: AsyncConnection, tenant_id: str, policy: FailurePolicy, *, now_ns: int) -> None:
     """Replace a tenant's policy; requests that are authenticated from now on follow it."""
-    table = tables.failure_policy
+    table = quota_tables.failure_policy
     await conn.execute(delete(table).where(table.c.tenant_id == tenant_id))
     if policy != CLOSED:
         values = {name: getattr(policy, name) for name in ("mode", "slice_percent", *CAP_MAXIMA)}
@@ -61,7 +61,7 @@ async def set_policy(conn: AsyncConnection, tenant_id: str, policy: FailurePolic
 
 
 async def get_policy(conn: AsyncConnection, tenant_id: str) -> FailurePolicy:
-    table = tables.failure_policy
+    table = quota_tables.failure_policy
     return policy_of((await conn.execute(select(table).where(table.c.tenant_id == tenant_id))).first())
 
 

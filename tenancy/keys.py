@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 from sqlalchemy import Select, bindparam, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy import tables
+from tenancy import quota_tables, tables
 from tenancy.failure_policy import CLOSED, FailurePolicy, policy_of
 from tenancy.ids import Entropy, new_id, require_name
 from tenancy.key_rules import UNRESTRICTED, KeyRules, loaded, stored
@@ -240,7 +240,7 @@ def _secret_hmac(pepper: bytes, public_id: str, secret: str) -> bytes:
 
 def _by_public_id() -> Select[Any]:
     key, project, tenant, limit = tables.api_key, tables.project, tables.tenant, tables.scope_limit
-    policy = tables.failure_policy
+    policy = quota_tables.failure_policy
     return (
         select(
             key.c.id.label("key_id"),

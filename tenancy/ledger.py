@@ -22,7 +22,8 @@ Budgets (budget_use.py) are counted in the same transactions: place_hold refuses
 as it refuses what the credit does not.
 
 Locks (PostgreSQL, READ COMMITTED; on SQLite there is one writer): first the hold row, by the conditional UPDATE that
-changes its state, then the tenant's account rows in id order, then budget counters, which nobody touches without those.
+changes its state, then the volume counter of a price with steps, then the tenant's account rows in id order, then
+budget counters, which nobody touches without those.
 place_hold takes the accounts first, but never waits for a hold row. A transaction touches one tenant.
 """
 
@@ -76,6 +77,7 @@ class Hold:
     key_id: str | None = None
     num_tokens: int | None = None  # what counts against limits of tokens: reserved, and once settled what was used
     gateway_id: str | None = None  # whose worker's journal counts what it produced
+    tier: str = "default"  # what its price is charged as
     expired: tuple[ExpiredCredit, ...] = field(default=(), compare=False)  # when it was placed; to be logged then
 
     @property
@@ -185,6 +187,7 @@ async def place_hold(
     key_id: str | None = None,
     num_tokens: int | None = None,
     gateway_id: str | None = None,
+    tier: str = "default",
 ) -> Hold | InsufficientCredit:
     """Move the worst case from credit to held, or refuse and move nothing. It counts in the budgets of `now_ns`.
 
@@ -210,6 +213,7 @@ async def place_hold(
         key_id=key_id,
         num_tokens=num_tokens,
         gateway_id=gateway_id,
+        tier=tier,
     )
     earlier = await get_hold(conn, hold_id)
     if earlier is not None:
@@ -358,8 +362,8 @@ async def _require_hold(conn: AsyncConnection, hold_id: str) -> Hold:
     return hold
 
 
-def _asked(hold: Hold) -> tuple[str, str, str, int, int]:
-    return hold.tenant_id, hold.request_id, hold.price_id, hold.amount_nano_usd, hold.expires_ns
+def _asked(hold: Hold) -> tuple[str, str, str, str, int, int]:
+    return hold.tenant_id, hold.request_id, hold.price_id, hold.tier, hold.amount_nano_usd, hold.expires_ns
 
 
 def _balance(balances: Mapping[str, int]) -> Balance:

@@ -48,6 +48,8 @@ class UsageRecord:
     finished_ns: int
     finish_reason: str
     stream: bool
+    tier: str = "default"  # the service tier that it ran in
+    num_tokens_before: int = 0  # where it stands on the steps of its price (volume.py)
 
     def __post_init__(self) -> None:
         require_amount(self.amount_nano_usd, "amount_nano_usd")

@@ -44,9 +44,11 @@ def round_half_even_div(numerator: int, denominator: int) -> int:
     return quotient
 
 
-def pico_to_nano(pico_usd: int) -> int:
-    """The one place where a charge is rounded: pico-USD to nano-USD, half to even."""
-    return round_half_even_div(pico_usd, PICO_PER_NANO)
+def pico_to_nano(pico_usd: int, percent: int = 100) -> int:
+    """The one place where a charge is rounded: `percent` of it, from pico-USD to nano-USD, half to even."""
+    return round_half_even_div(
+        require_int(pico_usd, "pico_usd") * require_amount(percent, "percent"), 100 * PICO_PER_NANO
+    )
 
 
 def format_nano_usd(nano_usd: int) -> str:

@@ -86,6 +86,16 @@ async def read_accounts(conn: AsyncConnection, tenant_id: str, *, lock: bool) ->
     return balances
 
 
+async def currency_of(conn: AsyncConnection, tenant_id: str) -> str:
+    """The currency of the tenant's accounts. Raises UnknownAccountError."""
+    account = tables.account
+    query = select(account.c.currency).where(account.c.tenant_id == tenant_id, account.c.kind == "credit")
+    found: str | None = await conn.scalar(query)
+    if found is None:
+        raise UnknownAccountError(f"tenant {tenant_id!r} has no accounts")
+    return found
+
+
 def account_id(tenant_id: str, kind: str) -> str:
     return f"{tenant_id}:{kind}:{CURRENCY}"
 

@@ -22,7 +22,7 @@ from sqlalchemy import case, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy import tables
+from tenancy import quota_tables, tables
 
 MINUTE_NS: Final = 60 * 10**9
 DAY_NS: Final = 24 * 3_600 * 10**9
@@ -155,4 +155,4 @@ def _chain(organisation_id: str, row: Any) -> Iterable[str]:
 
 
 _HOLD: Final = tables.hold
-_EPOCH: Final = tables.quota_epoch
+_EPOCH: Final = quota_tables.quota_epoch

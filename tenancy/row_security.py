@@ -12,7 +12,7 @@ from typing import Final
 
 from sqlalchemy import DDL, Table, event
 
-from tenancy import tables, webhook_tables
+from tenancy import invoice_tables, price_tables, quota_tables, tables, webhook_tables
 
 _TENANT: Final = "current_setting('bulkhead.tenant', true)"
 UNBOUND: Final = f"coalesce({_TENANT}, '') = ''"
@@ -31,8 +31,11 @@ RULES: Final[dict[Table, str]] = {
             tables.hold,
             tables.usage_record,
             tables.idempotency_key,
-            tables.failure_policy,
+            quota_tables.failure_policy,
             webhook_tables.webhook_endpoint,
+            price_tables.volume,
+            invoice_tables.buyer,
+            invoice_tables.invoice,
         ),
         f"tenant_id = {_TENANT}",
     ),
@@ -41,6 +44,7 @@ RULES: Final[dict[Table, str]] = {
     tables.budget_use: "EXISTS (SELECT 1 FROM budget b WHERE b.id = budget_id)",
     tables.credit_use: "EXISTS (SELECT 1 FROM credit c WHERE c.id = credit_id)",
     webhook_tables.webhook_delivery: "EXISTS (SELECT 1 FROM webhook_endpoint e WHERE e.id = endpoint_id)",
+    invoice_tables.invoice_document: "EXISTS (SELECT 1 FROM invoice i WHERE i.id = invoice_id)",
 }
 
 

@@ -128,30 +128,6 @@ scope_limit = Table(
     CheckConstraint("scope_kind IN ('organisation', 'tenant', 'project', 'key')", name="scope_kind"),
 )
 
-# What happens to a tenant's requests while the store of quotas is gone; no row: nothing is served then.
-failure_policy = Table(
-    "failure_policy",
-    metadata,
-    Column("tenant_id", String(64), ForeignKey("tenant.id"), primary_key=True),
-    Column("mode", String(16), nullable=False),
-    _int("slice_percent"),
-    _int("requests_per_minute"),
-    _int("tokens_per_minute"),
-    _int("concurrency_max"),
-    _int("updated_ns"),
-    CheckConstraint("mode IN ('lease', 'open')", name="mode"),
-)
-
-# The name of the counters in the store that are those of an organisation (quota_epochs.py).
-quota_epoch = Table(
-    "quota_epoch",
-    metadata,
-    Column("organisation_id", String(64), ForeignKey("organisation.id"), primary_key=True),
-    Column("epoch", String(64), nullable=False),
-    Column("strayed", Boolean, nullable=False),  # a policy has admitted what its counters do not know
-    _int("updated_ns"),
-)
-
 price = Table(
     "price",
     metadata,
@@ -163,7 +139,13 @@ price = Table(
     _int("request_nano_usd"),
     _int("effective_from_ns"),
     _int("created_ns"),
-    UniqueConstraint("model", "effective_from_ns"),
+    Column("tier", String(16), nullable=False, server_default="default"),
+    Column("currency", String(3), nullable=False, server_default="USD"),
+    _int("flex_percent", server_default="100"),  # of a default row: what a tier without a row of its own costs
+    _int("batch_percent", server_default="100"),
+    _int("priority_percent", server_default="100"),
+    UniqueConstraint("model", "tier", "currency", "effective_from_ns"),
+    CheckConstraint("tier IN ('default', 'flex', 'batch', 'priority')", name="tier"),
     CheckConstraint(
         "input_pico_usd >= 0 AND cached_input_pico_usd >= 0 AND output_pico_usd >= 0 AND request_nano_usd >= 0",
         name="not_negative",
@@ -285,6 +267,7 @@ hold = Table(
     Column("key_id", String(64), nullable=True),
     Column("num_tokens", ExactInteger(), nullable=True),  # against token limits: reserved, once settled what was used
     Column("gateway_id", String(64), nullable=True),  # whose journal counts it; null: from before 0011
+    Column("tier", String(16), nullable=False, server_default="default"),
     CheckConstraint("state IN ('pending', 'captured', 'voided', 'expired')", name="state"),
     CheckConstraint("(state = 'pending') = (settled_ns IS NULL)", name="settled_once"),
     CheckConstraint("captured_nano_usd IS NULL OR captured_nano_usd BETWEEN 0 AND amount_nano_usd", name="captured"),
@@ -315,6 +298,8 @@ usage_record = Table(
     _int("finished_ns"),
     Column("finish_reason", String(16), nullable=False),
     Column("stream", Boolean, nullable=False),
+    Column("tier", String(16), nullable=False, server_default="default"),
+    _int("num_tokens_before", server_default="0"),  # where in its account's volume it began (volume.py)
     CheckConstraint("num_cached_tokens BETWEEN 0 AND num_prompt_tokens", name="cached"),
     Index(None, "tenant_id", "finished_ns"),
     Index(None, "finished_ns"),
@@ -382,7 +367,13 @@ def _ddl(statement: str) -> DDL:
     return DDL(statement.replace("%", "%%"))  # type: ignore[no-untyped-call]  # it formats with %
 
 
+def make_append_only(table: Table) -> None:
+    """create_all installs the triggers; a migration executes append_only_ddl itself."""
+    table.info["append_only"] = True
+    for dialect in ("sqlite", "postgresql"):
+        for statement in append_only_ddl(dialect, table):
+            event.listen(table, "after_create", _ddl(statement).execute_if(dialect=dialect))
+
+
 for _table in APPEND_ONLY:
-    for _dialect in ("sqlite", "postgresql"):
-        for _statement in append_only_ddl(_dialect, _table):
-            event.listen(_table, "after_create", _ddl(_statement).execute_if(dialect=_dialect))
+    make_append_only(_table)

@@ -30,9 +30,11 @@ from tenancy.idempotency import IdempotencyKey, TooManyKeysError
 from tenancy.idempotency import claim as take_key
 from tenancy.keys import Principal
 from tenancy.ledger import Hold, InsufficientCredit, place_hold
-from tenancy.prices import Price, PriceMissingError, affordable_tokens, price_at, worst_case_nano_usd
+from tenancy.price_book import price_at
+from tenancy.prices import Price, PriceMissingError, affordable_tokens, worst_case_nano_usd
 from tenancy.quota import Lease, QuotaSnapshot, QuotaUnavailableError, Refused
 from tenancy.quota_epochs import mark_strayed
+from tenancy.volume import volume_of
 
 EPOCH_TRIES = 3  # how often a request is admitted again because its counters were made anew meanwhile
 
@@ -60,6 +62,8 @@ class Admission:
     stream: bool
     started_ns: int
     expires_ns: int  # of the hold
+    tier: str = "default"
+    num_tokens_before: int = 0  # of the account's volume at admission: it can only have grown when this is settled
     lowered_by: str = ""  # the credit or budget that max_tokens was lowered to
 
 
@@ -166,20 +170,23 @@ async def write_admission(
     """
     started_ns = services.world.now_ns()
     tenant_id = caller.principal.tenant_id
-    price = await price_at(conn, work.model, started_ns)
+    price = await price_at(conn, work.model, started_ns, work.tier, tenant_id=tenant_id)
+    before = await volume_of(conn, tenant_id, price, started_ns)
     admission = Admission(
         request_id=request_id,
         principal=caller.principal,
         lease=lease,
         hold_id=hold_id,
         price=price,
-        hold_nano_usd=worst_case_nano_usd(price, work.num_prompt_tokens, work.max_tokens),
+        hold_nano_usd=worst_case_nano_usd(price, work.num_prompt_tokens, work.max_tokens, work.tier, before),
         model=work.model,
         num_prompt_tokens=work.num_prompt_tokens,
         max_tokens=work.max_tokens,
         stream=work.stream,
         started_ns=started_ns,
         expires_ns=started_ns + services.settings.hold_ttl_s * 1_000_000_000,
+        tier=work.tier,
+        num_tokens_before=before,
     )
     held = await _place(conn, admission, services.gateway_id)
     expired = held.expired
@@ -229,6 +236,7 @@ async def _place(conn: AsyncConnection, admission: Admission, gateway_id: str) -
         key_id=admission.principal.key_id,
         num_tokens=admission.lease.num_tokens,
         gateway_id=gateway_id,
+        tier=admission.tier,
     )
 
 
@@ -238,13 +246,14 @@ def _lowered(admission: Admission, refused: InsufficientCredit) -> Admission:
     Raises CreditExhaustedError when that is not one: it names what no waiting cures, if there is such a limiter.
     """
     price, num_prompt_tokens = admission.price, admission.num_prompt_tokens
+    on = (admission.tier, admission.num_tokens_before)
     tightest = min(refused.limiters, key=lambda limiter: limiter.available_nano_usd)
-    max_tokens = affordable_tokens(price, num_prompt_tokens, admission.max_tokens, refused.available_nano_usd)
+    max_tokens = affordable_tokens(price, num_prompt_tokens, admission.max_tokens, refused.available_nano_usd, *on)
     if max_tokens == 0:
-        needed_nano_usd = worst_case_nano_usd(price, num_prompt_tokens, 1)
+        needed_nano_usd = worst_case_nano_usd(price, num_prompt_tokens, 1, *on)
         spent = [one for one in refused.limiters if one.available_nano_usd + one.held_nano_usd < needed_nano_usd]
         raise CreditExhaustedError(spent[0] if spent else tightest, needed_nano_usd)
-    hold_nano_usd = worst_case_nano_usd(price, num_prompt_tokens, max_tokens)
+    hold_nano_usd = worst_case_nano_usd(price, num_prompt_tokens, max_tokens, *on)
     return replace(admission, max_tokens=max_tokens, hold_nano_usd=hold_nano_usd, lowered_by=tightest.name)
 
 

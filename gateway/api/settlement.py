@@ -30,9 +30,10 @@ from gateway.budget_alerts import append_settled
 from gateway.database import DatabaseUnavailableError
 from gateway.services import Services
 from tenancy.ledger import HoldSettledError, capture, get_hold, void
-from tenancy.meter import Usage, UsageConflictError, UsageRecord, record_usage
+from tenancy.meter import Usage, UsageConflictError, UsageRecord, get_usage, record_usage
 from tenancy.prices import charge_nano_usd
 from tenancy.quota import Lease, QuotaUnavailableError
+from tenancy.volume import lock_hold, take_volume
 
 FIRST_RETRY_S = 0.1
 RETRY_MAX_S = 5.0
@@ -178,8 +179,11 @@ async def write_settlement(
     """
     usage = outcome.usage
     at_ns = max(outcome.finished_ns, admission.started_ns)  # a wall clock may step back
-    amount_nano_usd = 0 if usage == NOTHING else charge_nano_usd(admission.price, usage)
     principal = admission.principal
+    amount_nano_usd = before = 0
+    if usage != NOTHING:
+        before = await _volume_before(conn, admission, usage)
+        amount_nano_usd = charge_nano_usd(admission.price, usage, admission.tier, before)
     record = UsageRecord(
         request_id=admission.request_id,
         tenant_id=principal.tenant_id,
@@ -193,6 +197,8 @@ async def write_settlement(
         finished_ns=at_ns,
         finish_reason=outcome.finish_reason,
         stream=admission.stream,
+        tier=admission.tier,
+        num_tokens_before=before,
     )
     if not await record_usage(conn, record):
         return
@@ -211,6 +217,18 @@ async def write_settlement(
         at_ns,
     )
     await append(conn, entry, entropy=entropy)
+
+
+async def _volume_before(conn: AsyncConnection, admission: Admission, usage: Usage) -> int:
+    """Where the request begins on its price's steps: counted once, however often T2 is tried."""
+    if not admission.price.steps:
+        return 0
+    await lock_hold(conn, admission.hold_id)
+    earlier = await get_usage(conn, admission.request_id)
+    if earlier is not None:
+        return earlier.num_tokens_before
+    num_tokens = usage.num_prompt_tokens + usage.num_completion_tokens
+    return await take_volume(conn, admission.principal.tenant_id, admission.price, admission.started_ns, num_tokens)
 
 
 async def write_void_if_held(

@@ -1,5 +1,6 @@
-"""bulkhead tenant, price, admin: who is served, at what price, and who looks after it."""
+"""bulkhead tenant, admin: who is served, and who looks after it."""
 
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Literal
 
@@ -16,14 +17,11 @@ from tenancy.directory import Tenant, get_tenant_by_name, list_tenants
 from tenancy.ledger import balance
 from tenancy.limits import LIMIT_NAMES, LimitName, ScopeLimits, get_limits
 from tenancy.money import format_nano_usd
-from tenancy.prices import list_prices
 
-PICO_PER_USD_PER_MILLION = 10**6  # 1 USD per million tokens is 10**6 pico-USD per token
 NANO_PER_USD = 10**9
 WIDTH_MAX = 500  # tables are never cut: what does not fit a terminal is wrapped there
 
 tenant_app = typer.Typer(no_args_is_help=True, help="Tenants.")
-price_app = typer.Typer(no_args_is_help=True, help="Prices.")
 admin_app = typer.Typer(no_args_is_help=True, help="Operators of the admin page.")
 
 TenantName = Annotated[str, typer.Option("--tenant", help="the tenant's name")]
@@ -155,52 +153,6 @@ def tenant_delete(name: TenantArgument, reason: Reason = "") -> None:
     typer.echo(f"tenant {name} is deleted; {closed.num_keys_revoked} keys revoked, unspent credit {left}")
 
 
-@price_app.command("add")
-def price_add(
-    model: Annotated[str, typer.Option(help="the model's id, as in /v1/models")],
-    input: Annotated[str, typer.Option(help="USD per million prompt tokens")],
-    output: Annotated[str, typer.Option(help="USD per million completion tokens")],
-    cached_input: Annotated[str, typer.Option(help="USD per million cached prompt tokens; default: as input")] = "",
-    request: Annotated[str, typer.Option(help="USD per request")] = "0",
-) -> None:
-    """Add a price version that is in force from now on."""
-    session = open_session()
-
-    async def work(conn: AsyncConnection) -> str:
-        return await clerk(session, conn).add_price(
-            model,
-            input_pico_usd=exact(input, PICO_PER_USD_PER_MILLION, "--input"),
-            cached_input_pico_usd=exact(cached_input or input, PICO_PER_USD_PER_MILLION, "--cached-input"),
-            output_pico_usd=exact(output, PICO_PER_USD_PER_MILLION, "--output"),
-            request_nano_usd=exact(request, NANO_PER_USD, "--request"),
-        )
-
-    typer.echo(f"price {in_transaction(session, work)} is in force")
-
-
-@price_app.command("list")
-def price_list(model: Annotated[str, typer.Option(help="only this model")] = "") -> None:
-    """List price versions, oldest first."""
-    session = open_session()
-
-    async def work(conn: AsyncConnection) -> list[tuple[str, ...]]:
-        return [
-            (
-                price.model,
-                price.price_id,
-                *(
-                    str(Decimal(pico) / PICO_PER_USD_PER_MILLION)
-                    for pico in (price.input_pico_usd, price.cached_input_pico_usd, price.output_pico_usd)
-                ),
-                format_nano_usd(price.request_nano_usd),
-            )
-            for price in await list_prices(conn, model or None)
-        ]
-
-    columns = ("model", "id", "input USD/M", "cached USD/M", "output USD/M", "per request")
-    print_table(columns, in_transaction(session, work), numbers_from=2)
-
-
 @admin_app.command("create")
 def admin_create(name: Annotated[str, typer.Option(help="log-in name")]) -> None:
     """Create an operator for the admin page and show a generated password once."""
@@ -219,7 +171,7 @@ def admin_metrics_token() -> None:
     typer.echo(metrics_token(open_session().secrets))
 
 
-def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], numbers_from: int | None = None) -> None:
+def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers_from: int | None = None) -> None:
     table = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
         numeric = numbers_from is not None and index >= numbers_from

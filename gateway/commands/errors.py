@@ -12,19 +12,23 @@ from gateway.host.same_keys import ForeignKeysError
 from gateway.host.supervisor import ChildFailedError
 from gateway.host.tls import TlsError
 from gateway.settings import SettingsError
+from tenancy.attribution import TooManyRequestsError
 from tenancy.budgets import BudgetError
 from tenancy.closing import MoneyHeldError
 from tenancy.corrections import CorrectionError
 from tenancy.credits import TooManyCreditsError
 from tenancy.directory import DuplicateNameError, TenantStatusError, UnknownIdError
 from tenancy.ids import InvalidNameError
+from tenancy.invoice_document import TooManyLinesError
+from tenancy.invoices import InvoiceError
 from tenancy.key_rules import KeyRuleError
 from tenancy.keys import KeyScopeError
 from tenancy.ledger import LedgerConflictError
 from tenancy.limits import LimitError
 from tenancy.money import MoneyRangeError
 from tenancy.operators import DuplicateOperatorError
-from tenancy.prices import PriceConflictError
+from tenancy.parties import PartyError
+from tenancy.prices import PriceConflictError, PriceError
 from tenancy.rotation import RotationError
 from tenancy.webhooks import WebhookError
 
@@ -36,16 +40,21 @@ KNOWN_ERRORS = (
     DuplicateNameError,
     DuplicateOperatorError,
     InvalidNameError,
+    InvoiceError,
     KeyRuleError,
     KeyScopeError,
     LedgerConflictError,
     LimitError,
     MoneyHeldError,
     MoneyRangeError,
+    PartyError,
     PriceConflictError,
+    PriceError,
     RotationError,
     TenantStatusError,
     TooManyCreditsError,
+    TooManyLinesError,
+    TooManyRequestsError,
     UnknownIdError,
     WebhookError,
     DatabaseUnavailableError,

@@ -49,3 +49,17 @@ def in_transaction(session: Session, work: Callable[[AsyncConnection], Awaitable
             await database.dispose()
 
     return asyncio.run(run())
+
+
+def in_snapshot(session: Session, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
+    """Run `work` on a snapshot that it only reads: a long look keeps no writer waiting."""
+
+    async def run() -> Result:
+        database = Database(session.settings.effective_database_url)
+        try:
+            async with database.read() as conn:
+                return await work(conn)
+        finally:
+            await database.dispose()
+
+    return asyncio.run(run())

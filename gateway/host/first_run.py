@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.clerk import Clerk
 from tenancy.directory import list_tenants
+from tenancy.prices import BATCH_PERCENT, FLEX_PERCENT, PRIORITY_PERCENT
 
 NANO_USD = 10**9
 DEMO_TENANTS = ("acme", "globex")
@@ -48,6 +49,9 @@ async def first_run(
         cached_input_pico_usd=DEMO_CACHED_INPUT_PICO_USD,
         output_pico_usd=DEMO_OUTPUT_PICO_USD,
         request_nano_usd=DEMO_REQUEST_NANO_USD,
+        flex_percent=FLEX_PERCENT,
+        batch_percent=BATCH_PERCENT,
+        priority_percent=PRIORITY_PERCENT,
     )
     keys = {}
     for name in DEMO_TENANTS:

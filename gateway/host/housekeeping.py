@@ -3,12 +3,15 @@ heartbeats."""
 
 import asyncio
 
+import structlog
+
 from audit.entry import Entry
 from audit.keyring import Keyring
 from audit.log import publish, sequence
 from audit.outbox import append
 from engine.journal import read_journals
 from gateway import __version__
+from gateway.billing.reconcile import reconcile, reconciled_entry, reconciled_since
 from gateway.budget_alerts import append_expired
 from gateway.host.background import Loop
 from gateway.host.engine_host import EngineHost
@@ -20,7 +23,9 @@ from gateway.webhooks.delivery import Webhooks
 from tenancy.closing import deleted_tenants, inactive_among
 from tenancy.credits import tenants_with_due_credit
 from tenancy.idempotency import forget_expired
+from tenancy.invoices import SETTLE_NS
 from tenancy.ledger import due_holds, expire_credit
+from tenancy.periods import DAY_NS, SECOND_NS, period_start_ns
 
 REAP_INTERVAL_S = 5.0
 REAP_BATCH_MAX = 256  # holds settled in one round
@@ -32,8 +37,11 @@ KEY_USE_INTERVAL_S = 60.0
 FORGET_INTERVAL_S = 60.0
 STORE_INTERVAL_S = 0.25  # how soon a store of quotas that is back is noticed where nobody asks
 WEBHOOK_INTERVAL_S = 1.0
+BOOKS_INTERVAL_S = 300.0  # how often it is looked whether yesterday was compared
 ERASE_INTERVAL_S = 2.0
 ERASE_TIMEOUT_S = 30.0  # a step may be under way
+
+log = structlog.get_logger(__name__)
 
 
 class Housekeeping:
@@ -56,6 +64,7 @@ class Housekeeping:
             Loop("webhooks", WEBHOOK_INTERVAL_S, webhooks.round),
             Loop("old deliveries", FORGET_INTERVAL_S, webhooks.forget),
             Loop("answers", FORGET_INTERVAL_S, self.forget_answers),
+            Loop("books", BOOKS_INTERVAL_S, self.reconcile),
             Loop("heartbeat", float(settings.heartbeat_interval_s), engine.heartbeat),
         )
 
@@ -113,6 +122,24 @@ class Housekeeping:
         """Delete idempotency keys that have expired, with their answers."""
         async with self._services.database.transaction() as conn:
             await forget_expired(conn, self._services.world.now_ns())
+
+    async def reconcile(self) -> None:
+        """Once a day, when the day before is settled: compare all books of it, and log what they say."""
+        services, now_ns = self._services, self._services.world.now_ns()
+        today_ns = period_start_ns("day", now_ns)
+        settled_ns = services.settings.hold_ttl_s * SECOND_NS + SETTLE_NS
+        if now_ns < today_ns + settled_ns:
+            return
+        async with services.database.read() as conn:
+            if await reconciled_since(conn, today_ns):
+                return
+            journals = usage_by_request(await asyncio.to_thread(read_journals, self._folders.journal))
+            found = await reconcile(conn, journals, today_ns - DAY_NS, today_ns)
+        if found.num_differences:
+            log.error("books.differ", num_differences=found.num_differences, differences=found.differences[:10])
+        async with services.database.transaction() as conn:
+            entry = reconciled_entry(found, services.world.now_ns())
+            await append(conn, entry, entropy=services.world.entropy)
 
     async def erase_deleted(self) -> None:
         """A deleted tenant's numbers go from the engine's memory, and the log says so. A worker that was started after

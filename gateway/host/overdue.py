@@ -20,7 +20,9 @@ from gateway.services import Services
 from tenancy.keys import get_key
 from tenancy.ledger import Hold, capture, claim_pending, expire, void
 from tenancy.meter import Usage, UsageRecord, record_usage
-from tenancy.prices import charge_nano_usd, get_price
+from tenancy.price_book import get_price
+from tenancy.prices import charge_nano_usd
+from tenancy.volume import take_volume
 
 FINISH_REASON = "gateway_lost"
 
@@ -37,10 +39,12 @@ async def settle_abandoned(conn: AsyncConnection, services: Services, hold: Hold
     usage, amount, outcome = Usage(0, 0, 0), 0, "voided"
     if counted is not None and counted.num_completion_tokens > 0 and admitted is not None:
         usage, outcome = counted, "recovered"
-        amount = charge_nano_usd(await get_price(conn, hold.price_id), usage)
+        price = await get_price(conn, hold.price_id)
         num_tokens = usage.num_prompt_tokens + usage.num_completion_tokens
+        before = await take_volume(conn, hold.tenant_id, price, hold.created_ns, num_tokens)
+        amount = charge_nano_usd(price, usage, hold.tier, before)
         settled = await capture(conn, hold.hold_id, amount, now_ns, num_tokens=num_tokens)
-        await record_usage(conn, await _usage_record(conn, hold, admitted, usage, amount, now_ns))
+        await record_usage(conn, await _usage_record(conn, hold, admitted, usage, amount, before, now_ns))
     elif hold.expires_ns <= now_ns:
         outcome = "expired"
         settled = await expire(conn, hold.hold_id, now_ns)
@@ -77,7 +81,13 @@ async def _admitted(conn: AsyncConnection, hold: Hold) -> dict[str, str] | None:
 
 
 async def _usage_record(
-    conn: AsyncConnection, hold: Hold, admitted: dict[str, str], usage: Usage, amount: int, now_ns: int
+    conn: AsyncConnection,
+    hold: Hold,
+    admitted: dict[str, str],
+    usage: Usage,
+    amount: int,
+    before: int,
+    now_ns: int,
 ) -> UsageRecord:
     return UsageRecord(
         request_id=hold.request_id,
@@ -92,4 +102,6 @@ async def _usage_record(
         finished_ns=max(now_ns, hold.created_ns),  # a wall clock may step back
         finish_reason=FINISH_REASON,
         stream=True,
+        tier=hold.tier,
+        num_tokens_before=before,
     )

@@ -9,7 +9,8 @@ from hypothesis import given
 
 from audit import verify
 from audit.commitment import commit, leaf_bytes, pseudonym
-from audit.entry import INT64_MAX, KINDS, SAFE_INT_MAX, Entry, EntryError, is_decimal_field
+from audit.entry import INT64_MAX, KINDS, Entry, EntryError, is_decimal_field
+from audit.entry_kind import SAFE_INT_MAX
 from tests.audit.strategies import entries
 from tests.audit.world import admitted
 

@@ -33,7 +33,7 @@ from tenancy.directory import create_organisation, create_project, create_tenant
 from tenancy.keys import mint_key
 from tenancy.ledger import balance, grant_credit, pending_holds
 from tenancy.ledger_check import check_ledger
-from tenancy.prices import add_price
+from tenancy.price_book import add_price
 from tenancy.quota import Quota, QuotaUnavailableError
 from tenancy.quota_epochs import change_epoch, counters_of, lock_epoch, lock_tenants
 from tests.fakes.asgi import Answer, Call

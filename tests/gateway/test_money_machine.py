@@ -40,7 +40,8 @@ from tenancy.ledger import Balance, balance, due_holds, get_hold, pending_holds,
 from tenancy.ledger_check import check_ledger
 from tenancy.limits import ScopeLimits
 from tenancy.meter import Usage
-from tenancy.prices import list_prices
+from tenancy.price_book import list_prices
+from tenancy.prices import Step
 from tenancy.quota import Lease, Quota
 from tests.tenancy.conftest import opened, redis_client
 from tests.tenancy.test_ledger import MEMORY_DISK
@@ -94,6 +95,7 @@ class Model:
     charged: int = 0
     refunded: int = 0
     held: int = 0
+    volume: int = 0  # tokens at prices with steps; all in one month
 
     @property
     def credit(self) -> int:
@@ -165,13 +167,15 @@ class MoneyMachine:
         self.do(operation)
         self.models[name].granted += amount
 
-    def change_price(self, figures: tuple[int, int, int, int]) -> None:
+    def change_price(self, figures: tuple[int, int, int, int, int]) -> None:
         number, now_ns = len(self.operations), self.now_ns
         names = ("input_pico_usd", "cached_input_pico_usd", "output_pico_usd", "request_nano_usd")
 
         async def operation(conn: Any) -> None:
             clerk = Clerk(conn, counting_entropy(f"price{number}"), now_ns)
-            await clerk.add_price(MODEL, **dict(zip(names, figures, strict=True)))
+            start, dear, _, cheap = figures[4], *figures[:3]
+            steps = (Step(start, cheap, dear, cheap),) if start else ()  # its output may cost more or less than before
+            await clerk.add_price(MODEL, **dict(zip(names, figures[:4], strict=True)), steps=steps)
 
         self.do(operation)
         self.now_ns += 1  # one price an instant
@@ -275,12 +279,14 @@ class MoneyMachine:
     def ended(self, one: Running, usage: Usage) -> int:
         """What the model says of a settled request; its charge, added up in fractions and rounded by them."""
         price, model = one.admission.price, self.models[one.admission.principal.tenant_name]
-        exact = Fraction(
-            (usage.num_prompt_tokens - usage.num_cached_tokens) * price.input_pico_usd
-            + usage.num_cached_tokens * price.cached_input_pico_usd
-            + usage.num_completion_tokens * price.output_pico_usd,
-            1_000,
-        )
+        kinds = ["cached_input"] * usage.num_cached_tokens
+        kinds += ["input"] * (usage.num_prompt_tokens - usage.num_cached_tokens)
+        kinds += ["output"] * usage.num_completion_tokens
+        exact, at = Fraction(0), model.volume
+        for number, kind in enumerate(kinds):  # each token on its own step
+            on = [one for one in price.all_steps if one.from_tokens <= at + number][-1]
+            exact += Fraction(getattr(on, f"{kind}_pico_usd"), 1_000)
+        model.volume += len(kinds) if price.steps else 0
         charge = round(exact + price.request_nano_usd) if usage != NOTHING else 0
         model.held -= one.admission.hold_nano_usd
         model.charged += charge
@@ -379,7 +385,7 @@ STEPS = st.one_of(
     step(MoneyMachine.produce, st.integers(1, 30), st.integers(0, 30)),
     step(MoneyMachine.end, which, st.booleans()),
     step(MoneyMachine.refund, which, st.integers(1, 150)),
-    step(MoneyMachine.change_price, st.tuples(*[st.integers(0, 40_000)] * 3, st.integers(0, 20))),
+    step(MoneyMachine.change_price, st.tuples(*[st.integers(0, 40_000)] * 3, st.integers(0, 20), st.integers(0, 60))),
     step(MoneyMachine.grant, tenants, st.integers(1, 700)),
     step(MoneyMachine.adjust, tenants, st.integers(-300, 300).filter(bool)),
     step(MoneyMachine.reap, st.sampled_from([1, 20, 70])),

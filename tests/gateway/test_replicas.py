@@ -15,7 +15,7 @@ from gateway.host.recovery import recover
 from gateway.host.same_keys import ForeignKeysError, require_same_keys
 from gateway.services import Services
 from tenancy.ledger import get_hold, place_hold
-from tenancy.prices import price_at
+from tenancy.price_book import price_at
 from tests.fakes.hall import Hall
 from tests.fakes.hall import world as real_world
 from tests.gateway.conftest import Stage

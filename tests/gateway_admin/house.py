@@ -33,7 +33,8 @@ from tenancy.keys import mint_key
 from tenancy.ledger import Hold, capture, grant_credit, place_hold
 from tenancy.meter import Usage, UsageRecord, record_usage
 from tenancy.operators import create_operator
-from tenancy.prices import Price, add_price, charge_nano_usd, worst_case_nano_usd
+from tenancy.price_book import add_price
+from tenancy.prices import Price, charge_nano_usd, worst_case_nano_usd
 from tenancy.quota import Quota
 from tenancy.tables import metadata as tenancy_metadata
 

@@ -11,9 +11,11 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from gateway.database import Database
+from tenancy import invoice_tables, webhook_tables  # their tables are in the same metadata
 from tenancy.tables import metadata
 from tests.servers import PostgresServer
 
+ALL_TABLES = (invoice_tables, webhook_tables)
 OpenDatabase = Callable[[], AbstractAsyncContextManager[Database]]
 OpenRedis = Callable[[], AbstractAsyncContextManager[Redis]]
 

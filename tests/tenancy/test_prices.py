@@ -9,18 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tenancy.meter import Usage
-from tenancy.prices import (
-    PRICE_MAX,
-    Price,
-    PriceConflictError,
-    PriceMissingError,
-    add_price,
-    charge_nano_usd,
-    get_price,
-    list_prices,
-    price_at,
-    worst_case_nano_usd,
-)
+from tenancy.price_book import add_price, get_price, list_prices, price_at
+from tenancy.prices import PRICE_MAX, Price, PriceConflictError, PriceMissingError, charge_nano_usd, worst_case_nano_usd
 from tests.tenancy.conftest import create_tables, opened
 from tests.tenancy.world import T0, counting_entropy
 

@@ -1,0 +1,121 @@
+"""bulkhead invoice focus, reconcile, margin: charges as a FOCUS file, whether all books agree, what is left over."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from engine.journal import read_journals
+from gateway.billing.focus import focus_rows, write_focus
+from gateway.billing.reconcile import Reconciliation, reconcile
+from gateway.commands.directory import NANO_PER_USD, exact, find_tenant, print_table
+from gateway.commands.invoices import AsJson, Month, Since, Until
+from gateway.commands.invoices import invoice_app as invoice_app  # with the commands below, what cli.py mounts
+from gateway.commands.periods import instant_of, period_of
+from gateway.commands.session import CommandError, in_snapshot, open_session
+from gateway.sequences import usage_by_request
+from tenancy.attribution import Attribution, attribute, cost_nano_usd, read_spans
+from tenancy.directory import list_tenants
+from tenancy.money import format_nano_usd
+from tenancy.periods import DAY_NS, period_start_ns
+
+
+@invoice_app.command("focus")
+def invoice_focus(
+    out: Annotated[Path, typer.Option("--out", help="the CSV file to write")],
+    month: Month = "",
+    since: Since = "",
+    until: Until = "",
+    tenant: Annotated[str, typer.Option(help="only this tenant's")] = "",
+) -> None:
+    """Write what tenants were charged as a FOCUS 1.2 file."""
+    session = open_session()
+    since_ns, until_ns = period_of(month, since, until)
+    if since_ns is None or since_ns >= until_ns:
+        raise CommandError("an export needs --month, or --since and a later --until")
+
+    async def work(conn: AsyncConnection) -> list[dict[str, str]]:
+        tenants = [await find_tenant(conn, tenant)] if tenant else await list_tenants(conn)
+        last_ns = min(until_ns, session.world.now_ns())  # later days have nothing yet
+        return [row async for row in focus_rows(conn, tenants, since_ns, last_ns)]
+
+    rows = in_snapshot(session, work)
+    out.write_bytes(write_focus(rows))
+    typer.echo(f"{out}: {len(rows):,} rows")
+
+
+@invoice_app.command("reconcile")
+def invoice_reconcile(
+    day: Annotated[str, typer.Option(help="a UTC day; default: yesterday")] = "", as_json: AsJson = False
+) -> None:
+    """Compare engine, usage, ledger, invoices and export of a day; exit code 1 where they differ."""
+    session = open_session()
+    today_ns = period_start_ns("day", session.world.now_ns())
+    since_ns = period_start_ns("day", instant_of(day, "--day")) if day else today_ns - DAY_NS
+    journals = usage_by_request(read_journals(session.folders.journal))
+
+    async def work(conn: AsyncConnection) -> Reconciliation:
+        return await reconcile(conn, journals, since_ns, since_ns + DAY_NS)
+
+    found = in_snapshot(session, work)
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+    else:
+        typer.echo(
+            f"{found.num_requests:,} requests ({found.num_unwitnessed:,} without a journal), "
+            f"{found.num_documents:,} invoices: {found.num_differences:,} differences"
+        )
+        for one in found.differences:
+            typer.echo(one)
+    if found.num_differences:
+        raise typer.Exit(1)
+
+
+@invoice_app.command("margin")
+def invoice_margin(
+    cost_per_hour: Annotated[str, typer.Option(help="USD that an hour of the engine costs, a decimal number")],
+    month: Month = "",
+    since: Since = "",
+    until: Until = "",
+    as_json: AsJson = False,
+) -> None:
+    """Estimate what each tenant cost and left over, by its share of the engine's time; idle time is shown apart."""
+    session = open_session()
+    since_ns, until_ns = period_of(month, since, until)
+    until_ns = min(until_ns, session.world.now_ns())
+    if since_ns is None or since_ns >= until_ns:
+        raise CommandError("a margin needs --month, or --since and a later --until, that has begun")
+    rate = exact(cost_per_hour, NANO_PER_USD, "--cost-per-hour")
+
+    async def work(conn: AsyncConnection) -> tuple[Attribution, dict[str, str]]:
+        found = attribute(await read_spans(conn, since_ns, until_ns), since_ns, until_ns)
+        return found, {one.tenant_id: one.name for one in await list_tenants(conn)}
+
+    found, names = in_snapshot(session, work)
+    rows = []
+    for tenant_id, share in sorted(found.shares.items(), key=lambda one: -one[1].engine_ns):
+        cost = cost_nano_usd(share.engine_ns, rate)
+        figures = {"cost_nano_usd": cost, "margin_nano_usd": share.revenue_nano_usd - cost}
+        rows.append({"tenant": names[tenant_id], "tenant_id": tenant_id, **asdict(share), **figures})
+    idle_cost = cost_nano_usd(found.idle_ns, rate)
+    if as_json:
+        idle = {"idle_ns": found.idle_ns, "idle_cost_nano_usd": idle_cost}
+        typer.echo(json.dumps({"since_ns": since_ns, "until_ns": until_ns, "tenants": rows, **idle}))
+        return
+    table = [
+        (
+            row["tenant"],
+            *(f"{row[name]:,}" for name in ("num_requests", "num_prefill_tokens", "num_decode_steps")),
+            f"{row['cache_token_seconds']:,}",
+            f"{row['engine_ns'] / 3.6e12:.3f}",
+            *(format_nano_usd(row[name]) for name in ("revenue_nano_usd", "cost_nano_usd", "margin_nano_usd")),
+        )
+        for row in rows
+    ]
+    nothing = ("",) * 4
+    table.append(("(idle)", *nothing, f"{found.idle_ns / 3.6e12:.3f}", "", format_nano_usd(idle_cost), ""))
+    columns = ("tenant", "requests", "prefill", "decode", "token-seconds", "engine hours", "revenue", "cost", "margin")
+    print_table(columns, table, numbers_from=1)

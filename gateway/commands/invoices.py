@@ -1,0 +1,260 @@
+"""bulkhead invoice: who sells and who is billed, drafts, issued documents and their files."""
+
+import json
+from decimal import Decimal
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway.billing.bookkeeper import Bookkeeper
+from gateway.billing.csv_file import render_csv
+from gateway.billing.pdf import render_pdf
+from gateway.billing.wording import amount, day, describe, interval, quantity, unit_price
+from gateway.commands.directory import Reason, TenantName, exact, find_tenant, print_table
+from gateway.commands.periods import period_of
+from gateway.commands.session import CommandError, Session, in_snapshot, in_transaction, open_session
+from tenancy.directory import list_tenants
+from tenancy.invoice_document import canonical
+from tenancy.invoices import Invoice, get_document, get_invoice, list_invoices, preview
+from tenancy.parties import PAYMENT_DAYS_MAX, Buyer, Terms, find_issuer
+
+BP_PER_PERCENT = 100
+
+invoice_app = typer.Typer(no_args_is_help=True, help="Invoices, credit notes, exports and the books behind them.")
+
+Prefix = Annotated[str, typer.Option("--prefix", help="its numbers read PREFIX-000001; names the issuer")]
+Name = Annotated[str, typer.Option(help="as it stands on the document")]
+Address = Annotated[str, typer.Option(help="lines, separated by line breaks or \\n")]
+TaxId = Annotated[str, typer.Option(help="as it stands on the document")]
+Id = Annotated[str, typer.Argument(help="the invoice's id, from: bulkhead invoice list")]
+Month = Annotated[str, typer.Option(help="a calendar month (UTC), such as 2027-01")]
+Since = Annotated[str, typer.Option(help="first instant: a day (UTC) or ISO 8601 with an offset")]
+Until = Annotated[str, typer.Option(help="first instant after it")]
+AsJson = Annotated[bool, typer.Option("--json", help="for programs")]
+
+
+class FileKind(StrEnum):
+    pdf = "pdf"
+    csv = "csv"
+    json = "json"
+
+
+@invoice_app.command("issuer")
+def invoice_issuer(
+    prefix: Prefix,
+    name: Name,
+    address: Address = "",
+    tax_id: TaxId = "",
+    payment_details: Annotated[str, typer.Option(help="how to pay; lines as in --address")] = "",
+    payment_days: Annotated[int, typer.Option(min=0, max=PAYMENT_DAYS_MAX, help="due this long after issue")] = 30,
+) -> None:
+    """Set who sells: copied into documents from now on. Numbers of a known prefix go on."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> str:
+        issuer = await bookkeeper(session, conn).set_issuer(
+            prefix,
+            name=name,
+            address=lines(address),
+            tax_id=tax_id,
+            payment_details=lines(payment_details),
+            payment_days=payment_days,
+        )
+        return issuer.issuer_id
+
+    typer.echo(in_transaction(session, work))
+
+
+@invoice_app.command("buyer")
+def invoice_buyer(
+    tenant: TenantName,
+    prefix: Prefix,
+    terms: Annotated[Terms, typer.Option(help="paid credit is paid for already, or a limit on account")],
+    name: Annotated[str, typer.Option(help="as it stands on the document; default: the tenant's name")] = "",
+    address: Address = "",
+    tax_id: TaxId = "",
+    tax_percent: Annotated[str, typer.Option(help="a decimal number with at most two decimals")] = "0",
+) -> None:
+    """Set how a tenant is billed."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> None:
+        found = await find_tenant(conn, tenant)
+        issuer = await find_issuer(conn, prefix)
+        if issuer is None:
+            raise CommandError(f"there is no issuer with the prefix {prefix!r}; see: bulkhead invoice issuer --help")
+        rate_bp = exact(tax_percent, BP_PER_PERCENT, "--tax-percent")
+        buyer = Buyer(found.tenant_id, issuer.issuer_id, name or found.name, lines(address), tax_id, rate_bp, terms)
+        await bookkeeper(session, conn).set_buyer(buyer)
+
+    in_transaction(session, work)
+    typer.echo(f"{tenant} is billed {terms.replace('_', ' ')}")
+
+
+@invoice_app.command("draft")
+def invoice_draft(tenant: TenantName, month: Month = "", since: Since = "", until: Until = "") -> None:
+    """Set a period down for an invoice; without --since it begins where the last one ended."""
+    session = open_session()
+    since_ns, until_ns = period_of(month, since, until)
+
+    async def work(conn: AsyncConnection) -> str:
+        found = await find_tenant(conn, tenant)
+        return (await bookkeeper(session, conn).draft(found.tenant_id, since_ns, until_ns)).invoice_id
+
+    typer.echo(in_transaction(session, work))
+
+
+@invoice_app.command("credit-note")
+def invoice_credit_note(invoice: Id) -> None:
+    """Draft a credit note of what was refunded of an issued invoice since."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> str:
+        return (await bookkeeper(session, conn).draft_credit_note(invoice)).invoice_id
+
+    typer.echo(in_transaction(session, work))
+
+
+@invoice_app.command("issue")
+def invoice_issue(invoice: Id) -> None:
+    """Give a draft its number and store its document for good."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> str:
+        figures = (await bookkeeper(session, conn).issue(invoice)).figures
+        return f"{figures['number']}: {money(figures, 'due_minor')} due by {day(figures['due_ns'])}"
+
+    typer.echo(in_transaction(session, work))
+
+
+@invoice_app.command("pay")
+def invoice_pay(
+    invoice: Id, reference: Annotated[str, typer.Option(help="of the payment, kept with it and in the log")] = ""
+) -> None:
+    """Note that an invoice was paid."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> None:
+        await bookkeeper(session, conn).pay(invoice, reference)
+
+    in_transaction(session, work)
+    typer.echo(f"{invoice} is paid")
+
+
+@invoice_app.command("void")
+def invoice_void(invoice: Id, reason: Reason = "") -> None:
+    """Make a draft or an issued invoice void; its period can be billed again."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> None:
+        await bookkeeper(session, conn).void(invoice, reason)
+
+    in_transaction(session, work)
+    typer.echo(f"{invoice} is void")
+
+
+@invoice_app.command("list")
+def invoice_list(tenant: Annotated[str, typer.Option(help="only this tenant's")] = "", as_json: AsJson = False) -> None:
+    """List invoices and credit notes, newest first."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> list[dict[str, Any]]:
+        tenant_id = (await find_tenant(conn, tenant)).tenant_id if tenant else None
+        names = {one.tenant_id: one.name for one in await list_tenants(conn)}
+        found = []
+        for one in await list_invoices(conn, tenant_id):
+            figures = await figures_of(conn, one)
+            found.append({"state": one.state, "tenant": names[one.tenant_id], **figures})
+        return found
+
+    found = in_snapshot(session, work)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    rows = [
+        (
+            one["invoice_id"],
+            one["number"] or "-",
+            one["kind"].replace("_", " "),
+            one["state"],
+            one["tenant"],
+            interval(one),
+            day(one["due_ns"]) if one["number"] else "-",
+            money(one, "total_minor"),
+            money(one, "due_minor"),
+        )
+        for one in found
+    ]
+    columns = ("id", "number", "kind", "state", "tenant", "period (UTC)", "due by", "total", "due")
+    print_table(columns, rows, numbers_from=7)
+
+
+@invoice_app.command("show")
+def invoice_show(invoice: Id, as_json: AsJson = False) -> None:
+    """Show an invoice: an issued one as it is stored, a draft as it would be now."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> tuple[Invoice, dict[str, Any]]:
+        one = await get_invoice(conn, invoice)
+        return one, await figures_of(conn, one)
+
+    one, figures = in_snapshot(session, work)
+    if as_json:
+        typer.echo(canonical(figures))
+        return
+    number = figures["number"] or "draft"
+    typer.echo(f"{one.kind.replace('_', ' ')} {number}, {one.state}, {figures['buyer']['name']}, {interval(figures)}")
+    rows = [
+        (*describe(line), quantity(line), unit_price(line), amount(figures, line["amount_minor"]))
+        for line in figures["lines"]
+    ]
+    print_table(("for", "what", "detail", "quantity", "unit price", "amount"), rows, numbers_from=3)
+    tax = f"{Decimal(figures['tax_rate_bp']) / BP_PER_PERCENT} %"
+    names = (("net", "net_minor"), (f"tax {tax}", "tax_minor"), ("total", "total_minor"), ("due", "due_minor"))
+    print_table(("", ""), [(label, money(figures, name)) for label, name in names], numbers_from=1)
+
+
+@invoice_app.command("export")
+def invoice_export(
+    invoice: Id,
+    out: Annotated[Path, typer.Option("--out", help="the file to write; its ending says what: .pdf, .csv or .json")],
+) -> None:
+    """Write an invoice as PDF, CSV or JSON: of an issued one the same bytes each time."""
+    kind = out.suffix.removeprefix(".")
+    if kind not in FileKind.__members__:
+        raise CommandError(f"{out} ends in none of .pdf, .csv and .json")
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> tuple[dict[str, Any], str]:
+        one = await get_invoice(conn, invoice)
+        sha256 = "" if one.issued_ns is None else (await get_document(conn, invoice)).sha256
+        return await figures_of(conn, one), sha256
+
+    figures, sha256 = in_snapshot(session, work)
+    if kind == FileKind.pdf:
+        data = render_pdf(figures, sha256)
+    else:
+        data = render_csv(figures) if kind == FileKind.csv else canonical(figures).encode()
+    out.write_bytes(data)
+    typer.echo(f"{out}: {len(data):,} bytes")
+
+
+async def figures_of(conn: AsyncConnection, invoice: Invoice) -> dict[str, Any]:
+    if invoice.issued_ns is None:
+        return await preview(conn, invoice)
+    return (await get_document(conn, invoice.invoice_id)).figures
+
+
+def bookkeeper(session: Session, conn: AsyncConnection) -> Bookkeeper:
+    return Bookkeeper(conn, session.world.entropy, session.world.now_ns())
+
+
+def money(figures: dict[str, Any], name: str) -> str:
+    return f"{figures['currency']} {amount(figures, figures[name])}"
+
+
+def lines(text: str) -> str:
+    return text.replace("\\n", "\n")
