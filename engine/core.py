@@ -41,7 +41,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.tiers import TIERS
 from engine.sequence import Event, Sequence
 from engine.step_result import StepResult
-from engine.text.answer import Answer, Piece
+from engine.text.answer import Answer, Piece, output_of
 from kernels.backend import OwnershipError
 
 
@@ -78,10 +78,11 @@ class EngineCore:
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
         self._max_waiting = max_waiting
-        self._observer = observer
+        self.observer = self._observer = observer
         self._prefix_cache = prefix_cache
         self._model_digest = model_digest
         self._events: list[EngineEvent] = []
+        self._between = StepResult()
         shares = CacheShares(cache_floor_percent, cache_ceiling_percent, -(-context_max // runner.block_size))
         self.pool = BlockPool(runner.num_blocks, scrub=runner.scrub, on_event=self._events.append, shares=shares)
         self.scheduler = Scheduler(
@@ -150,10 +151,12 @@ class EngineCore:
         if sequence is None:
             return None
         sequence.apply(Event.ABORT)
-        return self._finish(sequence)
+        outputs = self._released([self._finish(sequence)])
+        self._between.outputs += outputs[:-1]
+        return outputs[-1]
 
     def abort_all(self, error: str = "") -> list[TokenOutput]:
-        """End everything: as aborts, or as failures with ``error``."""
+        """End everything: as aborts, or as failures with ``error``, which say nothing: an observer may be what broke."""
         outputs = []
         for sequence in list(self._sequences.values()):
             if error:
@@ -161,11 +164,16 @@ class EngineCore:
             else:
                 sequence.apply(Event.ABORT)
             outputs.append(self._finish(sequence))
-        return outputs
+        return [replace(one, text="", logprobs=()) for one in outputs] if error else self._released(outputs)
+
+    def take_between(self) -> StepResult:
+        """What endings between two steps have brought about besides themselves: the next step tells it, if not this."""
+        between, self._between = self._between, StepResult()
+        return between
 
     def step(self) -> StepResult:
         """Advance every scheduled sequence by its share of the budget."""
-        result = StepResult()
+        result = self.take_between()
         self.step_number += 1
         self.pool.step = self.step_number
         plan = self.scheduler.schedule()  # 1
@@ -261,6 +269,13 @@ class EngineCore:
         self._punish(violations, [], result)
         self.pool.forget_domains(sorted({domain for violation in violations for domain in violation[2]}))
         result.outputs = with_endings(outputs, {name for found in violations for name in found[1]}, result.outputs)
+
+    def _released(self, outputs: list[TokenOutput]) -> list[TokenOutput]:
+        """Endings between two steps, as they may leave."""
+        result = StepResult(outputs)
+        self._withhold(result)
+        self._between.incidents += result.incidents
+        return result.outputs
 
     def _quarantine(self, named: set[str], result: StepResult) -> None:
         affected = contaminated(self._sequences.values(), named)
@@ -363,18 +378,7 @@ class EngineCore:
         return self._output(sequence, piece, token_ids)
 
     def _output(self, sequence: Sequence, piece: Piece, token_ids: tuple[int, ...]) -> TokenOutput:
-        return TokenOutput(
-            sequence_id=sequence.sequence_id,
-            text=piece.text,
-            token_ids=token_ids,
-            num_prompt_tokens=sequence.num_prompt_tokens_served,
-            num_cached_tokens=sequence.num_cached_tokens,
-            num_completion_tokens=sequence.num_completion_tokens,
-            finish_reason=sequence.finish_reason,
-            error=sequence.error,
-            logprobs=piece.logprobs,
-            nonce=sequence.nonce,
-        )
+        return output_of(sequence, piece, token_ids)
 
     def _show_events(self) -> None:
         if self._events:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.protocol import SamplingParams, TokenOutput
+from engine.protocol import SamplingParams, Submit, TokenOutput
 
 if TYPE_CHECKING:
     from engine.sampling.sampler import Picks
@@ -108,6 +108,7 @@ class Watched:
     block_size: int
     model_dir: Path
     memory: tuple[NDArray[Any], ...]
+    exact: bool = True  # what a sequence says does not depend on its company, bit for bit
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,14 @@ class Observer(Protocol):
         """What the launch gave and which arrays the kernels held, before anything is done with it."""
 
     def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:
-        """Called with a step's outputs before they leave. Those that a violation names are withheld."""
+        """Called with outputs before they leave, a step's or what ends between two. Those that a violation names are
+        withheld."""
+        ...
+
+    def next_run(self, *, idle: bool) -> Submit | None:
+        """A sequence that the observer wants to be run for itself (engine/own_runs.py): alone where the engine is
+        idle, beside others where it is not. Its outputs, a refusal too, come through before_release and go nowhere
+        else."""
         ...
 
     def counters(self) -> dict[str, int]:
@@ -172,6 +180,9 @@ class NullObserver:
 
     def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:
         return []
+
+    def next_run(self, *, idle: bool) -> Submit | None:
+        return None
 
     def counters(self) -> dict[str, int]:
         return {}

@@ -161,6 +161,10 @@ def worker_config(settings: Settings, folders: Folders) -> dict[str, str | int]:
         "cache_floor_percent": settings.cache_floor_percent,
         "cache_ceiling_percent": settings.cache_ceiling_percent,
         "audit_slots_per_step": settings.audit_slots_per_step,
+        "audit_replay_percent": settings.audit_replay_percent,
+        "audit_replay_bytes_max": settings.audit_replay_bytes_max,
+        "audit_canary_interval_s": settings.audit_canary_interval_s,
+        "idle_percent": settings.audit_idle_percent,
         "violating_steps_max": settings.violating_steps_max,
     }
     return config | {"num_threads": settings.num_threads or max(1, (os.cpu_count() or 2) - 1)}

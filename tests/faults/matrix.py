@@ -12,7 +12,7 @@ engine_core: Any = core
 
 
 def play(fault: Fault | None, seed: int, *, audited: bool) -> Run:
-    run = prepare(audited)
+    run = prepare(audited, canaries=fault is None)
     build = engine_core.build_batch
     if fault is not None:
         fault.plant(run)
@@ -29,7 +29,7 @@ def play(fault: Fault | None, seed: int, *, audited: bool) -> Run:
 def row_of(fault: Fault, num_seeds: int, enough: int = 0) -> dict[str, Any]:
     """`detected`: by the auditor, in every load in which the fault was reached there and did harm unwatched.
     ``enough``: stop after so many of those loads, 0 never."""
-    reached = infected = output_only = sum_only = before = False
+    reached = infected = output_only = sum_only = False
     caught, missed, released_wrong, step, late, num_harmful = set[str](), 0, 0, -1, 0, 0
     for seed in range(num_seeds):
         if enough and num_harmful >= enough:
@@ -43,7 +43,6 @@ def row_of(fault: Fault, num_seeds: int, enough: int = 0) -> dict[str, Any]:
         num_harmful += harm
         output_only |= bare.wrong_output_step >= 0
         sum_only |= bare.wrong_sum_step >= 0
-        before |= harm or bool(bare.detectors)
         if watched.detected_step >= 0:
             caught |= set(watched.detectors)
             step = watched.detected_step - watched.reached_step if step < 0 else step
@@ -65,7 +64,7 @@ def row_of(fault: Fault, num_seeds: int, enough: int = 0) -> dict[str, Any]:
         "loads_missed": missed,
         "loads_detected_after_harm": late,
         "loads_with_a_wrong_byte_released": released_wrong,
-        "before_release": before,
+        "before_release": bool(caught) and not (missed or late or released_wrong),
         "baselines": {
             "output_comparison": output_only,
             "accounting_sum": sum_only,
