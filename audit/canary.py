@@ -10,8 +10,8 @@ A canary that does not recite its own marker shows that this model would hardly 
 (``num_recited``).
 """
 
+import hashlib
 from collections.abc import Iterable
-from random import Random
 
 from audit.released_tokens import Finding, Output
 from audit.replay import OWN
@@ -21,14 +21,14 @@ MARKER_BYTES = 8
 
 
 class Canaries:
-    """``interval_s`` 0: none. ``seed`` decides the markers, so it must be a secret."""
+    """``interval_s`` 0: none. ``seed``, 0 to 2^127, decides the markers: it is a secret."""
 
     def __init__(self, interval_s: float = 0.0, seed: int = 0) -> None:
         self.num_canaries = 0
         self.num_recited = 0
         self.num_leaks = 0
         self._interval_s = interval_s
-        self._random = Random(seed)
+        self._key = seed.to_bytes(16, "little")
         self._last_s: float | None = None
         self._owners: dict[str, str] = {}  # marker -> its canary
         self._silent: set[str] = set()  # canaries that have not said their own marker
@@ -45,7 +45,8 @@ class Canaries:
         """A new canary's name and marker."""
         self._last_s = now_s
         self.num_canaries += 1
-        name, marker = f"{OWN}canary/{self.num_canaries}", self._random.randbytes(MARKER_BYTES).hex()
+        name = f"{OWN}canary/{self.num_canaries}"
+        marker = hashlib.blake2b(name.encode(), key=self._key, digest_size=MARKER_BYTES).hexdigest()
         self._owners[marker] = name
         self._silent = {name}
         if len(self._owners) > MARKERS_MAX:

@@ -83,7 +83,8 @@ class Difference:
 
 
 class Replays:
-    """``percent`` of all sequences are drawn when they begin, 0 none; ``seed`` decides which, and keys the digests."""
+    """``percent`` of all sequences are drawn when they begin, 0 none; ``seed``, 0 to 2^127, decides which, and keys the
+    digests: it is a secret."""
 
     def __init__(self, percent: int = 0, bytes_max: int = BYTES_MAX, seed: int = 0) -> None:
         if not 0 <= percent <= 100:
@@ -97,8 +98,8 @@ class Replays:
         self.num_bytes = 0
         self._percent = percent
         self._bytes_max = bytes_max
-        self._random = Random(seed)
-        self._key = self._random.randbytes(16)
+        self._random = Random(seed)  # noqa: S311 - which ones, no secret
+        self._key = seed.to_bytes(16, "little")
         self._live: dict[str, Record] = {}
         self._ready: deque[Record] = deque()
         self._running: tuple[str, Record, Said] | None = None

@@ -28,7 +28,7 @@ from engine.batch import Batch, build_batch, refused
 from engine.cache.block_pool import BlockPool
 from engine.cache.cache_shares import CacheShares
 from engine.contamination import contaminated
-from engine.endings import refusal, with_endings
+from engine.endings import refusal, with_endings, withheld
 from engine.events import EngineEvent, Observer, Violation
 from engine.model_runner import Runner
 from engine.protocol import Incident, Stats, Submit, TokenLogprob, TokenOutput
@@ -156,7 +156,7 @@ class EngineCore:
         return outputs[-1]
 
     def abort_all(self, error: str = "") -> list[TokenOutput]:
-        """End everything: as aborts, or as failures with ``error``, which say nothing: an observer may be what broke."""
+        """End everything: as aborts, or as failures with ``error``, which say nothing: the observer may have broken."""
         outputs = []
         for sequence in list(self._sequences.values()):
             if error:
@@ -272,6 +272,7 @@ class EngineCore:
 
     def _released(self, outputs: list[TokenOutput]) -> list[TokenOutput]:
         """Endings between two steps, as they may leave."""
+        self._show_events()  # one may have begun since the last step
         result = StepResult(outputs)
         self._withhold(result)
         self._between.incidents += result.incidents
@@ -284,7 +285,7 @@ class EngineCore:
             self.pool.quarantine(sequence.block_ids, sequence_id=sequence.sequence_id)
             sequence.block_ids = []
             sequence.fail("isolation_violation")
-            result.outputs.append(self._finish(sequence))
+            result.outputs.append(withheld(self._finish(sequence)))
 
     def _fail_rows(self, rows: Line[ScheduledRow]) -> list[TokenOutput]:
         outputs = []

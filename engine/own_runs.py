@@ -40,15 +40,13 @@ class OwnRuns:
         """Begin the next run if the observer has one and it is time."""
         if self._running is not None or (idle and self.clock() < self._not_before_s):
             return
-        submit = self.core.observer.next_run(idle=idle)
-        if submit is None:
-            return
-        assert is_own(submit), f"the observer's own run is called {submit.sequence_id!r} in {submit.domain!r}"
-        self._running, self._is_alone, self._begun_s = submit, idle, self.clock()
-        refused = self.core.add(submit)
-        if refused is not None:
+        while (submit := self.core.observer.next_run(idle=idle)) is not None:
+            assert is_own(submit), f"the observer's own run is called {submit.sequence_id!r} in {submit.domain!r}"
+            refused = self.core.add(submit)
+            if refused is None:
+                self._running, self._is_alone, self._begun_s = submit, idle, self.clock()
+                return
             self.core.observer.before_release(self.core.step_number, [refused])
-            self._end()
 
     def give_way(self) -> None:
         """A client's sequence comes: nothing may run that has to be alone."""

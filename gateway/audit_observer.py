@@ -21,8 +21,7 @@ from engine.events import EngineEvent, SamplingState, StepEvidence, Violation, W
 from engine.protocol import SamplingParams, Submit, TokenLogprob, TokenOutput
 from engine.sampling.sampler import Picks
 from engine.text.tokenizer import Tokenizer
-from gateway.own_runs import NOTHING, OwnRuns
-from gateway.own_runs import OwnRunSettings
+from gateway.own_runs import NOTHING, OwnRuns, OwnRunSettings
 from gateway.spelling import spelling
 
 SELF_TEST_INTERVAL_STEPS = 256  # how often the auditor must prove that it is awake while the engine is busy

@@ -76,21 +76,22 @@ class OwnRuns:
     ) -> None:
         percent = settings.replay_percent if exact else 0
         self.replays = Replays(percent, settings.replay_bytes_max, seed)
-        self.canaries = Canaries(settings.canary_interval_s if encode is not None else 0, seed + 1)
+        self.canaries = Canaries(settings.canary_interval_s if encode is not None else 0, seed)
         self._percent = percent
-        self._salt = seed.to_bytes(16, "little", signed=True)
+        self._salt = seed.to_bytes(16, "little")
         self._encode = encode
         self._clock = clock
         self._num_replays = 0
-        self._domains: dict[str, str] = {}  # of the sequences that are alive
+        self._domains: dict[str, str] = {}  # of the sequences that are alive, or ended since outputs were last heard
+        self._ended: set[str] = set()
 
     def on_event(self, event: EngineEvent) -> None:
         if event.kind == "begin":
             self._domains[event.sequence_id] = event.domain
+            self._ended.discard(event.sequence_id)
             self._draw(event)
         elif event.kind == "end":
-            self._domains.pop(event.sequence_id, None)
-            self.canaries.forget(event.sequence_id)
+            self._ended.add(event.sequence_id)  # its last output may still be on its way
 
     def _draw(self, event: EngineEvent) -> None:
         is_canary = event.domain == CANARY_DOMAIN
@@ -130,6 +131,10 @@ class OwnRuns:
                 record = difference.record
                 detail = f"step {step}: {difference.detail}"
                 found.append(("replay_differs", (record.sequence_id,), (record.domain,), -1, detail))
+        for name in self._ended:
+            self._domains.pop(name, None)
+            self.canaries.forget(name)
+        self._ended.clear()
         return found
 
     def counters(self) -> dict[str, int]:

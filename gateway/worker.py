@@ -34,7 +34,7 @@ def main() -> int:
     )
     paths = {name: Path(raw[name]) for name in ("model_dir", "socket_path", "journal_dir")}
     config = WorkerConfig(**{**raw, **paths})
-    seed = int.from_bytes(real_world().entropy(7))
+    seed = int.from_bytes(real_world().entropy(15))
     observe = partial(observer_of, slots_per_step=slots_per_step, own=own, seed=seed, log=log)
     return run_worker(config, observe)
 

@@ -26,6 +26,16 @@ from gateway.world import World
 NEW_COUNTS_S = 1.5
 START_TIMEOUT_S = 180.0  # a cold disk and two busy cores; a warm start takes a few seconds
 
+SAMPLED = (  # audit/figures.py
+    "slots_per_step",
+    "num_slots_read",
+    "replay_percent",
+    "num_sequences",
+    "num_replays",
+    "num_replays_differing",
+    "num_canaries",
+)
+
 Body = dict[str, str | int | bool | list[str]]
 
 log = structlog.get_logger(__name__)
@@ -86,6 +96,7 @@ class EngineHost:
             "num_violations": counters["num_violations"],
             "num_self_tests": counters["num_self_tests"],
             "last_self_test_ok": counters["num_self_tests"] > 0 and counters["num_self_tests_failed"] == 0,
+            **{name: counters[name] for name in SAMPLED},
         }
         return [Entry("audit.heartbeat", "", self._world.now_ns(), body)]
 
