@@ -6,7 +6,7 @@ states are what lies in the rows that will be sampled from. An observer must not
 beyond the step (a copy is cheap).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -102,12 +102,14 @@ class KernelArrays:
 @dataclass(frozen=True, slots=True)
 class Watched:
     """What an observer may look at from the start on. ``memory``: views of the KV cache itself, unsigned integers
-    [places, num_blocks, block_size, words], a place being a layer's keys or values; it must not write there."""
+    [places, num_blocks, block_size, words], a place being a layer's keys or values; it must not write there.
+    ``digest``: of all bytes of a block under a key, as [2]; None where it cannot be had."""
 
     num_blocks: int
     block_size: int
     model_dir: Path
     memory: tuple[NDArray[Any], ...]
+    digest: Callable[[int, tuple[int, int]], NDArray[np.int64]] | None = None
     exact: bool = True  # what a sequence says does not depend on its company, bit for bit
 
 

@@ -13,7 +13,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from audit.isolation import SLOTS_PER_STEP, IsolationAuditor
+from audit.block_digests import Digest
+from audit.isolation import BLOCKS_PER_STEP, SLOTS_PER_STEP, IsolationAuditor
 from audit.launch import KernelArrays, Launch, Logprob
 from audit.released_tokens import Output
 from audit.sampling_rows import SampledRow, SamplingFacts, ScoredRow
@@ -77,6 +78,7 @@ def observer_of(
     watched: Watched,
     *,
     slots_per_step: int = SLOTS_PER_STEP,
+    blocks_per_step: int = BLOCKS_PER_STEP,
     own: OwnRunSettings = NOTHING,
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
@@ -93,8 +95,10 @@ def observer_of(
         watched.num_blocks,
         watched.block_size,
         memory=watched.memory,
+        digest=watched.digest,
         spell=spell,
         slots_per_step=slots_per_step,
+        blocks_per_step=blocks_per_step,
         own=OwnRuns(own, exact=watched.exact, encode=tokenizer.encode, seed=seed),
         seed=seed,
     )
@@ -109,15 +113,24 @@ class AuditObserver:
         block_size: int,
         *,
         memory: Sequence[NDArray[Any]] = (),
+        digest: Digest | None = None,
         spell: Callable[[int], bytes] | None = None,
         slots_per_step: int = SLOTS_PER_STEP,
+        blocks_per_step: int = BLOCKS_PER_STEP,
         own: OwnRuns | None = None,
         seed: int = 0,
     ) -> None:
         self._own = own or OwnRuns(NOTHING)
         self._slots_per_step = slots_per_step
         self._auditor = IsolationAuditor(
-            num_blocks, block_size, memory=memory, spell=spell, slots_per_step=slots_per_step, seed=seed
+            num_blocks,
+            block_size,
+            memory=memory,
+            digest=digest,
+            spell=spell,
+            slots_per_step=slots_per_step,
+            blocks_per_step=blocks_per_step,
+            seed=seed,
         )
         self._digests = Digests()
         self._last_self_test_s = float("-inf")

@@ -146,11 +146,11 @@ def _engine_metrics(ready: Ready, stats: Stats) -> Iterable[Metric]:
     info = GaugeMetricFamily("bulkhead_isolation_info", "Isolation mode and kernels", labels=["isolation", "kernels"])
     info.add_metric([ready.isolation, ready.kernels], 1)
     yield info
-    yield gauge("bulkhead_audit_replays_waiting", "Answers to be run again", stats.audit.get("replays_waiting", 0))
-    yield gauge("bulkhead_audit_replay_bytes", "Memory that they take", stats.audit.get("replay_bytes", 0))
     for name, value in sorted(stats.audit.items()):
         if name.startswith("num_"):
             yield counter(f"bulkhead_audit_{name.removeprefix('num_')}", "Isolation auditor", value)
+        elif name.startswith("replay"):
+            yield gauge(f"bulkhead_audit_{name}", "Isolation auditor: answers to be run again", value)
 
 
 class _LoopCollector(Collector):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from audit.isolation import SLOTS_PER_STEP
+from audit.isolation import BLOCKS_PER_STEP, SLOTS_PER_STEP
 from gateway.audit_observer import observer_of
 from gateway.own_runs import OwnRunSettings
 
@@ -29,13 +29,15 @@ def main() -> int:
 
     raw = msgspec.json.decode(arguments.config.encode())
     slots_per_step = raw.pop("audit_slots_per_step", SLOTS_PER_STEP)
+    blocks_per_step = raw.pop("audit_blocks_per_step", BLOCKS_PER_STEP)
     own = OwnRunSettings(
         **{f.name: raw.pop(f"audit_{f.name}") for f in fields(OwnRunSettings) if f"audit_{f.name}" in raw}
     )
     paths = {name: Path(raw[name]) for name in ("model_dir", "socket_path", "journal_dir")}
     config = WorkerConfig(**{**raw, **paths})
     seed = int.from_bytes(real_world().entropy(15))
-    observe = partial(observer_of, slots_per_step=slots_per_step, own=own, seed=seed, log=log)
+    rates = {"slots_per_step": slots_per_step, "blocks_per_step": blocks_per_step}
+    observe = partial(observer_of, **rates, own=own, seed=seed, log=log)
     return run_worker(config, observe)
 
 

@@ -172,6 +172,7 @@ def worker_config(settings: Settings, folders: Folders) -> dict[str, str | int]:
         "cache_floor_percent": settings.cache_floor_percent,
         "cache_ceiling_percent": settings.cache_ceiling_percent,
         "audit_slots_per_step": settings.audit_slots_per_step,
+        "audit_blocks_per_step": settings.audit_blocks_per_step,
         "audit_replay_percent": settings.audit_replay_percent,
         "audit_replay_bytes_max": settings.audit_replay_bytes_max,
         "audit_canary_interval_s": settings.audit_canary_interval_s,

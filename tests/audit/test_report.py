@@ -390,7 +390,9 @@ def test_heartbeats_of_the_first_version_count_as_before() -> None:
     old = {name: value for name, value in heartbeat("e1", 10, 10).body.items() if name in OLD_HEARTBEAT}
     leaves = [OpenLeaf(0, "audit.heartbeat", 10, "", old), OpenLeaf(1, "audit.heartbeat", 20, "", new)]
     for shown, rates in ((leaves[:1], []), (leaves, [5])):
-        ours = count_figures(shown, shown, frozenset(), num_leaves=len(shown), last_entry_ns=10 * len(shown), scope=scope)
+        ours = count_figures(
+            shown, shown, frozenset(), num_leaves=len(shown), last_entry_ns=10 * len(shown), scope=scope
+        )
         theirs = verify.count_figures(
             [verify.Leaf(x.leaf_index, x.kind, 1, x.at_ns, "", "", dict(x.body or {})) for x in shown],
             plain(asdict(scope)),
