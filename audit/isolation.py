@@ -54,7 +54,7 @@ from audit.step_arrays import StepArrays
 from audit.step_check import NOTHING, Verdict, Violation, check, sampled_of
 
 SLOTS_PER_STEP = 256  # of the cache whose bytes are compared before a launch, unless the settings say otherwise
-BLOCKS_PER_STEP = 2  # whose digests are taken or compared
+BLOCKS_PER_STEP = 1  # whose digests are taken or compared
 
 
 class IsolationAuditor:

@@ -39,6 +39,20 @@ def packed(one: Logprob) -> bytes:
     )
 
 
+def _num_differing_bits(said: "Said", again: "Said") -> int:
+    """Of what both have said; what only one has said counts as one."""
+    pairs = [
+        (said.token_ids.tobytes(), again.token_ids.tobytes()),
+        (b"".join(said.logprobs), b"".join(again.logprobs)),
+        (b"".join(said.scores), b"".join(again.scores)),
+    ]
+    num = 0
+    for first, second in pairs:
+        size = min(len(first), len(second))
+        num += (int.from_bytes(first[:size]) ^ int.from_bytes(second[:size])).bit_count() + (len(first) != len(second))
+    return num
+
+
 def _bits(data: bytes) -> str:
     return float(struct.unpack_from("<d", data, 8)[0]).hex()
 
@@ -93,6 +107,7 @@ class Replays:
         self.num_compared = 0
         self.num_canaries_compared = 0
         self.num_differing = 0
+        self.num_differing_bits = 0
         self.num_broken_off = 0
         self.num_dropped = 0
         self.num_bytes = 0
@@ -164,6 +179,7 @@ class Replays:
             self.num_compared += not is_own
             self.num_canaries_compared += is_own
             self.num_differing += bool(detail)
+            self.num_differing_bits += _num_differing_bits(record.said, again) if detail else 0
         elif output.finish_reason == "abort" and record.num_tries < TRIES_MAX:
             self.num_broken_off += 1
             self._ready.append(record)  # behind the others: a long one must not keep them from their turn

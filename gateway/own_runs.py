@@ -144,6 +144,7 @@ class OwnRuns:
             "num_sequences": replays.num_sequences,
             "num_replays": replays.num_compared,
             "num_replays_differing": replays.num_differing,
+            "num_replay_bits_differing": replays.num_differing_bits,
             "num_replays_broken_off": replays.num_broken_off,
             "num_replays_dropped": replays.num_dropped,
             "replays_waiting": replays.num_waiting,

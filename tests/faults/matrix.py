@@ -6,13 +6,13 @@ from typing import Any
 from engine import core
 from tests.faults.catalogue import FAULTS, Fault
 from tests.faults.known_faults import KNOWN, NONE
-from tests.faults.stage import Run, load, perform, prepare
+from tests.faults.stage import Run, load, perform, prepare, with_forks
 
 engine_core: Any = core
 
 
 def play(fault: Fault | None, seed: int, *, audited: bool) -> Run:
-    run = prepare(audited, canaries=fault is None)
+    run = prepare(audited)
     build = engine_core.build_batch
     if fault is not None:
         fault.plant(run)
@@ -109,12 +109,25 @@ def kill_matrix(num_seeds: int) -> dict[str, Any]:
     }
 
 
-def clean_steps(num_steps: int) -> dict[str, Any]:
-    """The clean engine under the auditor: every detection is a false alarm."""
-    seed = audited = alarms = wrong = 0
-    while audited < num_steps:
-        run = play(None, 1_000_000 + seed, audited=True)
-        seed, audited = seed + 1, audited + run.num_steps
-        alarms += len(run.detectors)
-        wrong += run.wrong_output_step >= 0 or run.wrong_count_step >= 0 or run.wrong_end
-    return {"steps_audited": audited, "false_alarms": alarms, "clean_runs_wrong": wrong, "clean_runs": seed}
+def clean_steps(num_steps: int, first_seed: int = 1_000_000) -> dict[str, Any]:
+    """The clean engine under the auditor, with aborts, preemption, forks and canaries, and everything run again alone:
+    every detection is a false alarm. ``first_seed``: of the loads, which are numbered on from there."""
+    seed = first_seed
+    found = dict.fromkeys(("steps_audited", "false_alarms", "clean_runs_wrong", "clean_runs"), 0)
+    happened = dict.fromkeys(("aborts", "preemptions", "forks", "replays", "canaries"), 0)
+    while found["steps_audited"] < num_steps:
+        arrivals = with_forks(load(seed), seed)
+        run = prepare(audited=True, canaries=True)
+        perform(run, arrivals)
+        seed += 1
+        found["steps_audited"] += run.num_steps
+        found["false_alarms"] += len(run.detectors)
+        found["clean_runs_wrong"] += run.wrong_output_step >= 0 or run.wrong_count_step >= 0 or run.wrong_end
+        found["clean_runs"] += 1
+        counters = run.core.observer.counters()
+        happened["aborts"] += run.num_aborts
+        happened["preemptions"] += run.core.scheduler.num_preemptions
+        happened["forks"] += sum("." in one.submit.sequence_id for one in arrivals)
+        happened["replays"] += counters["num_replays"]
+        happened["canaries"] += counters["num_canaries"]
+    return found | {"clean_happened": happened}

@@ -7,9 +7,11 @@ alone.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from random import Random
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from engine.batch import Batch
@@ -19,6 +21,7 @@ from engine.own_runs import OwnRuns as EngineOwnRuns
 from engine.protocol import SamplingParams, Submit, TokenLogprob, TokenOutput
 from engine.sampling.row import Row
 from engine.sampling.sampler import Picks, pick, scored
+from engine.scheduling.tiers import TIERS
 from gateway.audit_observer import AuditObserver
 from gateway.own_runs import OwnRuns, OwnRunSettings
 
@@ -64,6 +67,11 @@ def written(token_ids: Iterable[int], first: int = 0) -> list[int]:
 
 
 def logits_of(seen: list[int]) -> NDArray[np.float32]:
+    return _logits_of(tuple(seen)).copy()
+
+
+@lru_cache(maxsize=8_192)  # the truth, the run and the run alone ask for the same
+def _logits_of(seen: tuple[int, ...]) -> NDArray[np.float32]:
     values = np.random.default_rng(seen).integers(-8, 9, VOCAB_SIZE) / 4
     return values.astype(np.float32)
 
@@ -156,6 +164,19 @@ def load(seed: int, num_arrivals: int = 14) -> list[Arrival]:
     return arrivals
 
 
+def with_forks(arrivals: list[Arrival], seed: int) -> list[Arrival]:
+    """Some requests ask for several answers at once, and tiers differ."""
+    random, more = Random(-1 - seed), []
+    for one in arrivals:
+        tier = random.choice([0, 0, *TIERS.values()])
+        for choice in range(random.choice([1, 1, 2, 3])):
+            sampling = replace(one.submit.sampling, seed=one.submit.sampling.seed + 1_000 * choice)
+            name = one.submit.sequence_id + f".{choice}" * bool(choice)
+            submit = replace(one.submit, sequence_id=name, sampling=sampling, priority=tier)
+            more.append(Arrival(submit, one.step, one.abort_step if choice != 1 else -1))
+    return more
+
+
 @dataclass(frozen=True)
 class Truth:
     """What a sequence says alone, without an engine."""
@@ -246,6 +267,7 @@ class Run:
     detected_step: int = -1
     detectors: list[str] = field(default_factory=list)
     num_steps: int = 0
+    num_aborts: int = 0
 
     def reach(self) -> None:
         if self.reached_step < 0:
@@ -337,6 +359,7 @@ def perform(run: Run, arrivals: list[Arrival]) -> None:
                     core.add(one.submit)
                 if one.abort_step == step and (ending := core.abort(one.submit.sequence_id)) is not None:
                     outputs.append(ending)
+                    run.num_aborts += 1
             if core.has_work:
                 run.own.start(idle=False)
             for output in run.own.without([*outputs, *_step(run)]):
