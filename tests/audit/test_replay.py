@@ -1,6 +1,8 @@
 """What left is said again alone: whatever was asked for, the same bits; and whatever one bit is wrong, it shows."""
 
 import struct
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +12,19 @@ from hypothesis import strategies as st
 from audit.launch import Logprob
 from audit.released_tokens import Output
 from audit.replay import OWN, RECORD_BYTES, TRIES_MAX, Replays
+from engine.build import build
+from engine.config import WorkerConfig
 from engine.events import NullObserver, Observer
+from engine.own_runs import OwnRuns as EngineOwnRuns
 from engine.protocol import SamplingParams, Submit
+from engine.sampling.grammar import of_regex
 from gateway.audit_observer import AuditObserver
+from gateway.audit_observer import observer_of as observer_for
 from gateway.own_runs import OwnRuns, OwnRunSettings
 from tests.faults.catalogue import FAULTS
 from tests.faults.stage import VOCAB_SIZE, Run, prepare, run_again
 from tests.strategies.engine_traces import Act, World, perform, traces
+from tests.strategies.tiny_model import write_tiny_model
 
 RUN = OWN + "replay/1"
 
@@ -261,6 +269,69 @@ def test_a_fault_inside_a_launch_is_found_when_the_answer_is_run_again() -> None
     assert run.core.pool.num_published == 0
     counters = observer_of(run).counters()
     assert (counters["num_replays"], counters["num_replays_differing"], counters["num_violations"]) == (2, 2, 2)
+
+
+def asked(vocab_size: int) -> list[Submit]:
+    """Two tenants whose prompts begin alike, and what can be asked for."""
+    kinds = [
+        SamplingParams(9, temperature=0.0, logprobs=2, ignore_eos=True),
+        SamplingParams(9, temperature=0.9, seed=5, top_p=0.9, logprobs=0, ignore_eos=True),
+        SamplingParams(9, temperature=0.8, seed=6, frequency_penalty=1.0, repetition_penalty=1.3, logprobs=1),
+        SamplingParams(9, temperature=0.0, prompt_logprobs=2, logprobs=0, ignore_eos=True),
+        SamplingParams(30, temperature=1.0, seed=7, stop=("e", "a"), logprobs=0),
+        SamplingParams(12, temperature=1.0, seed=8, grammar=of_regex("[ab]{3,9}"), logprobs=0),
+        SamplingParams(9, temperature=0.0, logit_bias=((40, 5.0),), min_tokens=4, logprobs=0),
+    ]
+    head = [(7 * place) % vocab_size for place in range(3, 43)]
+    return [
+        Submit(f"s{index}.{domain}", domain, b"", [*head, index + 5, len(domain)], sampling)
+        for index, sampling in enumerate(kinds)
+        for domain in ("a", "bb")
+    ]
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+def test_a_real_models_answers_are_said_again_unless_rows_change_places(tmp_path: Path, crossed: bool) -> None:
+    write_tiny_model(tmp_path)
+    observe = partial(observer_for, own=OwnRunSettings(replay_percent=100))
+    config = WorkerConfig(model_dir=tmp_path, socket_path=Path(), journal_dir=Path(), num_blocks=200, num_threads=1)
+    core, ready = build(config, observe)
+    if ready.isolation != "bitwise":
+        pytest.skip("this machine has no exact kernels")
+    runner: Any = core._runner
+    logits, done = runner.logits, []
+
+    def swapped(batch: Any) -> Any:
+        values = logits(batch)
+        if crossed and not done and len(batch.sampled_index) > 4:
+            values[[0, 4]] = values[[4, 0]]
+            done.append(batch)
+        return values
+
+    runner.logits = swapped
+    for submit in asked(ready.vocab_size):
+        assert core.add(submit) is None
+    while core.has_work:
+        result = core.step()
+        assert (result.incidents, result.failure) == ([], "")
+        if core.step_number == 6:
+            core.abort("s0.bb")
+    incidents, runs = [], EngineOwnRuns(core, idle_percent=100)
+    runs.start(idle=True)
+    while core.has_work:
+        result = core.step()
+        incidents += [(one.kind, *one.sequence_ids) for one in result.incidents]
+        runs.without(result.outputs)
+        runs.start(idle=True)
+    counters = core.observer.counters()
+    assert counters["num_replays"] == counters["num_sequences"] == 14
+    if crossed:
+        names = [f"{batch.evidence.sequence_ids[batch.sampled_index[at]]}" for batch in done for at in (0, 4)]
+        assert sorted(incidents) == sorted(("replay_differs", name) for name in names)
+        assert counters["num_replay_bits_differing"] > 0
+    else:
+        assert incidents == []
+        assert counters["num_replays_differing"] == counters["num_replay_bits_differing"] == 0
 
 
 def test_where_answers_depend_on_their_company_nothing_is_run_again() -> None:
