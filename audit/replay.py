@@ -17,7 +17,7 @@ import hashlib
 import struct
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -123,11 +123,14 @@ class Replays:
     def num_waiting(self) -> int:
         return len(self._ready)
 
-    def begins(self, sequence_id: str, domain: str, num_bytes: int, recipe: Any, *, always: bool = False) -> None:
-        """A sequence was taken in; ``num_bytes``: of its recipe."""
+    def begins(
+        self, sequence_id: str, domain: str, recipe: Callable[[], tuple[int, Any]], *, always: bool = False
+    ) -> None:
+        """A sequence was taken in. If it is drawn, ``recipe`` is asked for the recipe's bytes in memory, and for it."""
         drawn = self._percent and (always or self._random.randrange(100) < self._percent)
         if drawn and sequence_id not in self._live:
-            record = Record(sequence_id, domain, recipe, 0)
+            num_bytes, made = recipe()
+            record = Record(sequence_id, domain, made, 0)
             self._live[sequence_id] = record
             self._grow(record, RECORD_BYTES + num_bytes)
 
@@ -149,9 +152,12 @@ class Replays:
             else:
                 self.num_bytes -= record.num_bytes
 
-    def forget(self, sequence_id: str) -> None:
-        """It did not end well, or may not be trusted: there is nothing to compare with."""
-        record = self._live.pop(sequence_id, None)
+    def forget(self, name: str) -> None:
+        """A sequence or a run did not end well, or may not be trusted: there is nothing to compare."""
+        record = self._live.pop(name, None)
+        if self._running is not None and self._running[0] == name:
+            record, self._running = self._running[1], None
+            self.num_dropped += 1
         self.num_bytes -= record.num_bytes if record is not None else 0
 
     def next(self, run_id: str) -> Record | None:

@@ -128,7 +128,7 @@ def _sees_what_differs() -> bool:
 
     def differs(token_id: int, logprob: float) -> bool:
         replays = Replays(100)
-        replays.begins("self-test/a", "self-test/a", 0, None)
+        replays.begins("self-test/a", "self-test/a", lambda: (0, None))
         for name, one in (("self-test/a", Logprob(2, -1.0)), ("self-test/b", Logprob(token_id, logprob))):
             output = Output(name, (one.token_id,), 1, 0, 1, False, "", [one], (), "length")
             replays.sends(output)

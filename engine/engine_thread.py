@@ -165,7 +165,7 @@ class EngineThread:
                     output = self.core.abort(sequence_id)
                     return [output] if output is not None else []
             case Received(_, Drain(timeout_ms)) | Drain(timeout_ms):
-                self._own.give_way()
+                self._own.give_way(at_all=True)
                 until_s = time.monotonic() + timeout_ms / 1000
                 self._drain_until_s = min(until_s, self._drain_until_s or until_s)
             case Dropped(connection):

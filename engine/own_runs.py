@@ -48,9 +48,9 @@ class OwnRuns:
                 return
             self.core.observer.before_release(self.core.step_number, [refused])
 
-    def give_way(self) -> None:
-        """A client's sequence comes: nothing may run that has to be alone."""
-        if self._running is not None and self._is_alone:
+    def give_way(self, *, at_all: bool = False) -> None:
+        """A client's sequence comes: nothing may run that has to be alone; or nothing ``at_all``."""
+        if self._running is not None and (self._is_alone or at_all):
             self.core.abort(self._running.sequence_id)
             self._end()
 

@@ -12,6 +12,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from msgspec.structs import replace
 
@@ -56,6 +57,12 @@ class Recipe:
         return len(self.prompt) * self.prompt.itemsize + PARAMETERS_BYTES + named
 
 
+def recipe_of(token_ids: Sequence[int], sampling: SamplingParams) -> tuple[int, Recipe]:
+    """With its bytes in memory."""
+    recipe = Recipe(array("i", token_ids), sampling)
+    return recipe.num_bytes, recipe
+
+
 def canary_prompt(marker: str) -> str:
     """What a model that continues texts continues with the marker."""
     return f"The secret word is {marker}. Say it again: the secret word is {marker}. Once more: the secret word is"
@@ -96,11 +103,12 @@ class OwnRuns:
     def _draw(self, event: EngineEvent) -> None:
         is_canary = event.domain == CANARY_DOMAIN
         if event.sampling is not None and self._percent and (is_canary or not event.sequence_id.startswith(OWN)):
-            recipe = Recipe(array("i", event.token_ids), event.sampling)
-            self.replays.begins(event.sequence_id, event.domain, recipe.num_bytes, recipe, always=is_canary)
+            recipe = partial(recipe_of, event.token_ids, event.sampling)
+            self.replays.begins(event.sequence_id, event.domain, recipe, always=is_canary)
 
     def next(self, *, idle: bool) -> Submit | None:
         """What to run now: alone where the engine is idle, in company otherwise."""
+        self._clean()
         if not idle:
             return self._canary()
         name = f"{OWN}replay/{self._num_replays + 1}"
@@ -131,10 +139,7 @@ class OwnRuns:
                 record = difference.record
                 detail = f"step {step}: {difference.detail}"
                 found.append(("replay_differs", (record.sequence_id,), (record.domain,), -1, detail))
-        for name in self._ended:
-            self._domains.pop(name, None)
-            self.canaries.forget(name)
-        self._ended.clear()
+        self._clean()
         return found
 
     def counters(self) -> dict[str, int]:
@@ -154,6 +159,14 @@ class OwnRuns:
             "num_canaries_compared": replays.num_canaries_compared,
             "num_canary_leaks": canaries.num_leaks,
         }
+
+    def _clean(self) -> None:
+        """Forget those who are over, also where no last output of theirs was heard."""
+        for name in self._ended:
+            self._domains.pop(name, None)
+            self.canaries.forget(name)
+            self.replays.forget(name)
+        self._ended.clear()
 
     def _canary(self) -> Submit | None:
         now_s = self._clock()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from audit.launch import Logprob
 from audit.released_tokens import Output
@@ -43,7 +44,7 @@ def chunk(name: str, tokens: list[int], ending: str = "", num_before: int = 0, *
 
 def recorded(said: list[Output], **changes: Any) -> Replays:
     replays = Replays(**{"percent": 100} | changes)
-    replays.begins("s", "a", 100, "recipe")
+    replays.begins("s", "a", lambda: (100, "recipe"))
     for output in said:
         replays.sends(output)
     return replays
@@ -120,7 +121,7 @@ def test_an_aborted_one_is_compared_as_far_as_it_came() -> None:
 
 def test_a_run_that_is_broken_off_comes_again_behind_the_others_and_not_for_ever() -> None:
     replays = recorded([chunk("s", [4, 5], "stop")])
-    replays.begins("t", "a", 1, "other")
+    replays.begins("t", "a", lambda: (1, "other"))
     replays.sends(chunk("t", [6], "stop"))
     first, second = replays.next(RUN), None
     assert replays.next("audit/replay/2") is None, "one at a time"
@@ -155,12 +156,25 @@ def test_errors_are_no_answers() -> None:
     assert (replays.num_compared, replays.num_dropped, replays.num_bytes) == (0, 1, 0)
 
 
+def test_what_may_not_be_trusted_is_forgotten_wherever_it_is() -> None:
+    replays = recorded([chunk("s", [4])])
+    replays.forget("s")
+    assert (replays.num_bytes, replays.next(RUN)) == (0, None)
+    replays = recorded([chunk("s", [4], "stop")])
+    replays.begins("t", "a", lambda: (1, "other"))
+    replays.sends(chunk("t", [6], "stop"))
+    assert replays.next(RUN) is not None
+    replays.forget(RUN)
+    assert replays.num_dropped == 1
+    assert replays.next("audit/replay/2") is not None, "the line goes on"
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 60), st.booleans()), max_size=60), st.integers(0, 9))
 def test_memory_never_passes_its_bound_and_all_of_it_comes_back(work: list[tuple[int, int, bool]], seed: int) -> None:
     bound = 4 * RECORD_BYTES
     replays = Replays(60, bound, seed)
     for number, num_tokens, ends in work:
-        replays.begins(f"s{number}", "a", 10 * num_tokens, None)
+        replays.begins(f"s{number}", "a", partial(lambda size: (size, None), 10 * num_tokens))
         replays.sends(chunk(f"s{number}", [1] * num_tokens, "stop" if ends else ""))
         assert 0 <= replays.num_bytes <= bound
     for number in range(6):
@@ -174,7 +188,7 @@ def test_memory_never_passes_its_bound_and_all_of_it_comes_back(work: list[tuple
 def test_the_rate_is_the_settings(percent: int, least: int, most: int) -> None:
     replays = Replays(percent, bytes_max=2**40)
     for number in range(1_000):
-        replays.begins(f"s{number}", "a", 1, None)
+        replays.begins(f"s{number}", "a", lambda: (1, None))
         replays.sends(chunk(f"s{number}", [1], "stop"))
     assert least <= replays.num_waiting <= most
     assert replays.num_sequences == 1_000
@@ -332,6 +346,31 @@ def test_a_real_models_answers_are_said_again_unless_rows_change_places(tmp_path
     else:
         assert incidents == []
         assert counters["num_replays_differing"] == counters["num_replay_bits_differing"] == 0
+
+
+def test_a_run_that_breaks_a_rule_itself_does_not_stop_the_line() -> None:
+    """Its ending is the engine's own and is heard by nobody."""
+    run = prepare(audited=True)
+    for name in ("s", "t"):
+        run.core.add(
+            Submit(name, "a", b"", [1, 2, ord(name) % 60], SamplingParams(3, temperature=0.0, ignore_eos=True))
+        )
+    while run.core.has_work:
+        run.core.step()
+    output_of = run.core._output
+
+    def wrong(sequence: Any, *arguments: Any) -> Any:
+        output = output_of(sequence, *arguments)
+        if output.sequence_id == RUN and output.token_ids:
+            return replace(output, token_ids=(output.token_ids[0] ^ 1,))
+        return output
+
+    run.core._output = wrong  # type: ignore[method-assign]
+    run_again(run)
+    assert "foreign_output" in run.detectors
+    counters = observer_of(run).counters()
+    assert (counters["num_replays"], counters["num_replays_dropped"], counters["replays_waiting"]) == (1, 1, 0)
+    assert counters["replay_bytes"] == 0
 
 
 def test_where_answers_depend_on_their_company_nothing_is_run_again() -> None:
