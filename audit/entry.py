@@ -105,6 +105,7 @@ _ALL = (
         _text("request_id", "original_request_id", "key_id"),
     ),
     Kind("tenant.created", 1, "A tenant was created.", _text("organisation_id", "name")),
+    Kind("project.created", 1, "A project of a tenant was created.", _text("project_id", "name")),
     Kind(
         "tenant.status_changed",
         1,
@@ -116,6 +117,12 @@ _ALL = (
         1,
         "A tenant was deleted and its keys revoked; the credit that it had left stays on the books.",
         (*_text("name", "reason"), *_count("num_keys_revoked", "credit_nano_usd")),
+    ),
+    Kind(
+        "cache.erased",
+        1,
+        "The engine's blocks with numbers of a deleted tenant were zeroed.",
+        (*_text("epoch"), *_count("num_blocks")),
     ),
     Kind(
         "key.created",

@@ -160,6 +160,16 @@ class Replays:
             self.num_dropped += 1
         self.num_bytes -= record.num_bytes if record is not None else 0
 
+    def forget_domain(self, domain: str) -> None:
+        """Of a domain that has left nothing is kept; a run of it must be over."""
+        for record in [one for one in self._ready if one.domain == domain]:
+            self._ready.remove(record)
+            self.num_bytes -= record.num_bytes
+        for name in [name for name, one in self._live.items() if one.domain == domain]:
+            self.forget(name)
+        if self._running is not None and self._running[1].domain == domain:
+            self.forget(self._running[0])
+
     def next(self, run_id: str) -> Record | None:
         """The next to be run again, under this name. One at a time."""
         if self._running is not None or not self._ready:

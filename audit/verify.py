@@ -103,6 +103,8 @@ KINDS: dict[str, dict[int, str]] = {
         "num_canaries:i",
     },
     "isolation.violation": {1: "epoch:s rule:s detail:s step:i block_id:i sequence_ids:l domains:l"},
+    "cache.erased": {1: "epoch:s num_blocks:i"},
+    "project.created": {1: "project_id:s name:s"},
     "webhook.added": {1: "endpoint_id:s host:s kinds:l"},
     "webhook.removed": {1: "endpoint_id:s reason:s"},
     "webhook.resent": {1: "endpoint_id:s delivery_id:s"},

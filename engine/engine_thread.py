@@ -16,7 +16,18 @@ from engine.core import EngineCore
 from engine.endings import refusal
 from engine.journal import Journal, record_of
 from engine.own_runs import OwnRuns, is_own
-from engine.protocol import Abort, Drain, Incident, Stats, Submit, TokenOutput, ToWorker, encode_frame
+from engine.protocol import (
+    Abort,
+    Drain,
+    Erase,
+    Erased,
+    Incident,
+    Stats,
+    Submit,
+    TokenOutput,
+    ToWorker,
+    encode_frame,
+)
 from engine.worker_log import log
 
 STRANGER = "output_of_stranger"  # the incident's kind
@@ -164,6 +175,11 @@ class EngineThread:
                 if self._owners.get(sequence_id) is connection:
                     output = self.core.abort(sequence_id)
                     return [output] if output is not None else []
+            case Received(connection, Erase(domain)):
+                outputs, num_blocks = self.core.erase_domain(domain)
+                num_blocks += self._own.erase(domain)
+                self.deliver({connection: encode_frame(Erased(domain, num_blocks))}, b"")
+                return outputs
             case Received(_, Drain(timeout_ms)) | Drain(timeout_ms):
                 self._own.give_way(at_all=True)
                 until_s = time.monotonic() + timeout_ms / 1000

@@ -163,6 +163,11 @@ class Observer(Protocol):
         else."""
         ...
 
+    def forget_domain(self, domain: str) -> Sequence[str]:
+        """Whose domain it is has left: nothing that it said is kept. Returns the domains of the observer's own runs
+        that may have left something of it."""
+        ...
+
     def counters(self) -> dict[str, int]:
         """Figures for Stats.audit."""
         ...
@@ -185,6 +190,9 @@ class NullObserver:
 
     def next_run(self, *, idle: bool) -> Submit | None:
         return None
+
+    def forget_domain(self, domain: str) -> Sequence[str]:
+        return ()
 
     def counters(self) -> dict[str, int]:
         return {}

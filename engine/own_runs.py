@@ -54,6 +54,12 @@ class OwnRuns:
             self.core.abort(self._running.sequence_id)
             self._end()
 
+    def erase(self, domain: str) -> int:
+        """Whose domain it is has left: the observer forgets it, and what its own runs have left of it is zeroed. In how
+        many blocks."""
+        self.give_way()
+        return sum(self.core.erase_domain(own)[1] for own in self.core.observer.forget_domain(domain))
+
     def wait_s(self) -> float | None:
         """How long an idle engine may wait before it asks again; None: until something happens."""
         rest_s = self._not_before_s - self.clock()

@@ -203,6 +203,9 @@ class AuditObserver:
     def next_run(self, *, idle: bool) -> Submit | None:
         return self._own.next(idle=idle)
 
+    def forget_domain(self, domain: str) -> Sequence[str]:
+        return self._own.forget_domain(domain)
+
     def _expected(self, sampling: SamplingParams) -> SamplingFacts:
         """What the row of a sequence with these parameters must hold."""
         ids = np.array([token_id for token_id, _ in sampling.logit_bias], dtype=np.int64)

@@ -62,6 +62,12 @@ class Clerk:
         await self._log("tenant.created", tenant.tenant_id, {"organisation_id": owner.organisation_id, "name": name})
         return tenant.tenant_id, project.project_id
 
+    async def create_project(self, tenant_id: str, name: str) -> directory.Project:
+        """Raises UnknownIdError or a name error."""
+        project = await directory.create_project(self.conn, tenant_id, name, entropy=self.entropy, now_ns=self.now_ns)
+        await self._log("project.created", tenant_id, {"project_id": project.project_id, "name": name})
+        return project
+
     async def set_tenant_status(self, tenant_id: str, status: Literal["active", "suspended"], reason: str) -> None:
         """Suspend or resume; its keys answer, or not, from the next request on."""
         await directory.set_tenant_status(self.conn, tenant_id, status)

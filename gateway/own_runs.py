@@ -23,6 +23,7 @@ from engine.events import EngineEvent, Violation
 from engine.protocol import SamplingParams, Submit
 from engine.scheduling.tiers import TIERS
 
+REPLAY = OWN + "replay/"  # the runs are numbered; their domains are named after the tenants'
 CANARY_DOMAIN = OWN + "canary"
 CANARY = SamplingParams(24, temperature=0.0, logprobs=2)
 PARAMETERS_BYTES = 400  # of sampling parameters, about
@@ -111,15 +112,20 @@ class OwnRuns:
         self._clean()
         if not idle:
             return self._canary()
-        name = f"{OWN}replay/{self._num_replays + 1}"
+        name = f"{REPLAY}{self._num_replays + 1}"
         record = self.replays.next(name)
         if record is None:
             return None
         self._num_replays += 1
         salt = self._salt + self._num_replays.to_bytes(8, "little")
         recipe: Recipe = record.recipe
-        sampling, domain = self._again(record, recipe.sampling), f"{OWN}replay/{record.domain}"
+        sampling, domain = self._again(record, recipe.sampling), f"{REPLAY}{record.domain}"
         return Submit(name, domain, salt, recipe.prompt.tolist(), sampling, priority=TIERS["batch"])
+
+    def forget_domain(self, domain: str) -> list[str]:
+        """A tenant has left: its answers are not kept. Returns the domain of its replays."""
+        self.replays.forget_domain(domain)
+        return [f"{REPLAY}{domain}"]
 
     def hear(self, step: int, outputs: Sequence[Output], distrusted: frozenset[str]) -> list[Violation]:
         """All outputs of a step, those of ``distrusted`` sequences among them, which will not leave."""

@@ -58,6 +58,9 @@ class StepCounter:
     def next_run(self, *, idle: bool) -> Submit | None:
         return self.observer.next_run(idle=idle)
 
+    def forget_domain(self, domain: str) -> Sequence[str]:
+        return self.observer.forget_domain(domain)
+
     def counters(self) -> dict[str, int]:
         return self.observer.counters()
 

@@ -22,7 +22,6 @@ NEVER = frozenset({"request.admitted", "request.settled", "request.replayed", "l
 EVENT_KINDS = frozenset(kind for kind in KINDS if kind not in NEVER and not kind.startswith("webhook."))
 VIOLATION = "isolation.violation"
 ALERT_KINDS = frozenset({VIOLATION, "worker.lost", "budget.alert", "credit.expired", "key.revoked", "key.rotated"})
-# Of a violation a tenant hears that it was concerned, not who else was.
 VIOLATION_FIELDS_OF_TENANTS = ("epoch", "rule", "step")
 
 Body = Mapping[str, Any]
@@ -54,12 +53,18 @@ async def new_events(conn: AsyncConnection, endpoint: Endpoint) -> tuple[list[tu
 
 
 def concerns(endpoint: Endpoint, kind: str, tenant_id: str, body: bytes) -> bool:
-    """The operator's endpoint hears of everything; a tenant's of its own, and of violations that touched it."""
-    if not endpoint.tenant_id:
-        return True
-    if kind == VIOLATION:
-        return endpoint.tenant_id in json.loads(body)["domains"]
-    return tenant_id == endpoint.tenant_id
+    """The operator's endpoint hears of everything."""
+    return not endpoint.tenant_id or concerns_tenant(endpoint.tenant_id, kind, tenant_id, body)
+
+
+def concerns_tenant(reader_id: str, kind: str, tenant_id: str, body: bytes) -> bool:
+    """A tenant hears of its own entries, and of violations that touched it."""
+    return reader_id in json.loads(body)["domains"] if kind == VIOLATION else tenant_id == reader_id
+
+
+def told_to_tenant(kind: str, body: Body) -> Body:
+    """Of a violation, not who else was touched."""
+    return {name: body[name] for name in VIOLATION_FIELDS_OF_TENANTS} if kind == VIOLATION else body
 
 
 async def payload(conn: AsyncConnection, endpoint: Endpoint, leaf_index: int) -> bytes | None:
@@ -73,8 +78,8 @@ async def payload(conn: AsyncConnection, endpoint: Endpoint, leaf_index: int) ->
     if row is None or not concerns(endpoint, row.kind, row.tenant_id, row.body):
         return None
     data = json.loads(row.body)
-    if endpoint.tenant_id and row.kind == VIOLATION:
-        data = {name: data[name] for name in VIOLATION_FIELDS_OF_TENANTS}
+    if endpoint.tenant_id:
+        data = told_to_tenant(row.kind, data)
     event = {
         "type": row.kind,
         "timestamp": datetime.fromtimestamp(row.at_ns / 10**9, UTC).isoformat(timespec="milliseconds"),

@@ -23,7 +23,7 @@ from gateway.audit_observer import AuditObserver
 from gateway.audit_observer import observer_of as observer_for
 from gateway.own_runs import OwnRuns, OwnRunSettings
 from tests.faults.catalogue import FAULTS
-from tests.faults.stage import VOCAB_SIZE, Run, prepare, run_again
+from tests.faults.stage import BLOCK_SIZE, VOCAB_SIZE, Run, prepare, run_again
 from tests.strategies.engine_traces import Act, World, perform, traces
 from tests.strategies.tiny_model import write_tiny_model
 
@@ -371,6 +371,33 @@ def test_a_run_that_breaks_a_rule_itself_does_not_stop_the_line() -> None:
     counters = observer_of(run).counters()
     assert (counters["num_replays"], counters["num_replays_dropped"], counters["replays_waiting"]) == (1, 1, 0)
     assert counters["replay_bytes"] == 0
+
+
+def test_of_a_tenant_that_has_left_nothing_is_kept() -> None:
+    """Neither its answers nor the blocks in which they were run again, finished or not."""
+    run = prepare(audited=True)
+    for name, domain in (("s", "leaver"), ("t", "stays"), ("u", "leaver"), ("v", "leaver")):
+        sampling = SamplingParams(40 if name == "v" else 4, temperature=0.0, ignore_eos=True)
+        run.core.add(Submit(name, domain, b"", [*range(9), ord(name) % 60], sampling))
+    for _ in range(10):
+        run.core.step()
+    assert run.core.abort("v") is not None
+    run.own.start(idle=True)
+    for _ in range(3):
+        run.own.without(run.core.step().outputs)
+    outputs, _ = run.core.erase_domain("leaver")
+    assert outputs == []
+    num_blocks = run.own.erase("leaver")
+    assert num_blocks > 0
+    assert not any(block.content_domain.endswith("leaver") for block in run.core.pool.blocks)
+    run_again(run)
+    counters = observer_of(run).counters()
+    assert not run.detectors
+    assert (counters["num_replays"], counters["replays_waiting"], counters["replay_bytes"]) == (1, 0, 0)
+    held = run.runner.slots.reshape(-1)
+    assert {block.content_domain for block in run.core.pool.blocks} <= {"", "stays", "audit/replay/stays"}
+    clean = [block.block_id for block in run.core.pool.blocks if not block.content_domain]
+    assert not held.reshape(-1, BLOCK_SIZE)[clean].any()
 
 
 def test_where_answers_depend_on_their_company_nothing_is_run_again() -> None:
