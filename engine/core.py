@@ -9,7 +9,8 @@ One step, numbered here and marked below:
 4. launch      the model computes; blocks released from now on wait behind the fence
 5. update      counters move, full blocks are sealed and published, new tokens are appended and turned into text
 6. finish      stop, length or error; blocks and rows go back
-7. release     the observer sees every output; what is not its sequence's own does not leave
+7. release     the observer sees every output, an abort's between two steps too; what is not its sequence's own does
+               not leave
 
 A kernel that refuses a block did so because steps 1 to 3 failed: whoever asked is punished as if the observer had named
 it (`kernel_ownership`), and what is left is built, shown and launched again. Any other launch that raises costs its
