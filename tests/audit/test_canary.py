@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audit.canary import MARKERS_MAX, Canaries
+from audit.canary import MARKER_BYTES, MARKERS_MAX, Canaries
 from audit.released_tokens import Output
 from engine.core import EngineCore
 from engine.own_runs import OwnRuns as EngineOwnRuns
@@ -31,6 +31,14 @@ def test_a_marker_is_found_however_the_text_is_cut(cuts: list[int], before: str,
     assert [(who, rule) for who, rule, _ in found] == [("s", "canary_leak")] * whole
     assert canaries.num_leaks == whole
     assert all(marker not in detail and name in detail for _, _, detail in found)
+
+
+@pytest.mark.parametrize("at", range(1, 2 * MARKER_BYTES))
+def test_a_marker_is_found_with_all_but_one_of_its_letters_on_one_side(at: int) -> None:
+    canaries = Canaries(1.0)
+    _, marker = canaries.begin(0.0)
+    halves = [said("s", "x" + marker[:at]), said("s", marker[at:] + "x")]
+    assert [len(canaries.search([half])) for half in halves] == [0, 1]
 
 
 def test_its_own_words_are_its_own_and_it_is_counted_once() -> None:
