@@ -1,5 +1,6 @@
 """What the observer wants to be run: it waits for idle time, makes way at once, and nobody else hears of it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ from msgspec.structs import replace
 from audit import replay
 from engine import own_runs
 from engine.engine_thread import Connection, EngineThread, Received, Wake
+from engine.events import Violation
 from engine.journal import Journal, read_journals
 from engine.own_runs import OwnRuns
-from engine.protocol import Abort, Drain, FrameReader, FromWorker, Submit, TokenOutput, decode_from_worker
+from engine.protocol import Abort, Drain, FrameReader, FromWorker, Incident, Submit, TokenOutput, decode_from_worker
 from tests.strategies.integer_model import Watcher, continuation, integer_core, submit
 
 
@@ -22,14 +24,16 @@ class Wishes(Watcher):
         self.alone: list[Submit] = []
         self.in_company: list[Submit] = []
         self.heard: list[TokenOutput] = []
+        self.finds_differences = False
 
     def next_run(self, *, idle: bool) -> Submit | None:
         line = self.alone if idle else self.in_company
         return line.pop(0) if line else None
 
-    def before_release(self, step: int, outputs: object) -> list[object]:  # type: ignore[override]
-        self.heard += outputs  # type: ignore[arg-type,operator]
-        return []
+    def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:
+        self.heard += outputs
+        ended = [one for one in outputs if one.finish_reason and one.sequence_id.startswith("audit/")]
+        return [("replay_differs", ("gone",), ("tenant",), -1, "detail")] if ended and self.finds_differences else []
 
     def tokens(self, name: str) -> list[int]:
         return [token for one in self.heard if one.sequence_id == name for token in one.token_ids]
@@ -149,6 +153,23 @@ def test_draining_and_closed_workers_run_nothing_of_their_own(house: House, clos
     house.thread._turn()
     assert not house.core.has_work
     assert house.wishes.alone == [own("2", 60)]
+
+
+def test_differences_in_too_many_runs_close_the_door(house: House) -> None:
+    house.thread.violating_steps_max = 2
+    house.wishes.finds_differences = True
+    house.wishes.alone = [own(str(number)) for number in range(4)]
+    while house.core.has_work or not house.thread.closed:
+        house.turn()
+    house.thread.commands.put(Wake())
+    house.thread._turn()
+    assert [one.sequence_id for one in house.wishes.alone] == ["audit/2", "audit/3"], "nothing is run any more"
+    kinds = [(one.kind, one.domains) for one in house.delivered if isinstance(one, Incident)]
+    assert kinds == [("replay_differs", ["tenant"]), ("replay_differs", ["tenant"]), ("admission_closed", [])]
+    house.turn(submit("s", [7, 8], 3))
+    last = house.delivered[-1]
+    assert isinstance(last, TokenOutput)
+    assert last.error == "closed"
 
 
 def test_runs_take_their_share_of_idle_time() -> None:
