@@ -217,12 +217,15 @@ _ALL = (
     ),
     Kind(
         "audit.heartbeat",
-        1,
-        "The isolation auditor's totals since its worker's epoch began.",
+        2,
+        "The isolation auditor's totals since its worker's epoch began, and its sampling rates: the cache slots whose "
+        "bytes are compared before a step, and the percentage of answers that are run again alone.",
         (
             *_text("epoch"),
             *_count("num_steps", "num_slots_checked", "num_violations", "num_self_tests"),
             Field("last_self_test_ok", "bool"),
+            *_count("slots_per_step", "num_slots_read", "replay_percent", "num_sequences", "num_replays"),
+            *_count("num_replays_differing", "num_canaries"),
         ),
     ),
     Kind(

@@ -19,6 +19,17 @@ GapReason = Literal["no_heartbeat", "self_test_failed", "unrecorded_stop"]
 Verdict = Literal["clean", "clean_with_gaps", "violations", "not_assessed", "blind", "no_activity"]
 
 COVERAGE_KINDS = ("gateway.started", "gateway.stopped", "worker.started", "worker.lost", "audit.heartbeat")
+COUNTERS = (
+    "num_steps",
+    "num_slots_checked",
+    "num_violations",
+    "num_self_tests",
+    "num_slots_read",  # this and what follows: since version 2 of the heartbeat
+    "num_sequences",
+    "num_replays",
+    "num_replays_differing",
+    "num_canaries",
+)
 OUTCOME_NAMES = ("captured", "voided", "expired", "recovered")
 
 
@@ -103,6 +114,13 @@ class Coverage:
     num_violations: int = 0
     num_self_tests: int = 0
     num_heartbeats_self_test_failed: int = 0
+    num_slots_read: int = 0
+    num_sequences: int = 0
+    num_replays: int = 0
+    num_replays_differing: int = 0
+    num_canaries: int = 0
+    slots_per_step: list[int] = field(default_factory=list)
+    replay_percents: list[int] = field(default_factory=list)
     worker_up_ns: int = 0
     blind_ns: int = 0
     gaps: list[Gap] = field(default_factory=list)
@@ -300,6 +318,7 @@ def _count_coverage(leaves: Iterable[OpenLeaf], scope: Scope, last_entry_ns: int
     first: dict[str, Mapping[str, Any]] = {}  # epoch -> last heartbeat before the period
     last: dict[str, Mapping[str, Any]] = {}  # epoch -> last heartbeat in the period
     epochs: set[str] = set()
+    beats: list[Mapping[str, Any]] = []
     worker_before: list[Mapping[str, Any]] = []
     workers: list[Mapping[str, Any]] = []
     for leaf in sorted(leaves, key=lambda x: (x.at_ns, x.leaf_index)):
@@ -310,6 +329,7 @@ def _count_coverage(leaves: Iterable[OpenLeaf], scope: Scope, last_entry_ns: int
             walk.heartbeat(leaf.at_ns, awake=body["last_self_test_ok"])
             (last if inside else first)[body["epoch"]] = body
             if inside:
+                beats.append(body)
                 epochs.add(body["epoch"])
                 coverage.num_heartbeats += 1
                 coverage.num_heartbeats_self_test_failed += not body["last_self_test_ok"]
@@ -327,9 +347,11 @@ def _count_coverage(leaves: Iterable[OpenLeaf], scope: Scope, last_entry_ns: int
     if end_ns >= walk.seen_ns:
         walk.stop(end_ns, "no_heartbeat")
     for epoch, body in last.items():
-        for name in ("num_steps", "num_slots_checked", "num_violations", "num_self_tests"):
-            before = first[epoch][name] if epoch in first else 0
-            setattr(coverage, name, getattr(coverage, name) + body[name] - before)
+        for name in COUNTERS:
+            before = first[epoch].get(name, 0) if epoch in first else 0
+            setattr(coverage, name, getattr(coverage, name) + body.get(name, 0) - before)
+    coverage.slots_per_step = sorted({body["slots_per_step"] for body in beats if "slots_per_step" in body})
+    coverage.replay_percents = sorted({body["replay_percent"] for body in beats if "replay_percent" in body})
     in_force = worker_before + workers
     coverage.num_epochs = len(epochs)
     coverage.worker_up_ns, coverage.blind_ns, coverage.gaps = walk.num_up_ns, walk.blind_ns(), sorted(walk.gaps)

@@ -41,8 +41,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from audit.block_digests import BlockDigests, Digest
 from audit.block_ledger import FREE, NOBODY, QUARANTINED, UNREAD, BlockLedger, Happening
 from audit.cache_bytes import CacheBytes
+from audit.counters import fresh_counters
 from audit.launch import KernelArrays, Launch, array_problems
 from audit.released_tokens import Output, output_problems
 from audit.sampling_rows import SampledRow, SamplingFacts, ScoredRow
@@ -52,13 +54,15 @@ from audit.step_arrays import StepArrays
 from audit.step_check import NOTHING, Verdict, Violation, check, sampled_of
 
 SLOTS_PER_STEP = 256  # of the cache whose bytes are compared before a launch, unless the settings say otherwise
+BLOCKS_PER_STEP = 1  # whose digests are taken or compared
 
 
 class IsolationAuditor:
     """One per worker and epoch. Threads take turns on a lock: a self test may come from another one than the steps.
 
-    ``memory``: views of the cache (audit/cache_bytes.py), none: bytes are not read. ``spell``: the bytes that a token
-    stands for in text, None: text is not compared. ``seed`` decides which bytes are read.
+    ``memory``: views of the cache (audit/cache_bytes.py), none: bytes are not read. ``digest``: of whole blocks
+    (audit/block_digests.py). ``spell``: the bytes that a token stands for in text, None: text is not compared. ``seed``
+    decides which bytes are read.
     """
 
     def __init__(
@@ -67,8 +71,10 @@ class IsolationAuditor:
         block_size: int,
         *,
         memory: Sequence[npt.NDArray[Any]] = (),
+        digest: Digest | None = None,
         spell: Callable[[int], bytes] | None = None,
         slots_per_step: int = SLOTS_PER_STEP,
+        blocks_per_step: int = BLOCKS_PER_STEP,
         seed: int = 0,
     ) -> None:
         if num_blocks < 2 or block_size < 1:
@@ -76,6 +82,7 @@ class IsolationAuditor:
         self._lock = threading.Lock()
         self._ledger = BlockLedger.empty(num_blocks, block_size)
         self._bytes = CacheBytes(memory, num_blocks, block_size, seed)
+        self._digests = BlockDigests(digest, num_blocks, blocks_per_step, seed)
         self._spell = spell
         self._slots_per_step = slots_per_step
         self._from_events: list[Violation] = []
@@ -88,30 +95,12 @@ class IsolationAuditor:
         self._scored: dict[int, int] = {}  # rows whose prompts are scored, and at how many places
         self._finished: list[AuditedSequence] = []  # sent their last output and have to be over by the next step
         self._free_difference = 0  # between the engine's count of free blocks and the ledger's, when last told
-        self._counters = {
-            "num_steps": 0,
-            "num_rows": 0,
-            "num_rows_sampled": 0,
-            "num_outputs": 0,
-            "num_texts_checked": 0,
-            "num_logprobs_checked": 0,
-            "num_launches_compared": 0,
-            "num_slots_checked": 0,
-            "num_blocks_checked": 0,
-            "num_slots_noted": 0,
-            "num_slots_read": 0,
-            "num_zero_blocks_read": 0,
-            "num_events": 0,
-            "num_violations": 0,
-            "num_self_tests": 0,
-            "num_self_tests_failed": 0,
-            "last_self_test_ok": 0,
-            "last_step": -1,
-        }
+        self._counters = fresh_counters()
 
     def counters(self) -> dict[str, int]:
+        digests = {"num_blocks_digested": self._digests.num_taken, "num_digests_compared": self._digests.num_compared}
         with self._lock:
-            return dict(self._counters)
+            return self._counters | digests
 
     def on_event(
         self,
@@ -142,6 +131,8 @@ class IsolationAuditor:
             self._counters["num_zero_blocks_read"] += 1
             if not self._bytes.is_zero(event.block_id, event.generation):
                 problem = "unscrubbed_bytes", "the block is said to be zero and is not"
+        elif problem is None and event.kind == "seal":
+            self._digests.seal(event.block_id, event.generation)
         elif problem is None and event.kind == "share" and self._changed_slots(event.block_id):
             problem = "changed_bytes", "the shared block does not hold what was written into it"
         if problem is not None:
@@ -199,6 +190,7 @@ class IsolationAuditor:
             found.append(Violation("step_order", *everyone, -1, detail))
         elif step > self._counters["last_step"]:
             self._settle()
+            self._digests.new_step()
         found += self._endings_missing() + self._free_count(arrays.num_blocks_free)
         distrusted = frozenset(name for violation in found for name in violation.sequence_ids)
         verdict = check(self._ledger, arrays, distrusted)
@@ -288,6 +280,8 @@ class IsolationAuditor:
         size = self._ledger.block_size
         slots = np.arange(block_id * size, block_id * size + int(self._ledger.filled[block_id]))
         self._counters["num_slots_read"] += len(slots) * self._bytes.can_read
+        if self._digests.changed(block_id, int(self._ledger.generation[block_id])):
+            return True
         return bool(self._bytes.changed(slots, np.full(len(slots), self._ledger.generation[block_id])).any())
 
     def _bytes_read(self, arrays: StepArrays, verdict: Verdict) -> list[Violation]:

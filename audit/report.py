@@ -32,7 +32,7 @@ from audit.tiles import write_file
 from audit.wording import Control
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
-PREDICATE_TYPE = "https://bulkhead.dev/attestation/isolation-report/v2"
+PREDICATE_TYPE = "https://bulkhead.dev/attestation/isolation-report/v3"
 
 
 class ReportError(Exception):

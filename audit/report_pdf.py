@@ -135,7 +135,26 @@ def _coverage(coverage: dict[str, Any], scope: dict[str, Any]) -> list[list[str]
             "Self tests (a synthetic violation must be caught)",
             _self_tests(coverage),
         ],
+        *_sampled(coverage),
         ["Last entry of the log", utc(int(coverage["last_entry_ns"]))],
+    ]
+
+
+def _sampled(coverage: dict[str, Any]) -> list[list[str]]:
+    """What is checked in samples, with the rates; versions before 3 did not say."""
+    if "num_replays" not in coverage:
+        return []
+    slots, percents = (", ".join(map(str, coverage[name])) for name in ("slots_per_step", "replay_percents"))
+    again = (
+        f"{coverage['num_replays']:,} of {coverage['num_sequences']:,}, {coverage['num_replays_differing']:,} differed"
+    )
+    return [
+        [
+            "Cache slots whose bytes were compared",
+            f"{coverage['num_slots_read']:,}; before a step at most: {slots or 'none'}",
+        ],
+        ["Answers that were run again alone", f"{again}; setting in percent: {percents or 'none'}"],
+        ["Canaries", f"{coverage['num_canaries']:,}"],
     ]
 
 

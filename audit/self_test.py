@@ -1,5 +1,6 @@
 """The auditor proves that it is awake: synthetic violations must be flagged, and clean steps and answers must not."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -7,8 +8,10 @@ import numpy as np
 
 from audit.block_ledger import FREE, NOBODY, SEALED, WRITING, BlockLedger, Happening
 from audit.cache_bytes import CacheBytes
+from audit.canary import Canaries
 from audit.launch import KernelArrays, Logprob, array_problems
 from audit.released_tokens import Output, output_problems
+from audit.replay import Replays
 from audit.sampling_rows import SampledRow, SamplingFacts
 from audit.sequence_ledger import AuditedSequence
 from audit.step_arrays import StepArrays
@@ -116,4 +119,29 @@ def _sees_content() -> bool:
         and not unchanged.any()
         and read.changed(slots, generations).tolist() == [False, True]
         and not read.is_zero(0, 1)
+        and _sees_what_differs()
+    )
+
+
+def _sees_what_differs() -> bool:
+    """Another token, and another last bit, when an answer is run again; a canary's marker in another's text."""
+
+    def differs(token_id: int, logprob: float) -> bool:
+        replays = Replays(100)
+        replays.begins("self-test/a", "self-test/a", lambda: (0, None))
+        for name, one in (("self-test/a", Logprob(2, -1.0)), ("self-test/b", Logprob(token_id, logprob))):
+            output = Output(name, (one.token_id,), 1, 0, 1, False, "", [one], (), "length")
+            replays.sends(output)
+            found = replays.hears(output)
+            replays.next("self-test/b")
+        return found is not None
+
+    canaries = Canaries(1.0)
+    _, marker = canaries.begin(0.0)
+    halves = [Output("self-test/a", (), 1, 0, 0, False, text) for text in (marker[:5], marker[5:])]
+    return (
+        not differs(2, -1.0)
+        and differs(3, -1.0)
+        and differs(2, math.nextafter(-1.0, 0.0))
+        and [len(canaries.search([half])) for half in halves] == [0, 1]
     )

@@ -45,8 +45,8 @@ from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PublicKey
 ED25519, MLDSA_LOG, MLDSA_REPORT = "Ed25519", "ML-DSA-44 (checkpoint)", "ML-DSA-44 (report)"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
-PREDICATE_TYPES = {  # version 1 had no refunds and adjustments among its money figures
-    f"https://bulkhead.dev/attestation/isolation-report/v{version}": version for version in (1, 2)
+PREDICATE_TYPES = {  # version 1 had no refunds and adjustments among its money figures, version 2 no sampled checks
+    f"https://bulkhead.dev/attestation/isolation-report/v{version}": version for version in (1, 2, 3)
 }
 
 # The registry, as kind -> version -> fields. s text, i number, d number as decimal text, b truth value, l list of text.
@@ -111,7 +111,10 @@ KINDS: dict[str, dict[int, str]] = {
         "period_start_ns:d"
     },
     "audit.heartbeat": {
-        1: "epoch:s num_steps:i num_slots_checked:i num_violations:i num_self_tests:i last_self_test_ok:b"
+        1: "epoch:s num_steps:i num_slots_checked:i num_violations:i num_self_tests:i last_self_test_ok:b",
+        2: "epoch:s num_steps:i num_slots_checked:i num_violations:i num_self_tests:i last_self_test_ok:b "
+        "slots_per_step:i num_slots_read:i replay_percent:i num_sequences:i num_replays:i num_replays_differing:i "
+        "num_canaries:i",
     },
     "isolation.violation": {1: "epoch:s rule:s detail:s step:i block_id:i sequence_ids:l domains:l"},
     "cache.erased": {1: "epoch:s num_blocks:i"},
@@ -427,8 +430,8 @@ def _check_heartbeats(log: Log) -> str:
     last: dict[str, tuple[int, dict[str, Any]]] = {}
     for leaf, body in _opened(log.leaves, "audit.heartbeat"):
         before = last.get(body["epoch"])
-        for name in ("num_steps", "num_slots_checked", "num_violations", "num_self_tests"):
-            if before and body[name] < before[1][name]:
+        for name in (*_COUNTERS, *_SAMPLED):
+            if before and body.get(name, 0) < before[1].get(name, 0):
                 raise Failure(f"leaf {leaf.index}: {name} of epoch {body['epoch']} fell since leaf {before[0]}")
         last[body["epoch"]] = leaf.index, body
     counted = sum(body["num_violations"] for _, body in last.values())
@@ -531,7 +534,7 @@ def verify_report(path: str, log_folder: str | None = None, key_texts: Sequence[
     return findings
 
 
-def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any], version: int = 2) -> dict[str, Any]:
+def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any], version: int = 3) -> dict[str, Any]:
     """Every figure of a report, from leaves with their openings. Definitions: docs/report.md."""
     since, until, gap_max = (int(scope[name]) for name in ("since_ns", "until_ns", "heartbeat_gap_max_ns"))
     period = [leaf for leaf in leaves if since <= leaf.at_ns < until]
@@ -577,7 +580,7 @@ def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any], version: int = 
         }
         for leaf, body in _opened(period, "isolation.violation")
     ]
-    coverage = _count_coverage(leaves, since, until, gap_max)
+    coverage = _count_coverage(leaves, since, until, gap_max, _COUNTERS + (_SAMPLED if version > 2 else ()))
     return {
         "leaves": {
             "in_log": len(leaves),
@@ -613,9 +616,12 @@ def count_figures(leaves: Sequence[Leaf], scope: dict[str, Any], version: int = 
 
 _TOKENS = ("num_prompt_tokens", "num_cached_tokens", "num_completion_tokens")
 _COUNTERS = ("num_steps", "num_slots_checked", "num_violations", "num_self_tests")
+_SAMPLED = ("num_slots_read", "num_sequences", "num_replays", "num_replays_differing", "num_canaries")
 
 
-def _count_coverage(leaves: Sequence[Leaf], since: int, until: int, gap_max: int) -> dict[str, Any]:
+def _count_coverage(
+    leaves: Sequence[Leaf], since: int, until: int, gap_max: int, counters: tuple[str, ...]
+) -> dict[str, Any]:
     kinds = ("gateway.started", "gateway.stopped", "worker.started", "worker.lost", "audit.heartbeat")
     events = sorted(
         ((x.at_ns, x.index, x.kind, b) for x, b in _opened(leaves, *kinds) if x.at_ns < until), key=lambda e: e[:2]
@@ -654,18 +660,25 @@ def _count_coverage(leaves: Sequence[Leaf], since: int, until: int, gap_max: int
     clipped = sorted(gap for gap in clipped if gap[0] < gap[1])
     beats = [(at, body) for at, _, kind, body in events if kind == "audit.heartbeat"]
     inside = [(at, body) for at, body in beats if at >= since]
-    totals = dict.fromkeys(_COUNTERS, 0)
+    totals = dict.fromkeys(counters, 0)
     for epoch in {body["epoch"] for _, body in inside}:
         last = [body for _, body in inside if body["epoch"] == epoch][-1]
         earlier = [body for at, body in beats if at < since and body["epoch"] == epoch]
-        for name in _COUNTERS:
-            totals[name] += last[name] - (earlier[-1][name] if earlier else 0)
+        for name in counters:
+            totals[name] += last.get(name, 0) - (earlier[-1].get(name, 0) if earlier else 0)
+    rates = {"slots_per_step": "slots_per_step", "replay_percents": "replay_percent"}
+    sampling = {
+        name: sorted({body[setting] for _, body in inside if setting in body})
+        for name, setting in rates.items()
+        if counters != _COUNTERS
+    }
     in_force = [body for at, body in workers if at < since][-1:] + [body for at, body in workers if at >= since]
     epochs = {body["epoch"] for _, body in inside} | {body["epoch"] for at, body in workers if at >= since}
     return {
         "num_epochs": len(epochs),
         "num_heartbeats": len(inside),
         **totals,
+        **sampling,
         "num_heartbeats_self_test_failed": sum(not body["last_self_test_ok"] for _, body in inside),
         "worker_up_ns": str(sum(max(0, min(b, until) - max(a, since)) for a, b in spans)),
         "blind_ns": str(_union_ns([(a, b) for a, b, _ in clipped])),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from audit.figures import Figures, Scope
+from audit.figures import Coverage, Figures, Scope
 
 SECOND_NS = 1_000_000_000
 
@@ -25,8 +25,9 @@ LIMITS = (
     "Timing and size of network traffic are not covered: who watches the wire may learn how long answers are.",
     "Residue in device memory outside of the cache's blocks (registers, scratch memory, drivers) is not covered.",
     (
-        "The auditor checks which cache blocks each request may read and write, before every step. It does not inspect "
-        "the content of the cache, the arithmetic of the model, or the words of any answer."
+        "The auditor checks which cache blocks each request may read and write, before every step. It reads the bytes "
+        "of the cache and runs answers again alone in samples, at the rates that this report states; the arithmetic of "
+        "the model and the words of answers that were not drawn are not inspected."
     ),
     (
         "Mappings to control frameworks name evidence that this report contributes. Whether a control is met is for an "
@@ -44,7 +45,8 @@ RELAXED = (
 BITWISE = (
     "The engine ran in bitwise mode: by its own statement, made at each start, an answer is bit for bit independent of "
     "which other requests were computed at the same time (bitwise non-interference). The engine's tests check that "
-    "before a release; the auditor, at run time, checks which cache blocks are read and written, not the arithmetic."
+    "before a release; at run time the auditor checks which cache blocks are read and written, and of the arithmetic "
+    "only what is run again alone."
 )
 
 
@@ -97,6 +99,7 @@ def result(figures: Figures, scope: Scope) -> str:
             )
         case _:
             verdict = "No engine ran in this period, so there was nothing to check."
+    again = _again(coverage) if figures.verdict in ("clean", "clean_with_gaps", "violations") else ""
     promised = _promised(frozenset(coverage.isolation_modes))
     silent_ns = scope.until_ns - max(coverage.last_entry_ns, scope.since_ns)
     silent = (
@@ -104,7 +107,22 @@ def result(figures: Figures, scope: Scope) -> str:
         if silent_ns > scope.heartbeat_gap_max_ns
         else ""
     )
-    return served + verdict + promised + silent
+    return served + verdict + again + promised + silent
+
+
+def _again(coverage: Coverage) -> str:
+    """What was run again alone, as one in so many."""
+    num, answers = coverage.num_replays, coverage.num_sequences
+    if not answers:
+        return ""
+    if not num:
+        return f" None of its {answers:,} {_plural('answer', answers)} was run again alone."
+    differing = coverage.num_replays_differing
+    found = f"{differing:,} {_plural('difference', differing)}"
+    return (
+        f" Of its {answers:,} {_plural('answer', answers)}, {num:,} {'was' if num == 1 else 'were'} run again alone "
+        f"and compared bit by bit, 1 in {max(1, round(answers / num)):,}: {found}."
+    )
 
 
 def _promised(modes: frozenset[str]) -> str:

@@ -56,6 +56,8 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
     model = runner.model.config
     check_vocabulary(tokenizer.vocab_size, model.vocab_size)
     digest = model_digest(config.model_dir)
+    memory, exact = runner.cache.words(), isolation == "bitwise"
+    watched = Watched(runner.num_blocks, config.block_size, config.model_dir, memory, runner.cache.digester(), exact)
     core = EngineCore(
         runner,
         decode=tokenizer.decode,
@@ -65,7 +67,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         max_batched_tokens=config.max_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         max_waiting=config.max_waiting,
-        observer=make_observer(Watched(runner.num_blocks, config.block_size, config.model_dir, runner.cache.words())),
+        observer=make_observer(watched),
         scheduling=config.scheduling,
         wait_max_tokens=config.wait_max_tokens,
         max_prompt_tokens=config.max_prompt_tokens,

@@ -39,6 +39,7 @@ class WorkerConfig:
     cache_ceiling_percent: int = 100  # of the blocks, for each domain's cached ones
     drain_timeout_ms: int = 10_000  # after SIGTERM
     num_failures_max: int = 3  # failed steps in a row before the worker gives up
+    idle_percent: int = 25  # of idle time for the observer's own runs: engine/own_runs.py
     violating_steps_max: int = 3  # steps that broke isolation before the worker takes nothing in any more
 
     def __post_init__(self) -> None:
@@ -60,6 +61,8 @@ class WorkerConfig:
             raise ConfigError(f"cache_floor_percent must be between 0 and 50, not {self.cache_floor_percent}")
         if not 1 <= self.cache_ceiling_percent <= 100:
             raise ConfigError(f"cache_ceiling_percent must be between 1 and 100, not {self.cache_ceiling_percent}")
+        if not 1 <= self.idle_percent <= 100:
+            raise ConfigError(f"idle_percent must be between 1 and 100, not {self.idle_percent}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if self.kernels not in KERNELS:

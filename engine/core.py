@@ -9,7 +9,8 @@ One step, numbered here and marked below:
 4. launch      the model computes; blocks released from now on wait behind the fence
 5. update      counters move, full blocks are sealed and published, new tokens are appended and turned into text
 6. finish      stop, length or error; blocks and rows go back
-7. release     the observer sees every output; what is not its sequence's own does not leave
+7. release     the observer sees every output, an abort's between two steps too; what is not its sequence's own does
+               not leave
 
 A kernel that refuses a block did so because steps 1 to 3 failed: whoever asked is punished as if the observer had named
 it (`kernel_ownership`), and what is left is built, shown and launched again. Any other launch that raises costs its
@@ -28,7 +29,7 @@ from engine.batch import Batch, build_batch, refused
 from engine.cache.block_pool import BlockPool
 from engine.cache.cache_shares import CacheShares
 from engine.contamination import contaminated
-from engine.endings import refusal, with_endings
+from engine.endings import refusal, with_endings, withheld
 from engine.events import EngineEvent, Observer, Violation
 from engine.model_runner import Runner
 from engine.protocol import Incident, Stats, Submit, TokenLogprob, TokenOutput
@@ -41,7 +42,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.tiers import TIERS
 from engine.sequence import Event, Sequence
 from engine.step_result import StepResult
-from engine.text.answer import Answer, Piece
+from engine.text.answer import Answer, Piece, output_of
 from kernels.backend import OwnershipError
 
 
@@ -78,10 +79,11 @@ class EngineCore:
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
         self._max_waiting = max_waiting
-        self._observer = observer
+        self.observer = self._observer = observer
         self._prefix_cache = prefix_cache
         self._model_digest = model_digest
         self._events: list[EngineEvent] = []
+        self._between = StepResult()
         shares = CacheShares(cache_floor_percent, cache_ceiling_percent, -(-context_max // runner.block_size))
         self.pool = BlockPool(runner.num_blocks, scrub=runner.scrub, on_event=self._events.append, shares=shares)
         self.scheduler = Scheduler(
@@ -150,10 +152,12 @@ class EngineCore:
         if sequence is None:
             return None
         sequence.apply(Event.ABORT)
-        return self._finish(sequence)
+        outputs = self._released([self._finish(sequence)])
+        self._between.outputs += outputs[:-1]
+        return outputs[-1]
 
     def abort_all(self, error: str = "") -> list[TokenOutput]:
-        """End everything: as aborts, or as failures with ``error``."""
+        """End everything: as aborts, or as failures with ``error``, which say nothing: the observer may have broken."""
         outputs = []
         for sequence in list(self._sequences.values()):
             if error:
@@ -161,7 +165,12 @@ class EngineCore:
             else:
                 sequence.apply(Event.ABORT)
             outputs.append(self._finish(sequence))
-        return outputs
+        return [replace(one, text="", logprobs=()) for one in outputs] if error else self._released(outputs)
+
+    def take_between(self) -> StepResult:
+        """What endings between two steps have brought about besides themselves: the next step tells it, if not this."""
+        between, self._between = self._between, StepResult()
+        return between
 
     def erase_domain(self, domain: str) -> tuple[list[TokenOutput], int]:
         """Whose domain it is has left: its sequences end, its blocks are zeroed. Their endings; how many blocks."""
@@ -172,7 +181,7 @@ class EngineCore:
 
     def step(self) -> StepResult:
         """Advance every scheduled sequence by its share of the budget."""
-        result = StepResult()
+        result = self.take_between()
         self.step_number += 1
         self.pool.step = self.step_number
         plan = self.scheduler.schedule()  # 1
@@ -269,6 +278,14 @@ class EngineCore:
         self.pool.forget_domains(sorted({domain for violation in violations for domain in violation[2]}))
         result.outputs = with_endings(outputs, {name for found in violations for name in found[1]}, result.outputs)
 
+    def _released(self, outputs: list[TokenOutput]) -> list[TokenOutput]:
+        """Endings between two steps, as they may leave."""
+        self._show_events()  # one may have begun since the last step
+        result = StepResult(outputs)
+        self._withhold(result)
+        self._between.incidents += result.incidents
+        return result.outputs
+
     def _quarantine(self, named: set[str], result: StepResult) -> None:
         affected = contaminated(self._sequences.values(), named)
         self.pool.forget_domains(sorted({sequence.domain for sequence in affected}))
@@ -276,7 +293,7 @@ class EngineCore:
             self.pool.quarantine(sequence.block_ids, sequence_id=sequence.sequence_id)
             sequence.block_ids = []
             sequence.fail("isolation_violation")
-            result.outputs.append(self._finish(sequence))
+            result.outputs.append(withheld(self._finish(sequence)))
 
     def _fail_rows(self, rows: Line[ScheduledRow]) -> list[TokenOutput]:
         outputs = []
@@ -370,18 +387,7 @@ class EngineCore:
         return self._output(sequence, piece, token_ids)
 
     def _output(self, sequence: Sequence, piece: Piece, token_ids: tuple[int, ...]) -> TokenOutput:
-        return TokenOutput(
-            sequence_id=sequence.sequence_id,
-            text=piece.text,
-            token_ids=token_ids,
-            num_prompt_tokens=sequence.num_prompt_tokens_served,
-            num_cached_tokens=sequence.num_cached_tokens,
-            num_completion_tokens=sequence.num_completion_tokens,
-            finish_reason=sequence.finish_reason,
-            error=sequence.error,
-            logprobs=piece.logprobs,
-            nonce=sequence.nonce,
-        )
+        return output_of(sequence, piece, token_ids)
 
     def _show_events(self) -> None:
         if self._events:

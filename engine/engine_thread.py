@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from engine.core import EngineCore
 from engine.endings import refusal
 from engine.journal import Journal, record_of
+from engine.own_runs import OwnRuns, is_own
 from engine.protocol import (
     Abort,
     Drain,
@@ -81,8 +82,13 @@ class EngineThread:
     exit_code: int = 0
     violating_steps_max: int = 3
     num_violating_steps: int = 0
+    idle_percent: int = 25  # of idle time for the observer's own runs
     _owners: dict[str, Connection] = field(default_factory=dict)
     _drain_until_s: float | None = None
+    _own: OwnRuns = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._own = OwnRuns(self.core, self.idle_percent)
 
     def run(self) -> int:
         """Until drained (0) or broken (1). Whatever happens, every sequence gets an ending if its client is there."""
@@ -103,10 +109,12 @@ class EngineThread:
         outputs: list[TokenOutput] = []
         for command in self._take_commands():
             outputs += self._obey(command)
-        self._emit(outputs, [])
+        self._emit_ended(outputs)
         if self._drain_until_s is not None and time.monotonic() >= self._drain_until_s:
-            self._emit(self.core.abort_all(), [])
+            self._emit_ended(self.core.abort_all())
         if self.core.has_work:
+            if self._is_open:
+                self._own.start(idle=False)
             result = self.core.step()
             if result.failure:
                 log(f"step {self.core.step_number} failed:\n{result.failure}")
@@ -125,6 +133,15 @@ class EngineThread:
         """Isolation broke in too many steps to go on: nothing is taken in until somebody restarts the worker."""
         return self.num_violating_steps >= self.violating_steps_max
 
+    @property
+    def _is_open(self) -> bool:
+        return self._drain_until_s is None and not self.closed
+
+    def _emit_ended(self, outputs: list[TokenOutput]) -> None:
+        """What ended between two steps, and what its check has found."""
+        between = self.core.take_between()
+        self._emit(outputs + between.outputs, between.incidents + self._closing(between.incidents))
+
     def _closing(self, incidents: list[Incident]) -> list[Incident]:
         """Count a step with violations; the incident that says so when the worker closes with it."""
         was_closed = self.closed
@@ -136,14 +153,19 @@ class EngineThread:
         return [Incident("admission_closed", self.core.step_number, [], [], -1, detail)]
 
     def _take_commands(self) -> list[Command]:
+        """All that wait. With nothing to do: when the first comes, or when it is time for a run of the observer's."""
         commands: list[Command] = []
-        if not self.core.has_work and self._drain_until_s is None:
-            commands.append(self.commands.get())
-        while True:
-            try:
+        with contextlib.suppress(queue.Empty):
+            while True:
                 commands.append(self.commands.get_nowait())
-            except queue.Empty:
-                return commands
+        if commands or self.core.has_work or self._drain_until_s is not None:
+            return commands
+        if not self.closed:
+            self._own.start(idle=True)
+        if not self.core.has_work:
+            with contextlib.suppress(queue.Empty):
+                commands.append(self.commands.get(timeout=self._own.wait_s()))
+        return commands
 
     def _obey(self, command: Command) -> list[TokenOutput]:
         match command:
@@ -155,9 +177,11 @@ class EngineThread:
                     return [output] if output is not None else []
             case Received(connection, Erase(domain)):
                 outputs, num_blocks = self.core.erase_domain(domain)
+                num_blocks += self._own.erase(domain)
                 self.deliver({connection: encode_frame(Erased(domain, num_blocks))}, b"")
                 return outputs
             case Received(_, Drain(timeout_ms)) | Drain(timeout_ms):
+                self._own.give_way(at_all=True)
                 until_s = time.monotonic() + timeout_ms / 1000
                 self._drain_until_s = min(until_s, self._drain_until_s or until_s)
             case Dropped(connection):
@@ -172,7 +196,10 @@ class EngineThread:
             refused: TokenOutput | None = refusal(submit, "draining")
         elif self.closed:
             refused = refusal(submit, "closed")
+        elif is_own(submit):
+            refused = refusal(submit, "invalid_input")
         else:
+            self._own.give_way()
             refused = self.core.add(submit)
         if refused is None:
             self._owners[submit.sequence_id] = connection
@@ -181,6 +208,7 @@ class EngineThread:
 
     def _emit(self, outputs: list[TokenOutput], incidents: list[Incident]) -> None:
         """Journal first, then the frames: what a client has seen is on record, and in the stats that it reads next."""
+        outputs = self._own.without(outputs)
         strangers = [output.sequence_id for output in outputs if output.sequence_id not in self._owners]
         if strangers:
             outputs = [output for output in outputs if output.sequence_id in self._owners]

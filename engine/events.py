@@ -6,7 +6,7 @@ states are what lies in the rows that will be sampled from. An observer must not
 beyond the step (a copy is cheap).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.protocol import SamplingParams, TokenOutput
+from engine.protocol import SamplingParams, Submit, TokenOutput
 
 if TYPE_CHECKING:
     from engine.sampling.sampler import Picks
@@ -102,12 +102,15 @@ class KernelArrays:
 @dataclass(frozen=True, slots=True)
 class Watched:
     """What an observer may look at from the start on. ``memory``: views of the KV cache itself, unsigned integers
-    [places, num_blocks, block_size, words], a place being a layer's keys or values; it must not write there."""
+    [places, num_blocks, block_size, words], a place being a layer's keys or values; it must not write there.
+    ``digest``: of all bytes of a block under a key, as [2]; None where it cannot be had."""
 
     num_blocks: int
     block_size: int
     model_dir: Path
     memory: tuple[NDArray[Any], ...]
+    digest: Callable[[int, tuple[int, int]], NDArray[np.int64]] | None = None
+    exact: bool = True  # what a sequence says does not depend on its company, bit for bit
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,19 @@ class Observer(Protocol):
         """What the launch gave and which arrays the kernels held, before anything is done with it."""
 
     def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:
-        """Called with a step's outputs before they leave. Those that a violation names are withheld."""
+        """Called with outputs before they leave, a step's or what ends between two. Those that a violation names are
+        withheld."""
+        ...
+
+    def next_run(self, *, idle: bool) -> Submit | None:
+        """A sequence that the observer wants to be run for itself (engine/own_runs.py): alone where the engine is
+        idle, beside others where it is not. Its outputs, a refusal too, come through before_release and go nowhere
+        else."""
+        ...
+
+    def forget_domain(self, domain: str) -> Sequence[str]:
+        """Whose domain it is has left: nothing that it said is kept. Returns the domains of the observer's own runs
+        that may have left something of it."""
         ...
 
     def counters(self) -> dict[str, int]:
@@ -172,6 +187,12 @@ class NullObserver:
 
     def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:
         return []
+
+    def next_run(self, *, idle: bool) -> Submit | None:
+        return None
+
+    def forget_domain(self, domain: str) -> Sequence[str]:
+        return ()
 
     def counters(self) -> dict[str, int]:
         return {}

@@ -50,6 +50,7 @@ class Server:
             config.num_failures_max,
             self._deliver,
             violating_steps_max=config.violating_steps_max,
+            idle_percent=config.idle_percent,
         )
         self._engine.stats = core.stats()
 

@@ -13,14 +13,16 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from audit.isolation import SLOTS_PER_STEP, IsolationAuditor
+from audit.block_digests import Digest
+from audit.isolation import BLOCKS_PER_STEP, SLOTS_PER_STEP, IsolationAuditor
 from audit.launch import KernelArrays, Launch, Logprob
 from audit.released_tokens import Output
 from audit.sampling_rows import SampledRow, SamplingFacts, ScoredRow
 from engine.events import EngineEvent, SamplingState, StepEvidence, Violation, Watched
-from engine.protocol import SamplingParams, TokenLogprob, TokenOutput
+from engine.protocol import SamplingParams, Submit, TokenLogprob, TokenOutput
 from engine.sampling.sampler import Picks
 from engine.text.tokenizer import Tokenizer
+from gateway.own_runs import NOTHING, OwnRuns, OwnRunSettings
 from gateway.spelling import spelling
 
 SELF_TEST_INTERVAL_STEPS = 256  # how often the auditor must prove that it is awake while the engine is busy
@@ -76,19 +78,28 @@ def observer_of(
     watched: Watched,
     *,
     slots_per_step: int = SLOTS_PER_STEP,
+    blocks_per_step: int = BLOCKS_PER_STEP,
+    own: OwnRunSettings = NOTHING,
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
 ) -> "AuditObserver":
-    """The auditor of one engine, with what it may look at; ``seed`` decides which bytes of the cache are read."""
-    spell = spelling(Tokenizer.load(watched.model_dir))
+    """The auditor of one engine, with what it may look at; ``seed`` decides which bytes of the cache are read, which
+    sequences are run again and what canaries hide: it is a secret."""
+    tokenizer = Tokenizer.load(watched.model_dir)
+    spell = spelling(tokenizer)
+    if own.replay_percent and not watched.exact:
+        log("isolation is relaxed: an answer may depend on its company in the last bits, and none is run again alone")
     if spell is None:
         log("the text of this vocabulary is not its tokens' bytes: the auditor does not compare text")
     return AuditObserver(
         watched.num_blocks,
         watched.block_size,
         memory=watched.memory,
+        digest=watched.digest,
         spell=spell,
         slots_per_step=slots_per_step,
+        blocks_per_step=blocks_per_step,
+        own=OwnRuns(own, exact=watched.exact, encode=tokenizer.encode, seed=seed),
         seed=seed,
     )
 
@@ -102,12 +113,24 @@ class AuditObserver:
         block_size: int,
         *,
         memory: Sequence[NDArray[Any]] = (),
+        digest: Digest | None = None,
         spell: Callable[[int], bytes] | None = None,
         slots_per_step: int = SLOTS_PER_STEP,
+        blocks_per_step: int = BLOCKS_PER_STEP,
+        own: OwnRuns | None = None,
         seed: int = 0,
     ) -> None:
+        self._own = own or OwnRuns(NOTHING)
+        self._slots_per_step = slots_per_step
         self._auditor = IsolationAuditor(
-            num_blocks, block_size, memory=memory, spell=spell, slots_per_step=slots_per_step, seed=seed
+            num_blocks,
+            block_size,
+            memory=memory,
+            digest=digest,
+            spell=spell,
+            slots_per_step=slots_per_step,
+            blocks_per_step=blocks_per_step,
+            seed=seed,
         )
         self._digests = Digests()
         self._last_self_test_s = float("-inf")
@@ -115,6 +138,7 @@ class AuditObserver:
 
     def on_events(self, events: list[EngineEvent]) -> None:
         for event in events:
+            self._own.on_event(event)
             self._auditor.on_event(
                 kind=event.kind,
                 step=event.step,
@@ -156,25 +180,31 @@ class AuditObserver:
         self._auditor.on_sampled(step, picks.token_ids.tolist(), Launch(arrays, logprobs, scores))
 
     def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:
-        violations = self._auditor.check_outputs(
-            step,
-            [
-                Output(
-                    output.sequence_id,
-                    output.token_ids,
-                    output.num_prompt_tokens,
-                    output.num_cached_tokens,
-                    output.num_completion_tokens,
-                    bool(output.error),
-                    output.text,
-                    _logprobs(output.logprobs),
-                    _logprobs(output.prompt_logprobs),
-                    output.finish_reason or "",
-                )
-                for output in outputs
-            ],
-        )
-        return [(v.kind, v.sequence_ids, v.domains, v.block_id, v.detail) for v in violations]
+        told = [
+            Output(
+                output.sequence_id,
+                output.token_ids,
+                output.num_prompt_tokens,
+                output.num_cached_tokens,
+                output.num_completion_tokens,
+                bool(output.error),
+                output.text,
+                _logprobs(output.logprobs),
+                _logprobs(output.prompt_logprobs),
+                output.finish_reason or "",
+            )
+            for output in outputs
+        ]
+        found = self._auditor.check_outputs(step, told)
+        violations: list[Violation] = [(v.kind, v.sequence_ids, v.domains, v.block_id, v.detail) for v in found]
+        distrusted = frozenset(name for violation in violations for name in violation[1])
+        return violations + self._own.hear(step, told, distrusted)
+
+    def next_run(self, *, idle: bool) -> Submit | None:
+        return self._own.next(idle=idle)
+
+    def forget_domain(self, domain: str) -> Sequence[str]:
+        return self._own.forget_domain(domain)
 
     def _expected(self, sampling: SamplingParams) -> SamplingFacts:
         """What the row of a sequence with these parameters must hold."""
@@ -227,4 +257,6 @@ class AuditObserver:
             self._auditor.self_test()
             self._last_self_test_s = now_s
             self._steps_since_self_test = 0
-        return self._auditor.counters()
+        own, counters = self._own.counters(), self._auditor.counters()
+        counters["num_violations"] += own["num_replays_differing"] + own["num_canary_leaks"]
+        return counters | own | {"slots_per_step": self._slots_per_step}

@@ -165,6 +165,8 @@ def _engine_metrics(ready: Ready, stats: Stats) -> Iterable[Metric]:
     for name, value in sorted(stats.audit.items()):
         if name.startswith("num_"):
             yield counter(f"bulkhead_audit_{name.removeprefix('num_')}", "Isolation auditor", value)
+        elif name.startswith("replay"):
+            yield gauge(f"bulkhead_audit_{name}", "Isolation auditor: answers to be run again", value)
 
 
 class _StoreCollector(Collector):

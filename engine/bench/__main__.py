@@ -36,6 +36,7 @@ def main(make_observer: MakeObserver = unobserved) -> None:
                 num_threads=arguments.threads,
                 dtype=arguments.dtype,
                 kernels=arguments.kernels,
+                num_logprobs=arguments.logprobs,
             ),
             now,
             make_observer,
@@ -85,6 +86,7 @@ def _arguments() -> argparse.Namespace:
     row.add_argument("--requests", type=int, required=True)
     row.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     row.add_argument("--kernels", choices=KERNELS, default="auto")
+    row.add_argument("--logprobs", type=int, default=-1)
     order = what.add_parser("policies")
     order.add_argument("--requests", type=int, required=True)
     order.add_argument("--load", type=float, required=True)

@@ -14,6 +14,7 @@ from engine.bench.timeline import Timeline
 from engine.bench.workloads import Job
 from engine.core import EngineCore
 from engine.events import EngineEvent, NullObserver, Observer, StepEvidence, Violation
+from engine.own_runs import OwnRuns
 from engine.protocol import SamplingParams, Submit, TokenOutput
 from engine.sampling.sampler import Picks
 
@@ -54,6 +55,12 @@ class StepCounter:
         self.observer_s += self.now() - started_s
         return violations
 
+    def next_run(self, *, idle: bool) -> Submit | None:
+        return self.observer.next_run(idle=idle)
+
+    def forget_domain(self, domain: str) -> Sequence[str]:
+        return self.observer.forget_domain(domain)
+
     def counters(self) -> dict[str, int]:
         return self.observer.counters()
 
@@ -68,9 +75,15 @@ class JobFailedError(Exception):
 
 
 def run(
-    core: EngineCore, jobs: Sequence[Job], *, concurrency: int, static: bool, now: Callable[[], float]
+    core: EngineCore,
+    jobs: Sequence[Job],
+    *,
+    concurrency: int,
+    static: bool,
+    now: Callable[[], float],
+    num_logprobs: int = -1,
 ) -> list[Timeline]:
-    """Every job from arrival to end. Raises JobFailedError."""
+    """Every job from arrival to end; ``num_logprobs`` of each token are told, -1 none. Raises JobFailedError."""
     coming = deque(enumerate(jobs))
     arrived: deque[int] = deque()
     timelines: list[Timeline] = []
@@ -87,7 +100,7 @@ def run(
     while arrived or num_in_flight:
         if not static or num_in_flight == 0:
             while arrived:
-                _submit(core, arrived[0], jobs[arrived.popleft()])
+                _submit(core, arrived[0], jobs[arrived.popleft()], num_logprobs)
                 num_in_flight += 1
         result = core.step()
         at_s = now()
@@ -101,14 +114,23 @@ def run(
     return timelines
 
 
-def _submit(core: EngineCore, index: int, job: Job) -> None:
+def run_again(core: EngineCore) -> None:
+    """Idle time: everything that the observer wants to be run for itself."""
+    runs = OwnRuns(core, idle_percent=100)
+    runs.start(idle=True)
+    while core.has_work:
+        runs.without(core.step().outputs)
+        runs.start(idle=True)
+
+
+def _submit(core: EngineCore, index: int, job: Job, num_logprobs: int) -> None:
     refused = core.add(
         Submit(
             sequence_id=str(index),
             domain="bench",
             cache_salt=b"bench",
             prompt_token_ids=job.prompt_token_ids,
-            sampling=SamplingParams(max_tokens=job.num_output_tokens, temperature=0.0, ignore_eos=True),
+            sampling=SamplingParams(job.num_output_tokens, temperature=0.0, ignore_eos=True, logprobs=num_logprobs),
         )
     )
     if refused is not None:

@@ -32,6 +32,7 @@ class Setup:
     num_threads: int
     dtype: str
     kernels: str
+    num_logprobs: int = -1  # told with each token
 
 
 def measure(setup: Setup, now: Callable[[], float], make_observer: MakeObserver) -> dict[str, Any]:
@@ -72,19 +73,28 @@ def _ours(setup: Setup, now: Callable[[], float], make_observer: MakeObserver) -
     closed_loop.run(core, _other(jobs), concurrency=1, static=static, now=now)
     counter.forget()
     started_s = now()
-    timelines = closed_loop.run(core, jobs, concurrency=setup.concurrency, static=static, now=now)
+    clients, num_logprobs = setup.concurrency, setup.num_logprobs
+    timelines = closed_loop.run(core, jobs, concurrency=clients, static=static, now=now, num_logprobs=num_logprobs)
     wall_s = now() - started_s
-    assert not core.scheduler.num_unfinished
-    return summary(timelines, wall_s) | {
+    figures = {
         "slot_utilisation": round(counter.num_rows / (counter.num_steps * setup.concurrency), 3),
         "num_steps": counter.num_steps,
         "step_mean_ms": round(wall_s / counter.num_steps * 1_000, 3),
         "observer_mean_ms": round(counter.observer_s / counter.num_steps * 1_000, 3),
         "observer_share": round(counter.observer_s / wall_s, 5),
         "num_batch_tokens": counter.num_tokens,
-        "kernels": ready.kernels,
-        "isolation": ready.isolation,
     }
+    closed_loop.run_again(core)
+    assert not core.scheduler.num_unfinished
+    return (
+        summary(timelines, wall_s)
+        | figures
+        | {
+            "observer": counter.counters(),
+            "kernels": ready.kernels,
+            "isolation": ready.isolation,
+        }
+    )
 
 
 def _transformers(setup: Setup, now: Callable[[], float]) -> dict[str, Any]:

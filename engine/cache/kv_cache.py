@@ -7,7 +7,7 @@ its writer's tag with its first write, loses it when it is scrubbed, and is neit
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.models.facts import CacheLayer
-from kernels.backend import OwnershipError
+from kernels.backend import KernelError, OwnershipError
+from kernels.cpu.blocks import digest_blocks
+from kernels.cpu.library import load
 from kernels.memory import zeros
 
 CPU = torch.device("cpu")
@@ -94,6 +96,35 @@ class KVCache:
             size = next(size for size in (8, 4, 2, 1) if slot % size == 0)
             views.append(places.view(torch.uint8).numpy().view(f"u{size}"))
         return tuple(views)
+
+    def digester(self) -> Callable[[int, tuple[int, int]], NDArray[np.int64]] | None:
+        """What makes the 128-bit digest [2] of a block under a key: of every byte in all layers. None where the native
+        library cannot be had, or the cache lies on a GPU."""
+        try:
+            library = load()
+        except KernelError:
+            return None
+        if any(memory.device.type != "cpu" for memory in self._memory.values()):
+            return None
+        num_blocks = self.num_blocks
+        flat = [
+            memory.flatten(0, 2) for memory in self._memory.values()
+        ]  # keys of a layer, its values, the next's keys
+        firsts = [torch.arange(0, len(one), 2 * num_blocks) for one in flat]
+
+        def digest(block_id: int, key: tuple[int, int]) -> NDArray[np.int64]:
+            if not 0 <= block_id < num_blocks:
+                raise IndexError(f"blocks are numbered from 0 to {num_blocks - 1}, not {block_id}")
+            layers = [
+                digest_blocks(library, one[:-num_blocks], one[num_blocks:], first + block_id, key).numpy()
+                for one, first in zip(flat, firsts, strict=True)
+            ]
+            told = np.concatenate(layers)
+            factors = 2 * np.arange(len(told), dtype=np.int64) + 1  # odd: each layer's digest counts, and its place
+            digests: NDArray[np.int64] = (told * factors[:, None]).sum(axis=0, dtype=np.int64)
+            return digests
+
+        return digest
 
     def scrub(self, block_ids: list[int]) -> None:
         """Overwrite blocks with zeros, in every layer."""

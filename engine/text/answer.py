@@ -5,12 +5,14 @@ a stop text cut away never comes.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Line
 from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from engine.protocol import SamplingParams, TokenLogprob
+from engine.protocol import SamplingParams, TokenLogprob, TokenOutput
+from engine.sequence import Sequence
 from engine.text.detokenizer import IncrementalDetokenizer
 
 
@@ -23,7 +25,7 @@ class Piece:
 class Answer:
     """One per sequence. ``push`` takes a token that has text; tokens that only end the answer stay outside."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], sampling: SamplingParams) -> None:
+    def __init__(self, decode: Callable[[Line[int]], str], sampling: SamplingParams) -> None:
         self._detokenizer = IncrementalDetokenizer(
             decode, sampling.stop, min_tokens=sampling.min_tokens, include_stop=sampling.include_stop
         )
@@ -51,3 +53,19 @@ class Answer:
         if not self._waiting:
             return Piece(text)
         return Piece(text, tuple(self._waiting.popleft() for _ in range(num_new)))
+
+
+def output_of(sequence: Sequence, piece: Piece, token_ids: tuple[int, ...]) -> TokenOutput:
+    """What a sequence sends now: new tokens and what they say, with the counts as they stand."""
+    return TokenOutput(
+        sequence_id=sequence.sequence_id,
+        text=piece.text,
+        token_ids=token_ids,
+        num_prompt_tokens=sequence.num_prompt_tokens_served,
+        num_cached_tokens=sequence.num_cached_tokens,
+        num_completion_tokens=sequence.num_completion_tokens,
+        finish_reason=sequence.finish_reason,
+        error=sequence.error,
+        logprobs=piece.logprobs,
+        nonce=sequence.nonce,
+    )

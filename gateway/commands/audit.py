@@ -42,7 +42,10 @@ ENGINE_EXCLUSIONS = (
         "its block is shared and when a block is said to be zero, and of at most {slots} slots before each step "
         "(by the settings with which this report was made)."
     ),
-    "What a kernel does with correct arrays is tested before a release and not seen at run time.",
+    (
+        "What a kernel does with correct arrays is tested before a release. At run time it shows only in answers that "
+        "are run again alone, at the rate that this report states, and after they have left."
+    ),
     "Queueing delay and load are not hidden from tenants.",
 )
 

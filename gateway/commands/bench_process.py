@@ -25,9 +25,10 @@ def model_dir() -> Path:
     return folder
 
 
-def measure(*arguments: str, module: str = "engine.bench") -> dict[str, Any]:
-    """What one process of engine/bench found. Raises CommandError with the process's last words."""
-    return speak(module, "--model-dir", str(model_dir()), *arguments)
+def measure(*arguments: str, module: tuple[str, ...] = ("engine.bench",)) -> dict[str, Any]:
+    """What one process of engine/bench found; ``module`` with what it must be told first. Raises CommandError with the
+    process's last words."""
+    return speak(*module, "--model-dir", str(model_dir()), *arguments)
 
 
 def speak(module: str, *arguments: str, folder: Path | None = None, timeout_s: int = TIMEOUT_S) -> dict[str, Any]:

@@ -26,6 +26,16 @@ from gateway.world import World
 NEW_COUNTS_S = 1.5
 START_TIMEOUT_S = 180.0  # a cold disk and two busy cores; a warm start takes a few seconds
 
+SAMPLED = (  # audit/figures.py
+    "slots_per_step",
+    "num_slots_read",
+    "replay_percent",
+    "num_sequences",
+    "num_replays",
+    "num_replays_differing",
+    "num_canaries",
+)
+
 Body = dict[str, str | int | bool | list[str]]
 EngineCommand = Callable[[Settings, Folders], list[str]]  # the command line that listens on folders.engine_socket
 
@@ -93,6 +103,7 @@ class EngineHost:
             "num_violations": counters["num_violations"],
             "num_self_tests": counters["num_self_tests"],
             "last_self_test_ok": counters["num_self_tests"] > 0 and counters["num_self_tests_failed"] == 0,
+            **{name: counters[name] for name in SAMPLED},
         }
         return [Entry("audit.heartbeat", "", self._world.now_ns(), body)]
 
@@ -173,6 +184,11 @@ def worker_config(settings: Settings, folders: Folders) -> dict[str, str | int]:
         "cache_floor_percent": settings.cache_floor_percent,
         "cache_ceiling_percent": settings.cache_ceiling_percent,
         "audit_slots_per_step": settings.audit_slots_per_step,
+        "audit_blocks_per_step": settings.audit_blocks_per_step,
+        "audit_replay_percent": settings.audit_replay_percent,
+        "audit_replay_bytes_max": settings.audit_replay_bytes_max,
+        "audit_canary_interval_s": settings.audit_canary_interval_s,
+        "idle_percent": settings.audit_idle_percent,
         "violating_steps_max": settings.violating_steps_max,
     }
     return config | {"num_threads": settings.num_threads or max(1, (os.cpu_count() or 2) - 1)}

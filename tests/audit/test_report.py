@@ -360,18 +360,67 @@ def test_a_statement_that_does_not_fit_is_refused_by_number(
     assert failed(resigned(statement, keyring, tmp_path / "r.json"), hour[0], keyring)[0][0] == number
 
 
-def test_a_report_from_before_refunds_were_counted_still_verifies(
-    hour: tuple[Path, Report], keyring: Keyring, tmp_path: Path
-) -> None:
+OLD_HEARTBEAT = {"epoch", "num_steps", "num_slots_checked", "num_violations", "num_self_tests", "last_self_test_ok"}
+SAMPLED = ("num_slots_read", "num_sequences", "num_replays", "num_replays_differing", "num_canaries")
+
+
+def test_reports_of_older_versions_still_verify(hour: tuple[Path, Report], keyring: Keyring, tmp_path: Path) -> None:
+    """Version 2 told nothing of sampled checks, version 1 nothing of refunds either."""
     statement = json.loads(json.dumps(hour[1].statement()))
     figures = statement["predicate"]["figures"]
-    statement["predicateType"] = statement["predicateType"].removesuffix("2") + "1"
     path = tmp_path / "r.json"
+    statement["predicateType"] = statement["predicateType"].removesuffix("3") + "2"
     assert failed(resigned(statement, keyring, path), hour[0], keyring)[0][0] == 13  # it had no such figures
+    for name in (*SAMPLED, "slots_per_step", "replay_percents"):
+        del figures["coverage"][name]
+    assert failed(resigned(statement, keyring, path), hour[0], keyring) == []
+    assert render_pdf(path.read_bytes(), file_name="r.json")
+    statement["predicateType"] = statement["predicateType"].removesuffix("2") + "1"
+    assert failed(resigned(statement, keyring, path), hour[0], keyring)[0][0] == 13
     for row in (figures["money"], *figures["tenants"]):
         del row["refunded_nano_usd"], row["adjusted_nano_usd"], row["expired_nano_usd"]
     assert failed(resigned(statement, keyring, path), hour[0], keyring) == []
     assert render_pdf(path.read_bytes(), file_name="r.json")
+
+
+def test_heartbeats_of_the_first_version_count_as_before() -> None:
+    """Old logs stay: what they do not tell is nothing, and their rates are not made up."""
+    scope = Scope(0, 1_000, 100)
+    new = heartbeat("e1", 20, 20).body
+    old = {name: value for name, value in heartbeat("e1", 10, 10).body.items() if name in OLD_HEARTBEAT}
+    leaves = [OpenLeaf(0, "audit.heartbeat", 10, "", old), OpenLeaf(1, "audit.heartbeat", 20, "", new)]
+    for shown, rates in ((leaves[:1], []), (leaves, [5])):
+        ours = count_figures(
+            shown, shown, frozenset(), num_leaves=len(shown), last_entry_ns=10 * len(shown), scope=scope
+        )
+        theirs = verify.count_figures(
+            [verify.Leaf(x.leaf_index, x.kind, 1, x.at_ns, "", "", dict(x.body or {})) for x in shown],
+            plain(asdict(scope)),
+        )
+        assert plain(asdict(ours)) == theirs
+        assert ours.coverage.replay_percents == rates
+        assert ours.coverage.num_steps == 10 * len(shown)
+    assert ours.coverage.num_replays == 4
+
+
+def test_what_was_run_again_is_said_as_one_in_so_many() -> None:
+    scope = Scope(0, 1_000, 100)
+
+    def result(**counts: int) -> str:
+        beat = heartbeat("e1", 100, 20)
+        leaf = OpenLeaf(0, "audit.heartbeat", 20, "", {**beat.body, **counts})
+        return wording.result(
+            count_figures([leaf], [leaf], frozenset(), num_leaves=1, last_entry_ns=20, scope=scope), scope
+        )
+
+    assert "1,000 answers, 20 were run again alone and compared bit by bit, 1 in 50: 0 differences" in result(
+        num_sequences=1_000, num_replays=20
+    )
+    assert "1 answer, 1 was run again alone and compared bit by bit, 1 in 1: 1 difference." in result(
+        num_sequences=1, num_replays=1, num_replays_differing=1, num_violations=1
+    )
+    assert "None of its 7 answers was run again alone." in result(num_sequences=7, num_replays=0)
+    assert "again" not in result(num_sequences=0, num_replays=0)
 
 
 def test_reports_need_the_report_keys(hour: tuple[Path, Report], keyring: Keyring, tmp_path: Path) -> None:

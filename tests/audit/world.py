@@ -107,7 +107,16 @@ def worker_started(epoch: str, at_ns: int = START_NS, isolation: str = "relaxed"
     return Entry("worker.started", "", at_ns, body)
 
 
-def heartbeat(epoch: str, num_steps: int, at_ns: int = START_NS, *, num_violations: int = 0, ok: bool = True) -> Entry:
+def heartbeat(
+    epoch: str,
+    num_steps: int,
+    at_ns: int = START_NS,
+    *,
+    num_violations: int = 0,
+    ok: bool = True,
+    replay_percent: int = 5,
+    num_replays_differing: int = 0,
+) -> Entry:
     body = {
         "epoch": epoch,
         "num_steps": num_steps,
@@ -115,6 +124,13 @@ def heartbeat(epoch: str, num_steps: int, at_ns: int = START_NS, *, num_violatio
         "num_violations": num_violations,
         "num_self_tests": num_steps // 10,
         "last_self_test_ok": ok,
+        "slots_per_step": 256,
+        "num_slots_read": 2 * num_steps,
+        "replay_percent": replay_percent,
+        "num_sequences": num_steps // 2,
+        "num_replays": num_steps // 5,
+        "num_replays_differing": num_replays_differing,
+        "num_canaries": num_steps // 100,
     }
     return Entry("audit.heartbeat", "", at_ns, body)
 

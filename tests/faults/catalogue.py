@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 
 from tests.faults import array_plants as arrays
+from tests.faults import ending_plants as ending
 from tests.faults import engine_plants as engine
 from tests.faults import launch_plants as launch
 from tests.faults.array_plants import Plant, in_batch, shifted, swapped_rows
@@ -143,6 +144,17 @@ FAULTS = [
     Fault("O13", "a text is said twice", "corruption", "F65", changed(text=lambda text: text + text)),
     Fault("O14", "prompts' log probabilities change places", "disclosure", "F69", in_picks(launch.swap_scores)),
     Fault("O15", "log probabilities of an answer are wrong", "corruption", "F69", changed(logprobs=engine.lower)),
+    Fault("A01", "an abort's ending says another's text", "disclosure", "F65", ending.in_ending(ending.others_text)),
+    Fault("A02", "an abort's ending has another's token", "disclosure", "F67", ending.in_ending(ending.others_tokens)),
+    Fault(
+        "A03",
+        "an abort's ending has log probabilities that nobody gave it",
+        "disclosure",
+        "F69",
+        ending.in_ending(ending.others_logprobs),
+    ),
+    Fault("A04", "an abort's ending counts a token less", "accounting", "F76", ending.in_ending(ending.one_less)),
+    Fault("A05", "an abort's ending goes to another", "disclosure", "F67", ending.in_ending(engine.other_stream)),
     Fault("K01", "something else writes into a block", "corruption", "F20", between_steps(launch.stray_write)),
     Fault(
         "K02", "the kernels get another table than the auditor", "disclosure", "F86", after_approval(launch.other_table)

@@ -6,7 +6,7 @@ from typing import Any
 from engine import core
 from tests.faults.catalogue import FAULTS, Fault
 from tests.faults.known_faults import KNOWN, NONE
-from tests.faults.stage import Run, load, perform, prepare
+from tests.faults.stage import Run, load, perform, prepare, with_forks
 
 engine_core: Any = core
 
@@ -29,7 +29,7 @@ def play(fault: Fault | None, seed: int, *, audited: bool) -> Run:
 def row_of(fault: Fault, num_seeds: int, enough: int = 0) -> dict[str, Any]:
     """`detected`: by the auditor, in every load in which the fault was reached there and did harm unwatched.
     ``enough``: stop after so many of those loads, 0 never."""
-    reached = infected = output_only = sum_only = before = False
+    reached = infected = output_only = sum_only = False
     caught, missed, released_wrong, step, late, num_harmful = set[str](), 0, 0, -1, 0, 0
     for seed in range(num_seeds):
         if enough and num_harmful >= enough:
@@ -43,7 +43,6 @@ def row_of(fault: Fault, num_seeds: int, enough: int = 0) -> dict[str, Any]:
         num_harmful += harm
         output_only |= bare.wrong_output_step >= 0
         sum_only |= bare.wrong_sum_step >= 0
-        before |= harm or bool(bare.detectors)
         if watched.detected_step >= 0:
             caught |= set(watched.detectors)
             step = watched.detected_step - watched.reached_step if step < 0 else step
@@ -65,7 +64,7 @@ def row_of(fault: Fault, num_seeds: int, enough: int = 0) -> dict[str, Any]:
         "loads_missed": missed,
         "loads_detected_after_harm": late,
         "loads_with_a_wrong_byte_released": released_wrong,
-        "before_release": before,
+        "before_release": bool(caught) and not (missed or late or released_wrong),
         "baselines": {
             "output_comparison": output_only,
             "accounting_sum": sum_only,
@@ -110,12 +109,25 @@ def kill_matrix(num_seeds: int) -> dict[str, Any]:
     }
 
 
-def clean_steps(num_steps: int) -> dict[str, Any]:
-    """The clean engine under the auditor: every detection is a false alarm."""
-    seed = audited = alarms = wrong = 0
-    while audited < num_steps:
-        run = play(None, 1_000_000 + seed, audited=True)
-        seed, audited = seed + 1, audited + run.num_steps
-        alarms += len(run.detectors)
-        wrong += run.wrong_output_step >= 0 or run.wrong_count_step >= 0 or run.wrong_end
-    return {"steps_audited": audited, "false_alarms": alarms, "clean_runs_wrong": wrong, "clean_runs": seed}
+def clean_steps(num_steps: int, first_seed: int = 1_000_000) -> dict[str, Any]:
+    """The clean engine under the auditor, with aborts, preemption, forks and canaries, and everything run again alone:
+    every detection is a false alarm. ``first_seed``: of the loads, which are numbered on from there."""
+    seed = first_seed
+    found = dict.fromkeys(("steps_audited", "false_alarms", "clean_runs_wrong", "clean_runs"), 0)
+    happened = dict.fromkeys(("aborts", "preemptions", "forks", "replays", "canaries"), 0)
+    while found["steps_audited"] < num_steps:
+        arrivals = with_forks(load(seed), seed)
+        run = prepare(audited=True, canaries=True)
+        perform(run, arrivals)
+        seed += 1
+        found["steps_audited"] += run.num_steps
+        found["false_alarms"] += len(run.detectors)
+        found["clean_runs_wrong"] += run.wrong_output_step >= 0 or run.wrong_count_step >= 0 or run.wrong_end
+        found["clean_runs"] += 1
+        counters = run.core.observer.counters()
+        happened["aborts"] += run.num_aborts
+        happened["preemptions"] += run.core.scheduler.num_preemptions
+        happened["forks"] += sum("." in one.submit.sequence_id for one in arrivals)
+        happened["replays"] += counters["num_replays"]
+        happened["canaries"] += counters["num_canaries"]
+    return found | {"clean_happened": happened}

@@ -7,23 +7,29 @@ alone.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from random import Random
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from engine.batch import Batch
 from engine.core import EngineCore
 from engine.events import KernelArrays, NullObserver, Observer, SamplingState
+from engine.own_runs import OwnRuns as EngineOwnRuns
 from engine.protocol import SamplingParams, Submit, TokenLogprob, TokenOutput
 from engine.sampling.row import Row
 from engine.sampling.sampler import Picks, pick, scored
+from engine.scheduling.tiers import TIERS
 from gateway.audit_observer import AuditObserver
+from gateway.own_runs import OwnRuns, OwnRunSettings
 
 VOCAB_SIZE = 64
 NUM_WHOLE = 32  # tokens that are whole letters
 NUM_STEPS_MAX = 400
 NUM_BLOCKS, BLOCK_SIZE = 24, 4
+CANARY_INTERVAL_STEPS = 20
 FORMS = {"even": 0, "odd": 1}
 ALIKE = [9, 8, 7, 6, 5, 4, 3, 2]  # how some prompts begin
 
@@ -61,6 +67,11 @@ def written(token_ids: Iterable[int], first: int = 0) -> list[int]:
 
 
 def logits_of(seen: list[int]) -> NDArray[np.float32]:
+    return _logits_of(tuple(seen)).copy()
+
+
+@lru_cache(maxsize=8_192)  # the truth, the run and the run alone ask for the same
+def _logits_of(seen: tuple[int, ...]) -> NDArray[np.float32]:
     values = np.random.default_rng(seen).integers(-8, 9, VOCAB_SIZE) / 4
     return values.astype(np.float32)
 
@@ -153,6 +164,19 @@ def load(seed: int, num_arrivals: int = 14) -> list[Arrival]:
     return arrivals
 
 
+def with_forks(arrivals: list[Arrival], seed: int) -> list[Arrival]:
+    """Some requests ask for several answers at once, and tiers differ."""
+    random, more = Random(-1 - seed), []
+    for one in arrivals:
+        tier = random.choice([0, 0, *TIERS.values()])
+        for choice in range(random.choice([1, 1, 2, 3])):
+            sampling = replace(one.submit.sampling, seed=one.submit.sampling.seed + 1_000 * choice)
+            name = one.submit.sequence_id + f".{choice}" * bool(choice)
+            submit = replace(one.submit, sequence_id=name, sampling=sampling, priority=tier)
+            more.append(Arrival(submit, one.step, one.abort_step if choice != 1 else -1))
+    return more
+
+
 @dataclass(frozen=True)
 class Truth:
     """What a sequence says alone, without an engine."""
@@ -233,6 +257,7 @@ class Run:
 
     core: EngineCore
     runner: PlainRunner
+    own: EngineOwnRuns
     reached_step: int = -1
     wrong_output_step: int = -1
     wrong_count_step: int = -1
@@ -242,6 +267,7 @@ class Run:
     detected_step: int = -1
     detectors: list[str] = field(default_factory=list)
     num_steps: int = 0
+    num_aborts: int = 0
 
     def reach(self) -> None:
         if self.reached_step < 0:
@@ -261,14 +287,27 @@ class Run:
             self.wrong_count_step = step
 
 
-def prepare(audited: bool) -> Run:
-    """Bytes are read of every slot at every step: what the worker samples is seen here for certain."""
+def encode(text: str) -> list[int]:
+    return [ord(letter) % VOCAB_SIZE for letter in text[-24:]]
+
+
+def prepare(audited: bool, *, replay_percent: int = 100, canaries: bool = False) -> Run:
+    """Bytes are read of every slot at every step, and every sequence is run again when all have ended: what the worker
+    samples is seen here for certain. ``canaries`` come by the count of steps."""
     runner = PlainRunner()
+    cores: list[EngineCore] = []
+    own = OwnRuns(
+        OwnRunSettings(replay_percent=replay_percent, canary_interval_s=CANARY_INTERVAL_STEPS * canaries),
+        encode=encode,
+        clock=lambda: float(cores[0].step_number),
+    )
     memory = (runner.slots.view(np.uint64)[None, :, :, None],)
     observer: Observer = NullObserver()
     if audited:
         slots_per_step = NUM_BLOCKS * BLOCK_SIZE * 5
-        observer = AuditObserver(NUM_BLOCKS, BLOCK_SIZE, memory=memory, spell=spell, slots_per_step=slots_per_step)
+        observer = AuditObserver(
+            NUM_BLOCKS, BLOCK_SIZE, memory=memory, spell=spell, slots_per_step=slots_per_step, own=own
+        )
     core = EngineCore(
         runner,
         decode=decode,
@@ -281,7 +320,28 @@ def prepare(audited: bool) -> Run:
         observer=observer,
         matchers=ParityMatcher,
     )
-    return Run(core, runner)
+    cores.append(core)
+    return Run(core, runner, EngineOwnRuns(core, idle_percent=100))
+
+
+def _step(run: Run) -> list[TokenOutput]:
+    result = run.core.step()
+    run.num_steps += 1
+    for incident in result.incidents:
+        run.note(incident.kind, run.core.step_number)
+    if result.failure:
+        run.note("engine's own check", run.core.step_number)
+    return result.outputs
+
+
+def run_again(run: Run) -> None:
+    """Idle time: whatever the auditor wants to be run alone, until it wants nothing more."""
+    for _ in range(4 * NUM_STEPS_MAX):
+        if not run.core.has_work:
+            run.own.start(idle=True)
+        if not run.core.has_work:
+            return
+        run.own.without(_step(run))
 
 
 def perform(run: Run, arrivals: list[Arrival]) -> None:
@@ -299,18 +359,17 @@ def perform(run: Run, arrivals: list[Arrival]) -> None:
                     core.add(one.submit)
                 if one.abort_step == step and (ending := core.abort(one.submit.sequence_id)) is not None:
                     outputs.append(ending)
-            result = core.step()
-            run.num_steps += 1
-            for incident in result.incidents:
-                run.note(incident.kind, core.step_number)
-            if result.failure:
-                run.note("engine's own check", core.step_number)
-            for output in (*outputs, *result.outputs):
+                    run.num_aborts += 1
+            if core.has_work:
+                run.own.start(idle=False)
+            for output in run.own.without([*outputs, *_step(run)]):
                 run.judge(output, received.get(output.sequence_id))
             pool = core.pool
             total = pool.num_free + sum(pool.num_by_domain.values()) + pool.num_blocks - pool.num_usable
             if total != pool.num_blocks and run.wrong_sum_step < 0:
                 run.wrong_sum_step = core.step_number
+        if not run.detectors:
+            run_again(run)
     except Exception as error:  # a check of the engine's own: the worker would end here
         run.note(f"engine's own check ({type(error).__name__})", core.step_number)
     run.wrong_end = bool(core.has_work or core.pool.num_by_domain or run.wrong_sum_step >= 0)

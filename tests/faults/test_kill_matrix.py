@@ -11,7 +11,7 @@ from tests.faults.catalogue import FAULTS, Fault
 from tests.faults.known_faults import BUILT, KNOWN, NONE, PLANTED, TESTED
 from tests.faults.matrix import clean_steps, planted_as, row_of
 
-MISSED = {"K10"}  # docs/isolation.md says why
+AFTER_RELEASE = {"K10"}  # found when the answer is run again: docs/isolation.md says why
 NUM_LOADS = 8
 
 
@@ -19,10 +19,11 @@ NUM_LOADS = 8
 def test_a_planted_fault(fault: Fault) -> None:
     row = row_of(fault, NUM_LOADS, enough=1)
     assert row["reached"]
-    assert row["detected"] == (fault.fault_id not in MISSED)
-    if row["detected"]:
-        assert row["step_of_detection"] >= 0
-        assert row["loads_missed"] == row["loads_detected_after_harm"] == row["loads_with_a_wrong_byte_released"] == 0
+    assert row["detected"]
+    assert row["step_of_detection"] >= 0
+    assert row["loads_missed"] == 0
+    released = row["loads_detected_after_harm"], row["loads_with_a_wrong_byte_released"]
+    assert released == (0, 0) or fault.fault_id in AFTER_RELEASE
 
 
 def test_every_known_fault_is_planted_or_says_why_not() -> None:

@@ -45,6 +45,7 @@ PASSWORD = "correct horse battery"
 ORIGIN = "https://127.0.0.1:8443"
 MODEL = "smollm2-135m-instruct"
 HEARTBEAT = {"num_steps": 4_321, "num_slots_checked": 1_234_567, "num_violations": 0, "num_self_tests": 12}
+SAMPLED = {"slots_per_step": 256, "num_slots_read": 9, "replay_percent": 5, "num_sequences": 40, "num_replays": 2}
 CSRF = re.compile(r'name="csrf_token" value="([^"]+)"')
 
 
@@ -164,6 +165,7 @@ class House:
 
     async def heartbeat(self, *, ago_s: int = 0, **body: Any) -> None:
         full = {"epoch": self.worker.ready.epoch, **HEARTBEAT, "last_self_test_ok": True, **body}
+        full = {**SAMPLED, "num_replays_differing": 0, "num_canaries": 1, **full}
         await self.log("audit.heartbeat", full, ago_s=ago_s)
 
 

@@ -13,7 +13,7 @@ from engine.events import StepEvidence, Violation
 from engine.protocol import SamplingParams, Submit, TokenOutput
 from engine.scheduling.tiers import TIERS
 from gateway.audit_observer import AuditObserver
-from tests.faults.stage import ALIKE, BLOCK_SIZE, VOCAB_SIZE, Received, Run, prepare, truth, written
+from tests.faults.stage import ALIKE, BLOCK_SIZE, VOCAB_SIZE, Received, Run, prepare, run_again, truth, written
 
 DOMAINS = ("a", "b", "c")
 NUM_STEPS_MAX = 3_000
@@ -162,12 +162,15 @@ class World:
             assert len(sequence.block_ids) * BLOCK_SIZE >= sequence.num_computed_tokens
 
     def finish(self) -> None:
-        """To the end of everything; then no block is lost and everybody has had the whole answer."""
+        """To the end of everything, and everything again alone; then no block is lost and everybody has had the whole
+        answer."""
         for _ in range(NUM_STEPS_MAX):
             if not self.run.core.has_work:
                 break
             self.step()
         assert not self.alive
+        run_again(self.run)
+        assert not self.run.detectors, self.run.detectors
         pool = self.run.core.pool
         assert (pool.num_free, pool.num_by_domain) == (pool.num_blocks, {})
 

@@ -10,6 +10,7 @@ from tests.system.server import Server
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("server") / "data", model_dir) as running:
+    own_runs = {"audit_replay_percent": "100", "audit_idle_percent": "100", "audit_canary_interval_s": "1"}
+    with Server(tmp_path_factory.mktemp("server") / "data", model_dir, **own_runs) as running:
         yield running
         assert running.stop() == 0

@@ -102,6 +102,41 @@ def test_two_tenants_stream_at_once_and_all_records_agree(server: Server) -> Non
     assert "VERIFIED" in server.run("audit", "verify")
 
 
+def test_answers_are_run_again_alone_beside_canaries_and_the_log_says_so(server: Server) -> None:
+    client = server.openai("globex")
+    model = client.models.list().data[0].id
+
+    def ask(index: int) -> None:
+        messages = [{"role": "user", "content": f"Name {index + 3} animals."}]
+        client.chat.completions.create(model=model, messages=messages, max_tokens=40, logprobs=True)  # type: ignore[call-overload]
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(ask, range(8)))
+
+    def last_beat() -> dict[str, int]:
+        with closing(open_database(server)) as db:
+            row = db.execute(
+                "SELECT o.body FROM log_leaf l JOIN log_opening o ON o.leaf_index = l.leaf_index"
+                " WHERE l.kind = 'audit.heartbeat' ORDER BY l.leaf_index DESC LIMIT 1"
+            ).fetchone()
+        beat: dict[str, int] = json.loads(row[0]) if row is not None else {}
+        return beat
+
+    def compared() -> bool:
+        beat = last_beat()
+        return beat.get("num_replays", 0) >= 8 and beat["num_canaries"] > 0
+
+    wait_until(compared, what="answers being run again", timeout_s=60)
+    beat = last_beat()
+    assert beat["num_sequences"] >= beat["num_replays"]
+    assert beat["num_replays_differing"] == beat["num_violations"] == 0
+    assert (beat["replay_percent"], beat["slots_per_step"]) == (100, 256)
+    assert not any(name.startswith("audit") for name in read_journals(server.data_dir / "journal"))
+    with closing(open_database(server)) as db:
+        (strange,) = db.execute("SELECT count(*) FROM usage_record WHERE request_id NOT LIKE 'req_%'").fetchone()
+        assert strange == 0
+
+
 def test_a_covered_stream_shows_one_length_on_the_wire(server: Server) -> None:
     """The TLS records themselves, read between client and server: a token's length shows without cover only."""
 
