@@ -39,10 +39,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from audit.block_ledger import FREE, NOBODY, QUARANTINED, UNREAD, BlockLedger, Happening
-from audit.cache_bytes import CacheBytes
+from audit.cache_bytes import CacheBytes, CacheView
 from audit.launch import KernelArrays, Launch, array_problems
 from audit.released_tokens import Output, output_problems
 from audit.sampling_rows import SampledRow, SamplingFacts, ScoredRow
@@ -66,7 +65,7 @@ class IsolationAuditor:
         num_blocks: int,
         block_size: int,
         *,
-        memory: Sequence[npt.NDArray[Any]] = (),
+        memory: Sequence[CacheView] = (),
         spell: Callable[[int], bytes] | None = None,
         slots_per_step: int = SLOTS_PER_STEP,
         seed: int = 0,

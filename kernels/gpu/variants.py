@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kernels.gpu import gather_tags, launch, matmul, paged_attention, rms_norm, rope_and_store_kv, scrub_blocks
+from kernels.gpu import gather_tags, launch, logits, matmul, paged_attention, rms_norm, rope_and_store_kv, scrub_blocks
 from kernels.gpu import silu_and_mul as silu
 
 CAPABILITIES = (80, 90, 100, 120)  # A100, H100 and H200, B200, RTX 50: compute capability x 10
@@ -12,9 +12,10 @@ BLOCK_SIZE = 32
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One layer's sizes."""
+    """One layer's sizes, and the vocabulary's."""
 
     name: str
+    vocabulary: int
     hidden: int
     intermediate: int
     num_heads: int
@@ -26,9 +27,9 @@ class Model:
         return self.num_heads // self.num_kv_heads
 
 
-SMOLLM2_135M = Model("SmolLM2-135M", 576, 1536, 9, 3, 64)
-LLAMA_8B = Model("Llama-3-8B", 4096, 14336, 32, 8, 128)
-LLAMA_70B = Model("Llama-3-70B", 8192, 28672, 64, 8, 128)
+SMOLLM2_135M = Model("SmolLM2-135M", 49152, 576, 1536, 9, 3, 64)
+LLAMA_8B = Model("Llama-3-8B", 128256, 4096, 14336, 32, 8, 128)
+LLAMA_70B = Model("Llama-3-70B", 128256, 8192, 28672, 64, 8, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ def variants(capability: int) -> list[Variant]:
     for model, dtypes in ((LLAMA_8B, ("bf16", "fp16")), (SMOLLM2_135M, ("bf16", "fp32"))):
         for dtype in dtypes:
             listed += of_model(capability, model, dtype)
+        listed += of_logits(model)
     listed.append(
         attention(capability, LLAMA_8B, "bf16", "window, cap, sinks", HAS_WINDOW=True, HAS_CAP=True, HAS_SINKS=True)
     )
@@ -156,6 +158,42 @@ def of_model(capability: int, model: Model, dtype: str) -> list[Variant]:
             },
             {"BLOCK_SIZE": BLOCK_SIZE, "BLOCK": gather_tags.BLOCK},
             launch.options(),
+        ),
+    ]
+
+
+def of_logits(model: Model) -> list[Variant]:
+    """Logits are float32 whatever the model's dtype."""
+    num_pieces, k = -(-model.vocabulary // logits.PIECE), logits.TOP_K_MAX
+    sizes = {"size": "i32", "num_pieces": "i32"}
+    return [
+        Variant(
+            f"greedy {model.name}",
+            logits.greedy_kernel,
+            {"logits_ptr": "*fp32", "best_ptr": "*i64", "is_finite_ptr": "*i32", **sizes},
+            {"PIECE": logits.PIECE},
+            launch.options(),
+        ),
+        Variant(
+            f"greedy merge {model.name}",
+            logits.greedy_merge_kernel,
+            {"best_ptr": "*i64", "place_ptr": "*i64", "num_pieces": "i32"},
+            {"PIECES": launch.power_of_two(num_pieces)},
+            launch.options(num_warps=1),
+        ),
+        Variant(
+            f"top_k {model.name}",
+            logits.top_k_kernel,
+            {"logits_ptr": "*fp32", "best_ptr": "*i64", **sizes},
+            {"PIECE": logits.PIECE, "K": k},
+            launch.options(),
+        ),
+        Variant(
+            f"top_k merge {model.name}",
+            logits.top_k_merge_kernel,
+            {"best_ptr": "*i64", "value_ptr": "*fp32", "place_ptr": "*i64", "num_keys": "i32"},
+            {"KEYS": launch.power_of_two(num_pieces * k), "K": k},
+            launch.options(logits.NUM_WARPS_MERGE),
         ),
     ]
 
