@@ -45,7 +45,8 @@ class Runner(Protocol):
 
 
 class ModelRunner:
-    """``num_blocks`` 0 takes as many as fit into ``kv_cache_bytes``."""
+    """``num_blocks`` 0 takes as many as fit into ``kv_cache_bytes``. ``kv_cache_dtype``: "auto" keeps keys and values
+    as the weights are, "fp8_e4m3" in bytes, with kernels that take them."""
 
     def __init__(
         self,
@@ -55,8 +56,15 @@ class ModelRunner:
         max_num_seqs: int,
         num_blocks: int = 0,
         kv_cache_bytes: int = 0,
+        kv_cache_dtype: str = "auto",
     ) -> None:
-        per_block = block_bytes(model.cache_layers, block_size, model.dtype)
+        if kv_cache_dtype != "auto" and not model.backend.takes_fp8_cache:
+            name = model.backend.name
+            raise ConfigError(
+                f"a KV cache of {kv_cache_dtype} wants BULKHEAD_KERNELS=triton, {name} has no kernels for it"
+            )
+        dtype = model.dtype if kv_cache_dtype == "auto" else torch.uint8
+        per_block = block_bytes(model.cache_layers, block_size, dtype)
         self.model = model
         self.block_size = block_size
         self.num_blocks = num_blocks or kv_cache_bytes // per_block
@@ -66,7 +74,7 @@ class ModelRunner:
             layers=model.cache_layers,
             num_blocks=self.num_blocks,
             block_size=block_size,
-            dtype=model.dtype,
+            dtype=dtype,
             device=model.backend.device,
         )
         self._rows: list[Row | None] = [None] * max_num_seqs
@@ -82,6 +90,7 @@ class ModelRunner:
         max_num_seqs: int,
         num_blocks: int = 0,
         kv_cache_bytes: int = 0,
+        kv_cache_dtype: str = "auto",
         backend: Backend | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> "ModelRunner":
@@ -96,6 +105,7 @@ class ModelRunner:
             max_num_seqs=max_num_seqs,
             num_blocks=num_blocks,
             kv_cache_bytes=kv_cache_bytes,
+            kv_cache_dtype=kv_cache_dtype,
         )
 
     def set_row(self, index: int, row: Row) -> None:

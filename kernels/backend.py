@@ -67,6 +67,7 @@ class Backend(Protocol):
     name: str  # as /readyz shows it
     exact: bool
     device: torch.device  # where weights, cache and a step's tensors are
+    takes_fp8_cache: bool  # keys and values may be bytes in e4m3 (reference.to_e4m3), scale 1
 
     def plan(self, tables: StepTables) -> Any:
         """Whatever this backend wants to work out once a step. Raises ValueError on tables that cannot be."""

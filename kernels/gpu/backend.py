@@ -36,6 +36,7 @@ class TritonBackend:
     is neither a GPU nor the interpreter."""
 
     exact = True
+    takes_fp8_cache = True
 
     def __init__(self, split: int = SPLIT) -> None:
         self._split = split

@@ -28,8 +28,8 @@ SPLIT = 16  # short: rows of this test have two
 class Recording(ModelRunner):
     """Remembers every logit by sequence and position."""
 
-    def __init__(self, model: LlamaModel, block_size: int = BLOCK_SIZE) -> None:
-        super().__init__(model, block_size=block_size, max_num_seqs=4, num_blocks=64)
+    def __init__(self, model: LlamaModel, block_size: int = BLOCK_SIZE, kv_cache_dtype: str = "auto") -> None:
+        super().__init__(model, block_size=block_size, max_num_seqs=4, num_blocks=64, kv_cache_dtype=kv_cache_dtype)
         self.seen: dict[tuple[str, int], NDArray[np.float32]] = {}
 
     def logits(self, batch: Batch) -> NDArray[np.float32]:
