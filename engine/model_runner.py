@@ -22,6 +22,16 @@ from engine.sampling.sampler import Picks, pick, scored
 from kernels.backend import Backend, StepTables
 
 
+def cache_dtype(model: Model, kv_cache_dtype: str) -> torch.dtype:
+    """Of keys and values: the weights', or uint8 for e4m3. Raises ConfigError where the kernels do not take it."""
+    if kv_cache_dtype == "auto":
+        return model.dtype
+    if not model.backend.takes_fp8_cache:
+        name = model.backend.name
+        raise ConfigError(f"kv_cache_dtype {kv_cache_dtype} wants BULKHEAD_KERNELS=triton: {name} does not take it")
+    return torch.uint8
+
+
 class Runner(Protocol):
     """What EngineCore needs of a model; the tests ship an integer model behind the same face."""
 
@@ -58,12 +68,7 @@ class ModelRunner:
         kv_cache_bytes: int = 0,
         kv_cache_dtype: str = "auto",
     ) -> None:
-        if kv_cache_dtype != "auto" and not model.backend.takes_fp8_cache:
-            name = model.backend.name
-            raise ConfigError(
-                f"a KV cache of {kv_cache_dtype} wants BULKHEAD_KERNELS=triton, {name} has no kernels for it"
-            )
-        dtype = model.dtype if kv_cache_dtype == "auto" else torch.uint8
+        dtype = cache_dtype(model, kv_cache_dtype)
         per_block = block_bytes(model.cache_layers, block_size, dtype)
         self.model = model
         self.block_size = block_size
