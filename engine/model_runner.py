@@ -2,7 +2,7 @@
 sampling needs lies in one stable row from admission to the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from engine.protocol import TokenLogprob
 from engine.sampling.row import Row
 from engine.sampling.sampler import Picks, pick, scored
 from kernels.backend import Backend, StepTables
+from kernels.gpu.padding import pad, padded_size
 
 
 def cache_dtype(model: Model, kv_cache_dtype: str) -> torch.dtype:
@@ -56,7 +57,8 @@ class Runner(Protocol):
 
 class ModelRunner:
     """``num_blocks`` 0 takes as many as fit into ``kv_cache_bytes``. ``kv_cache_dtype``: "auto" keeps keys and values
-    as the weights are, "fp8_e4m3" in bytes, with kernels that take them."""
+    as the weights are, "fp8_e4m3" in bytes, with kernels that take them. ``pad_to``: sizes to which batches of decode
+    tokens are filled up, with kernels that know such rows (kernels/gpu/padding.py); none: no batch is."""
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class ModelRunner:
         num_blocks: int = 0,
         kv_cache_bytes: int = 0,
         kv_cache_dtype: str = "auto",
+        pad_to: Sequence[int] = (),
     ) -> None:
         dtype = cache_dtype(model, kv_cache_dtype)
         per_block = block_bytes(model.cache_layers, block_size, dtype)
@@ -82,6 +85,7 @@ class ModelRunner:
             dtype=dtype,
             device=model.backend.device,
         )
+        self._pad_to = tuple(pad_to)
         self._rows: list[Row | None] = [None] * max_num_seqs
         self._arrays: KernelArrays | None = None  # of the last launch
 
@@ -167,10 +171,15 @@ class ModelRunner:
             block_tags=self.cache.block_tags,
             block_size=self.block_size,
         )
+        token_ids, positions = batch.token_ids, batch.positions
+        if self._pad_to:
+            tables = pad(tables, padded_size(tables, self._pad_to))
+            missing = len(tables.slot_mapping) - len(token_ids)
+            token_ids, positions = np.pad(token_ids, (0, missing)), np.pad(positions, (0, missing))
         wanted = np.concatenate((batch.sampled_tokens, batch.scored_tokens))
         self._arrays = KernelArrays(
-            token_ids=batch.token_ids,
-            positions=batch.positions,
+            token_ids=token_ids,
+            positions=positions,
             wanted=wanted,
             sampled_positions=batch.sampled_positions,
             sampled_rows=batch.sampled_rows,
@@ -181,8 +190,8 @@ class ModelRunner:
         )
         device = self.model.backend.device
         logits = self.model.forward(
-            torch.from_numpy(batch.token_ids).to(device),
-            torch.from_numpy(batch.positions).to(device),
+            torch.from_numpy(token_ids).to(device),
+            torch.from_numpy(positions).to(device),
             cache=self.cache,
             plan=self.model.backend.plan(tables),
             wanted=torch.from_numpy(wanted).to(device),

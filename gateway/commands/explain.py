@@ -17,7 +17,7 @@ from gateway.settings import load_settings
 from gateway.world import real_world
 
 TIMEOUT_S = 600  # a large model takes its time to load
-OF_THE_AUDITOR = "audit_slots_per_step"
+OF_THE_AUDITOR = "audit_"
 FACTS = {
     "kernels": "kernels",
     "device": "device",
@@ -41,8 +41,8 @@ def explain(config: str | None, json_file: Path | None) -> None:
         fields = dict(worker_config(settings, Folders(settings.data_dir, settings.data_dir)))
     else:
         fields = json.loads(config)
-    fields.pop(OF_THE_AUDITOR, None)
-    command = [sys.executable, "-m", "engine.explain", "--config", msgspec.json.encode(fields).decode()]
+    of_the_engine = {name: value for name, value in fields.items() if not name.startswith(OF_THE_AUDITOR)}
+    command = [sys.executable, "-m", "engine.explain", "--config", msgspec.json.encode(of_the_engine).decode()]
     done = subprocess.run(  # noqa: S603
         command,
         env=worker_environment(world.environ),

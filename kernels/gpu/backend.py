@@ -53,7 +53,7 @@ class TritonBackend:
         self.name = f"triton-sm{self.capability}"
 
     def plan(self, tables: StepTables) -> Plan:
-        check_tables(tables)
+        check_tables(tables, may_pad=True)
         num_tokens = int(tables.cu_seqlens[-1])
         return Plan(
             tables,

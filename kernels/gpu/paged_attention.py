@@ -124,8 +124,8 @@ def paged_attention_kernel(
     kv_len = tl.load(kv_lens_ptr + row)
     past = kv_len - num_new
     end = past + tl.minimum(first + BLOCK_Q, num_new)  # keys that the last of these tokens sees
-    # A spare program, or a split behind the last token's end.
-    if (first < num_new) & (split * SPLIT < end):
+    # Not a spare program, nor a split behind the last token's end. A row without any key is 0, in its first split.
+    if (first < num_new) & (split * SPLIT < tl.maximum(end, 1)):
         begin = split * SPLIT
         if HAS_WINDOW:
             begin = tl.maximum(past + first - window + 1, begin)
@@ -190,7 +190,7 @@ def paged_attention_kernel(
         if FP8:
             acc *= value_scale
         num_splits = tl.cdiv(kv_len, SPLIT)
-        if num_splits == 1:
+        if num_splits <= 1:
             sink = top
             if HAS_SINKS:
                 sink = tl.load(sinks_ptr + kv_head * RATIO + head) * LOG2_E

@@ -4,7 +4,8 @@
     turned(x)[i] = x[i] cos - x[i + D/2] sin        turned(x)[i + D/2] = x[i + D/2] cos + x[i] sin
 
 A slot is written only where its block belongs to the token's domain: a block that is nobody's (tag 0) becomes the
-token's with an atomic exchange, a block of another owner or out of range is left alone and named in `refused`.
+token's with an atomic exchange, a block of another owner or out of range is left alone and named in `refused`. A token
+that fills up a batch has PADDING_SLOT and is not written anywhere.
 Each number is computed from its own pair: nothing is summed. Twins: reference.rope, reference.store_kv, and
 reference.to_e4m3 for a cache in 8 bits.
 """
@@ -14,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import PADDING_SLOT
 from kernels.gpu.fp8 import to_e4m3
 from kernels.gpu.launch import check, options, power_of_two
 
 HEADS = 8  # heads of one program
+PADDING = tl.constexpr(PADDING_SLOT)
 
 
 @triton.jit
@@ -84,7 +87,7 @@ def rope_and_store_kv_kernel(
             value_at = value_ptr + (slot * HKV + head - HQ - HKV) * D + pair
             tl.store(value_at, low_kept, mask=goes_to_values)
             tl.store(value_at + D // 2, high_kept, mask=goes_to_values)
-        else:  # an id of more than 32 bits is reported as the largest: it is out of range all the same
+        elif slot != PADDING:  # an id of more than 32 bits is reported as the largest: it is out of range all the same
             tl.atomic_max(refused_ptr + token, tl.minimum(block, 2**31 - 1).to(tl.int32))
 
 

@@ -26,14 +26,30 @@ SPLIT = 16  # short: rows of this test have two
 
 
 class Recording(ModelRunner):
-    """Remembers every logit by sequence and position."""
+    """Remembers every logit by sequence and position, and how many rows each launch had."""
 
-    def __init__(self, model: LlamaModel, block_size: int = BLOCK_SIZE, kv_cache_dtype: str = "auto") -> None:
-        super().__init__(model, block_size=block_size, max_num_seqs=4, num_blocks=64, kv_cache_dtype=kv_cache_dtype)
+    def __init__(
+        self,
+        model: LlamaModel,
+        block_size: int = BLOCK_SIZE,
+        kv_cache_dtype: str = "auto",
+        pad_to: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(
+            model,
+            block_size=block_size,
+            max_num_seqs=4,
+            num_blocks=64,
+            kv_cache_dtype=kv_cache_dtype,
+            pad_to=pad_to,
+        )
         self.seen: dict[tuple[str, int], NDArray[np.float32]] = {}
+        self.num_rows: list[int] = []
 
     def logits(self, batch: Batch) -> NDArray[np.float32]:
         logits = super().logits(batch)
+        assert self._arrays is not None
+        self.num_rows.append(len(self._arrays.kv_lens))
         for row, index, position in zip(logits, batch.sampled_index, batch.sampled_positions.tolist(), strict=True):
             self.seen[batch.evidence.sequence_ids[index], position] = row.copy()
         return logits
