@@ -9,7 +9,8 @@ write into one place of one slot only is seen with the chance that this place wa
 """
 
 from collections.abc import Sequence
-from typing import Any
+from math import prod
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +21,29 @@ WORDS_MAX = 4  # read of each slot
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # SplitMix64 (Steele et al., OOPSLA 2014)
 
 
+class CacheView(Protocol):
+    """What is asked of a view of the cache: a numpy array is one, and so is whatever fetches words from elsewhere."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: tuple[IntArray, ...], /) -> npt.NDArray[Any]: ...
+
+
 class CacheBytes:
     """``memory``: views of the cache itself, unsigned integers [places, num_blocks, block_size, words]; none: nothing
     is read and everything is said to be fine. ``seed``: where to read."""
 
-    def __init__(self, memory: Sequence[npt.NDArray[Any]], num_blocks: int, block_size: int, seed: int) -> None:
+    def __init__(self, memory: Sequence[CacheView], num_blocks: int, block_size: int, seed: int) -> None:
         for part in memory:
-            if part.dtype.kind != "u" or part.ndim != 4 or part.shape[1:3] != (num_blocks, block_size):
+            if part.dtype.kind != "u" or len(part.shape) != 4 or part.shape[1:3] != (num_blocks, block_size):
                 raise ValueError(f"a view of the cache has shape {part.shape} and type {part.dtype}")
-        self._memory = [part for part in memory if part.size]
+        self._memory = [part for part in memory if prod(part.shape)]
         self._first_place = np.cumsum([0, *(len(part) for part in self._memory)])
         self._block_size = block_size
         random = np.random.default_rng(seed)

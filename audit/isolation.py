@@ -39,11 +39,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from audit.block_digests import BlockDigests, Digest
 from audit.block_ledger import FREE, NOBODY, QUARANTINED, UNREAD, BlockLedger, Happening
-from audit.cache_bytes import CacheBytes
+from audit.cache_bytes import CacheBytes, CacheView
 from audit.counters import fresh_counters
 from audit.launch import KernelArrays, Launch, array_problems
 from audit.released_tokens import Output, output_problems
@@ -70,7 +69,7 @@ class IsolationAuditor:
         num_blocks: int,
         block_size: int,
         *,
-        memory: Sequence[npt.NDArray[Any]] = (),
+        memory: Sequence[CacheView] = (),
         digest: Digest | None = None,
         spell: Callable[[int], bytes] | None = None,
         slots_per_step: int = SLOTS_PER_STEP,

@@ -104,10 +104,12 @@ def build_batch(
 
 
 def refused(error: OwnershipError, batch: Batch) -> Violation:
-    """What a kernel refused, in the observer's words. Names everyone where the kernel named nobody."""
+    """What a kernel refused, in the observer's words. Names everyone where the kernel named nobody, or a row that is
+    nobody's."""
     evidence = batch.evidence
     rows = np.unique(np.searchsorted(evidence.cu_seqlens, np.array(error.tokens, dtype=np.int64), side="right") - 1)
-    rows = rows if len(rows) else np.arange(len(evidence.sequence_ids))
+    num_rows = len(evidence.sequence_ids)
+    rows = rows if len(rows) and (rows < num_rows).all() else np.arange(num_rows)
     names = tuple(evidence.sequence_ids[row] for row in rows)
     domains = tuple(dict.fromkeys(evidence.domains[row] for row in rows))
     return ("kernel_ownership", names, domains, error.block_id, str(error))

@@ -10,6 +10,7 @@ from engine.core import EngineCore
 from engine.errors import ConfigError
 from engine.events import NullObserver, Observer, Watched
 from engine.model_runner import ModelRunner
+from engine.models.facts import Model
 from engine.models.load import check_vocabulary
 from engine.models.weights import model_digest
 from engine.protocol import PROTOCOL_VERSION, Ready
@@ -24,6 +25,15 @@ MakeObserver = Callable[[Watched], Observer]
 
 def unobserved(watched: Watched) -> Observer:
     return NullObserver()
+
+
+def isolation_of(model: Model) -> tuple[str, str]:
+    """What is promised of this model on its kernels, and why. Tries the model's products."""
+    if not model.backend.exact:
+        return "relaxed", f"{model.backend.name} promises nothing about the order of sums"
+    if not model.is_exact():
+        return "relaxed", "matrix products of this model depend on their company in the last bits"
+    return "bitwise", "every row has an order of sums of its own, and the model's products kept it when they were tried"
 
 
 def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") -> tuple[EngineCore, Ready]:
@@ -45,14 +55,15 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         max_num_seqs=config.max_num_seqs,
         num_blocks=config.num_blocks,
         kv_cache_bytes=config.kv_cache_bytes,
+        kv_cache_dtype=config.kv_cache_dtype,
         backend=backend,
         log=log,
     )
-    isolation = "bitwise" if runner.model.is_exact() else "relaxed"
+    isolation, reason = isolation_of(runner.model)
     if isolation == "bitwise":
         torch.set_num_threads(1)  # the kernels have threads of their own; torch's would spin on their cores in between
-    if runner.model.backend.exact and isolation == "relaxed":
-        log("matrix products of this model depend on their company in the last bits: isolation is relaxed")
+    elif runner.model.backend.exact:
+        log(f"{reason}: isolation is relaxed")
     model = runner.model.config
     check_vocabulary(tokenizer.vocab_size, model.vocab_size)
     digest = model_digest(config.model_dir)

@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.errors import ConfigError
 
 DTYPES = ("bfloat16", "float32")
+KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
 KERNELS = ("auto", "torch", "portable", "avx2", "avx512", "avx512_bf16", "amx", "triton")
 
 
@@ -30,6 +31,7 @@ class WorkerConfig:
     block_size: int = 32  # tokens per KV block
     num_threads: int = 0
     dtype: str = "bfloat16"
+    kv_cache_dtype: str = "auto"  # the weights', or fp8_e4m3 where the kernels take it
     kernels: str = "auto"  # kernels/choice.py: auto, torch, triton, or an instruction set of the native library
     max_waiting: int = 256  # further submits are refused with "busy"
     scheduling: str = "fair"  # engine/scheduling/order.py
@@ -65,6 +67,10 @@ class WorkerConfig:
             raise ConfigError(f"idle_percent must be between 1 and 100, not {self.idle_percent}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(
+                f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, not {self.kv_cache_dtype!r}"
+            )
         if self.kernels not in KERNELS:
             raise ConfigError(f"kernels must be one of {', '.join(KERNELS)}, not {self.kernels!r}")
 

@@ -99,6 +99,21 @@ class KernelArrays:
     slot_mapping: NDArray[np.int64]  # [T]
 
 
+class Words(Protocol):
+    """What an observer needs of a view of the KV cache: a numpy array where the cache lies in this process's memory,
+    engine/cache/device_words.py where it lies on a GPU."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: tuple[NDArray[np.int64], ...], /) -> NDArray[Any]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Watched:
     """What an observer may look at from the start on. ``memory``: views of the KV cache itself, unsigned integers
@@ -108,7 +123,7 @@ class Watched:
     num_blocks: int
     block_size: int
     model_dir: Path
-    memory: tuple[NDArray[Any], ...]
+    memory: tuple[Words, ...]
     digest: Callable[[int, tuple[int, int]], NDArray[np.int64]] | None = None
     exact: bool = True  # what a sequence says does not depend on its company, bit for bit
 

@@ -2,7 +2,7 @@
 sampling needs lies in one stable row from admission to the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,17 @@ from engine.protocol import TokenLogprob
 from engine.sampling.row import Row
 from engine.sampling.sampler import Picks, pick, scored
 from kernels.backend import Backend, StepTables
+from kernels.gpu.padding import pad, padded_size
+
+
+def cache_dtype(model: Model, kv_cache_dtype: str) -> torch.dtype:
+    """Of keys and values: the weights', or uint8 for e4m3. Raises ConfigError where the kernels do not take it."""
+    if kv_cache_dtype == "auto":
+        return model.dtype
+    if not model.backend.takes_fp8_cache:
+        name = model.backend.name
+        raise ConfigError(f"kv_cache_dtype {kv_cache_dtype} wants BULKHEAD_KERNELS=triton: {name} does not take it")
+    return torch.uint8
 
 
 class Runner(Protocol):
@@ -45,7 +56,9 @@ class Runner(Protocol):
 
 
 class ModelRunner:
-    """``num_blocks`` 0 takes as many as fit into ``kv_cache_bytes``."""
+    """``num_blocks`` 0 takes as many as fit into ``kv_cache_bytes``. ``kv_cache_dtype``: "auto" keeps keys and values
+    as the weights are, "fp8_e4m3" in bytes, with kernels that take them. ``pad_to``: sizes to which batches of decode
+    tokens are filled up, with kernels that know such rows (kernels/gpu/padding.py); none: no batch is."""
 
     def __init__(
         self,
@@ -55,8 +68,11 @@ class ModelRunner:
         max_num_seqs: int,
         num_blocks: int = 0,
         kv_cache_bytes: int = 0,
+        kv_cache_dtype: str = "auto",
+        pad_to: Sequence[int] = (),
     ) -> None:
-        per_block = block_bytes(model.cache_layers, block_size, model.dtype)
+        dtype = cache_dtype(model, kv_cache_dtype)
+        per_block = block_bytes(model.cache_layers, block_size, dtype)
         self.model = model
         self.block_size = block_size
         self.num_blocks = num_blocks or kv_cache_bytes // per_block
@@ -66,9 +82,10 @@ class ModelRunner:
             layers=model.cache_layers,
             num_blocks=self.num_blocks,
             block_size=block_size,
-            dtype=model.dtype,
+            dtype=dtype,
             device=model.backend.device,
         )
+        self._pad_to = tuple(pad_to)
         self._rows: list[Row | None] = [None] * max_num_seqs
         self._arrays: KernelArrays | None = None  # of the last launch
 
@@ -82,6 +99,7 @@ class ModelRunner:
         max_num_seqs: int,
         num_blocks: int = 0,
         kv_cache_bytes: int = 0,
+        kv_cache_dtype: str = "auto",
         backend: Backend | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> "ModelRunner":
@@ -96,6 +114,7 @@ class ModelRunner:
             max_num_seqs=max_num_seqs,
             num_blocks=num_blocks,
             kv_cache_bytes=kv_cache_bytes,
+            kv_cache_dtype=kv_cache_dtype,
         )
 
     def set_row(self, index: int, row: Row) -> None:
@@ -152,10 +171,15 @@ class ModelRunner:
             block_tags=self.cache.block_tags,
             block_size=self.block_size,
         )
+        token_ids, positions = batch.token_ids, batch.positions
+        if self._pad_to:
+            tables = pad(tables, padded_size(tables, self._pad_to))
+            missing = len(tables.slot_mapping) - len(token_ids)
+            token_ids, positions = np.pad(token_ids, (0, missing)), np.pad(positions, (0, missing))
         wanted = np.concatenate((batch.sampled_tokens, batch.scored_tokens))
         self._arrays = KernelArrays(
-            token_ids=batch.token_ids,
-            positions=batch.positions,
+            token_ids=token_ids,
+            positions=positions,
             wanted=wanted,
             sampled_positions=batch.sampled_positions,
             sampled_rows=batch.sampled_rows,
@@ -166,8 +190,8 @@ class ModelRunner:
         )
         device = self.model.backend.device
         logits = self.model.forward(
-            torch.from_numpy(batch.token_ids).to(device),
-            torch.from_numpy(batch.positions).to(device),
+            torch.from_numpy(token_ids).to(device),
+            torch.from_numpy(positions).to(device),
             cache=self.cache,
             plan=self.model.backend.plan(tables),
             wanted=torch.from_numpy(wanted).to(device),

@@ -7,7 +7,6 @@ Digests of sampling parameters are made here, from the objects themselves: neith
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,7 +17,7 @@ from audit.isolation import BLOCKS_PER_STEP, SLOTS_PER_STEP, IsolationAuditor
 from audit.launch import KernelArrays, Launch, Logprob
 from audit.released_tokens import Output
 from audit.sampling_rows import SampledRow, SamplingFacts, ScoredRow
-from engine.events import EngineEvent, SamplingState, StepEvidence, Violation, Watched
+from engine.events import EngineEvent, SamplingState, StepEvidence, Violation, Watched, Words
 from engine.protocol import SamplingParams, Submit, TokenLogprob, TokenOutput
 from engine.sampling.sampler import Picks
 from engine.text.tokenizer import Tokenizer
@@ -112,7 +111,7 @@ class AuditObserver:
         num_blocks: int,
         block_size: int,
         *,
-        memory: Sequence[NDArray[Any]] = (),
+        memory: Sequence[Words] = (),
         digest: Digest | None = None,
         spell: Callable[[int], bytes] | None = None,
         slots_per_step: int = SLOTS_PER_STEP,

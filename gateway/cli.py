@@ -19,6 +19,7 @@ from gateway.commands import books as books_commands
 from gateway.commands import budgets as budgets_commands
 from gateway.commands import credits as credits_commands
 from gateway.commands import directory as directory_commands
+from gateway.commands import explain as explain_commands
 from gateway.commands import keys as keys_commands
 from gateway.commands import limits as limits_commands
 from gateway.commands import policies as policies_commands
@@ -59,10 +60,19 @@ def serve() -> None:
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def worker(context: typer.Context) -> None:
-    """Run one engine worker on a unix socket (serve starts its own)."""
+def worker(
+    context: typer.Context,
+    explain: Annotated[bool, typer.Option("--explain", help="say who would compute what, and start nothing")] = False,
+    config: Annotated[str | None, typer.Option(help="WorkerConfig as a JSON object")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="with --explain: write it here")] = None,
+) -> None:
+    """Run one engine worker on a unix socket (serve starts its own), or explain what it would run on."""
+    if explain:
+        explain_commands.explain(config, json_file)
+        return
     # Replaced, not imported: this process must stay free of torch until it is the worker.
-    os.execv(sys.executable, [sys.executable, "-m", "gateway.worker", *context.args])  # noqa: S606
+    given = [] if config is None else ["--config", config]
+    os.execv(sys.executable, [sys.executable, "-m", "gateway.worker", *given, *context.args])  # noqa: S606
 
 
 @app.command()

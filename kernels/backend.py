@@ -16,6 +16,8 @@ from torch import Tensor
 
 from kernels.products import Head, Product
 
+PADDING_SLOT = -(2**62)  # of a token that only fills up a batch: it is written nowhere
+
 
 class KernelError(Exception):
     """The kernels asked for cannot be had on this machine."""
@@ -50,10 +52,14 @@ class StepTables:
     block_size: int
 
 
-def check_tables(tables: StepTables) -> None:
-    """Raises ValueError on tables that cannot be."""
+def check_tables(tables: StepTables, *, may_pad: bool = False) -> None:
+    """Raises ValueError on tables that cannot be. ``may_pad``: rows of one token and no key at all may be among them
+    (kernels/gpu/padding.py)."""
     num_new = np.diff(tables.cu_seqlens)
-    if tables.cu_seqlens[0] != 0 or (num_new < 0).any() or (tables.kv_lens < num_new).any():
+    too_short = tables.kv_lens < num_new
+    if may_pad:
+        too_short &= (num_new != 1) | (tables.kv_lens != 0)
+    if tables.cu_seqlens[0] != 0 or (num_new < 0).any() or too_short.any():
         raise ValueError("rows must be in order and no longer than their keys")
     if (tables.kv_lens > tables.block_tables.shape[1] * tables.block_size).any():
         raise ValueError("a row is longer than its block table")
@@ -67,6 +73,7 @@ class Backend(Protocol):
     name: str  # as /readyz shows it
     exact: bool
     device: torch.device  # where weights, cache and a step's tensors are
+    takes_fp8_cache: bool  # keys and values may be bytes in e4m3 (reference.to_e4m3), scale 1
 
     def plan(self, tables: StepTables) -> Any:
         """Whatever this backend wants to work out once a step. Raises ValueError on tables that cannot be."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -312,6 +313,17 @@ def _tables(num_rows: int, num_new: int, kv_len: int) -> StepTables:
     )
 
 
+def _gpu(num_rounds: int) -> dict[str, Any] | None:
+    """The GPU kernels' figures, None where there is no GPU or no Triton."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from kernels.gpu.bench import on_this_gpu
+    except ImportError:
+        return None
+    return on_this_gpu(num_rounds)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-threads", type=int, default=1)
@@ -341,6 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "num_threads": asked.num_threads,
         "copy_gb_per_s": round(bench.copy_gb_per_s, 2),
         "figures": [asdict(figure) for figure in bench.figures],
+        "gpu": _gpu(asked.rounds),
     }
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
     return 0

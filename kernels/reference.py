@@ -11,6 +11,7 @@ from torch import Tensor
 
 DIGEST_A, DIGEST_B = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F
 _WORD = 2**64
+E4M3_MAX = 448.0
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -45,6 +46,18 @@ def gelu_and_mul(gate_up: Tensor, *, tanh: bool) -> Tensor:
     x * P(N(0, 1) < x), through erf, or with ``tanh`` through Hendrycks' approximation of it (arXiv 1606.08415)."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh" if tanh else "none") * up).to(gate_up.dtype)
+
+
+def to_e4m3(x: Tensor, scale: float = 1.0) -> Tensor:
+    """x of any shape and float dtype -> uint8 of its shape: the bytes of x / scale in e4m3 (OFP8, 2023), rounded to the
+    nearest, ties to even; beyond 448 the largest there is, NaN stays NaN. ``scale`` is a power of two, and so rounds
+    nothing."""
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def from_e4m3(byte: Tensor, scale: float = 1.0) -> Tensor:
+    """uint8 -> float32 of its shape, exactly."""
+    return byte.view(torch.float8_e4m3fn).float() * scale
 
 
 def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -103,6 +116,21 @@ def paged_attention(
         weights = scores.softmax(dim=-1)[..., :kv_len]
         out[start:end] = torch.einsum("hqk,khd->qhd", weights, value).to(query.dtype)
     return out
+
+
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """logits float32 [R, V] -> (int64 [R] the first place of each row's largest number, bool [R] whether all of its
+    numbers are finite). Where they are not, the place means nothing."""
+    largest = logits == logits.amax(dim=-1, keepdim=True)
+    places = torch.arange(logits.shape[1], device=logits.device)
+    return places.where(largest, logits.shape[1]).amin(dim=-1), logits.isfinite().all(dim=-1)
+
+
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """logits float32 [R, V], all finite, k <= V -> (float32 [R, k] the largest numbers of each row, the largest first,
+    int64 [R, k] their places; of equal numbers the one in the lower place comes first)."""
+    values, places = logits.sort(dim=-1, descending=True, stable=True)
+    return values[:, :k], places[:, :k]
 
 
 def digest_blocks(key_cache: Tensor, value_cache: Tensor, block_ids: Tensor, key: tuple[int, int]) -> Tensor:

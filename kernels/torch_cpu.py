@@ -214,6 +214,7 @@ class TorchBackend:
 
     name = "torch-cpu"
     exact = False
+    takes_fp8_cache = False
     device = torch.device("cpu")
 
     def plan(self, tables: StepTables) -> TorchPlan:

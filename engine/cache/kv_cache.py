@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.errors import ConfigError
+from engine.cache.device_words import DeviceWords, word_width
+from engine.events import Words
 from engine.models.facts import CacheLayer
 from kernels.backend import KernelError, OwnershipError
 from kernels.cpu.blocks import digest_blocks
@@ -85,17 +86,10 @@ class KVCache:
         """Views of a layer's keys and values."""
         return self._layers[index]
 
-    def words(self) -> tuple[NDArray[Any], ...]:
-        """The cache itself as unsigned integers [places, num_blocks, block_size, words], one array for each shape of
-        layers; a place is a layer's keys or values. Raises ConfigError where it lies on a GPU."""
-        views = []
-        for memory in self._memory.values():
-            if memory.device.type != "cpu":
-                raise ConfigError("the auditor looks into the KV cache, and cannot into a GPU's yet: see docs/gpu.md")
-            places, slot = memory.flatten(0, 1).flatten(3), memory[0, 0, 0, 0].numel() * memory.element_size()
-            size = next(size for size in (8, 4, 2, 1) if slot % size == 0)
-            views.append(places.view(torch.uint8).numpy().view(f"u{size}"))
-        return tuple(views)
+    def words(self) -> tuple[Words, ...]:
+        """The cache itself as unsigned integers [places, num_blocks, block_size, words], one view for each shape of
+        layers; a place is a layer's keys or values."""
+        return tuple(_words(memory) for memory in self._memory.values())
 
     def digester(self) -> Callable[[int, tuple[int, int]], NDArray[np.int64]] | None:
         """What makes the 128-bit digest [2] of a block under a key: of every byte in all layers. None where the native
@@ -138,6 +132,14 @@ class KVCache:
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _words(memory: Tensor) -> Words:
+    if memory.device.type != "cpu":
+        return DeviceWords(memory)
+    places = memory.flatten(0, 1).flatten(3).view(torch.uint8)
+    words: NDArray[Any] = places.numpy().view(f"u{word_width(places.shape[3])}")
+    return words
 
 
 def _refuse(tokens: NDArray[np.bool_], blocks: NDArray[np.int64], message: str) -> None:

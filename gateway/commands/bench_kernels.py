@@ -25,7 +25,8 @@ def bench_kernels(
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="the best of so many")] = 7,
     json_file: Annotated[Path | None, typer.Option("--json", help="write every figure here")] = None,
 ) -> None:
-    """Time, bytes and bandwidth of every CPU kernel, beside its twin and torch's own op."""
+    """Time, bytes and bandwidth of every CPU kernel, beside its twin and torch's own op; where there is a GPU, of its
+    kernels, beside their floors."""
     command = [sys.executable, "-m", "kernels.bench", "--num-threads", str(threads), "--rows", rows]
     command += ["--context", str(context), "--chunk", str(chunk), "--rounds", str(rounds)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=False)  # noqa: S603
@@ -39,6 +40,25 @@ def bench_kernels(
         f"{result['kernels']}, {result['num_threads']} threads, copy bandwidth {result['copy_gb_per_s']} GB/s"
     )
     console.print(table_of(result["figures"]))
+    if result["gpu"] is not None:
+        console.print(result["gpu"]["device"])
+        console.print(gpu_table(result["gpu"]["figures"]))
+
+
+def gpu_table(figures: list[dict[str, Any]]) -> Table:
+    table = Table("model", "step", "op", "case", "median us", "MB", "GB/s", "TFLOP/s", "floor us", "of floor", box=None)
+    for figure in figures:
+        has_floor = figure["floor_us"] is not None
+        table.add_row(
+            *(figure[name] for name in ("model", "step", "op", "case")),
+            f"{figure['median_us']:,.1f}",
+            f"{figure['bytes'] / 1e6:.2f}",
+            f"{figure['gb_per_s']:,.0f}",
+            f"{figure['tflop_per_s']:.1f}",
+            f"{figure['floor_us']:,.1f}" if has_floor else "-",
+            f"{figure['of_floor']:.0%}" if has_floor else "-",
+        )
+    return table
 
 
 def table_of(figures: list[dict[str, Any]]) -> Table:

@@ -55,6 +55,7 @@ class NativeBackend:
     Raises KernelError where it cannot be had."""
 
     exact = True
+    takes_fp8_cache = False
     device = torch.device("cpu")
 
     def __init__(self, isa: str = "", num_threads: int = 1, log: Callable[[str], None] = lambda line: None) -> None:

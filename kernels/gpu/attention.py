@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.backend import StepTables
-from kernels.gpu.launch import NO_BLOCK, SPLIT, AttentionShape, check, is_interpreted, options, power_of_two
+from kernels.gpu.launch import NO_BLOCK, SPLIT, check, is_interpreted, options, power_of_two
+from kernels.gpu.launch_table import AttentionShape
 from kernels.gpu.paged_attention import merge_kernel, paged_attention_kernel
 
 
@@ -72,10 +73,13 @@ def paged_attention(
     window: int = 0,
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
     check_owners: bool = True,
 ) -> Tensor:
     """query [T, Hq, D], a view of rows with a stride of their own is fine; caches [N, block_size, Hkv, D]; sinks
     float32 [Hq] -> [T, Hq, D]. See reference.paged_attention for the rule and paged_attention.py for the order.
+
+    Caches of uint8 hold e4m3, in units of ``scales``, the keys' and the values', powers of two.
 
     ``check_owners`` False exists to measure what the check costs; block ids out of range are refused all the same.
     """
@@ -86,7 +90,7 @@ def paged_attention(
     assert block_size == plan.block_size
     for cache in (key_cache, value_cache):
         check(cache, (num_blocks, block_size, num_kv_heads, size), query)
-        assert cache.dtype == query.dtype
+        assert cache.dtype in (query.dtype, torch.uint8)
     check(plan.block_tags, (num_blocks,), query)
     if sinks is not None:
         check(sinks, (num_heads,), query)
@@ -116,6 +120,7 @@ def paged_attention(
         out if sinks is None else sinks,
         plan.refused,
         scale,
+        *scales,
         soft_cap,
         window,
         num_rows,
@@ -133,6 +138,7 @@ def paged_attention(
         HAS_WINDOW=window > 0,
         HAS_CAP=soft_cap > 0,
         HAS_SINKS=sinks is not None,
+        FP8=key_cache.dtype == torch.uint8,
         CHECK=check_owners,
         CAST=is_interpreted(),
         **options(shape.num_warps, shape.num_stages),

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kernels.backend import KernelError, OwnershipError, StepTables, check_tables
 from kernels.gpu.attention import AttentionPlan, paged_attention, plan_attention
-from kernels.gpu.launch import NO_BLOCK, SPLIT, attention_shape, is_interpreted
+from kernels.gpu.launch import NO_BLOCK, SPLIT, is_interpreted
+from kernels.gpu.launch_table import AttentionShape, attention_shape
 from kernels.gpu.matmul import TritonProduct
 from kernels.gpu.rms_norm import rms_norm
 from kernels.gpu.rope_and_store_kv import rope_and_store_kv
@@ -35,6 +36,7 @@ class TritonBackend:
     is neither a GPU nor the interpreter."""
 
     exact = True
+    takes_fp8_cache = True
 
     def __init__(self, split: int = SPLIT) -> None:
         self._split = split
@@ -51,7 +53,7 @@ class TritonBackend:
         self.name = f"triton-sm{self.capability}"
 
     def plan(self, tables: StepTables) -> Plan:
-        check_tables(tables)
+        check_tables(tables, may_pad=True)
         num_tokens = int(tables.cu_seqlens[-1])
         return Plan(
             tables,
@@ -102,18 +104,22 @@ class TritonBackend:
             block_tags=plan.attention.block_tags,
             refused=plan.refused,
         )
-        ratio = num_heads // key_cache.shape[2]
         return paged_attention(
             qkv[:, :num_heads],
             key_cache,
             value_cache,
             plan=plan.attention,
-            shape=attention_shape(self.capability, qkv.shape[2], ratio, qkv.dtype.itemsize),
+            shape=self.attention_shape(qkv, key_cache, num_heads),
             scale=scale,
             window=window,
             soft_cap=soft_cap,
             sinks=sinks,
         )
+
+    def attention_shape(self, qkv: Tensor, key_cache: Tensor, num_heads: int) -> AttentionShape:
+        _, block_size, num_kv_heads, size = key_cache.shape
+        ratio = num_heads // num_kv_heads
+        return attention_shape(self.capability, size, ratio, block_size, qkv.dtype.itemsize, key_cache.dtype.itemsize)
 
     def check(self, plan: Plan) -> None:
         """Waits for the device: what it refused must be known before anything leaves."""

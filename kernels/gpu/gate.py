@@ -4,7 +4,8 @@ docs/kernels.md. `make kernels` runs it.
     compiles · no stack, no local loads or stores (spills) · registers and shared memory no more than the table's ·
     the table's matrix instruction · as many instructions as the table has, within 5 %
 
---write puts what was found into the table; --quick compiles the few that `make test` looks at. A run ends with 0 where
+--write puts what was found into the table; --quick compiles the few that `make test` looks at, --only NAME those whose
+names begin so (all of them: three minutes). A run ends with 0 where
 all holds and prints one line for each thing that does not.
 """
 
@@ -142,7 +143,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kernels.gpu.gate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="rewrite the table in docs/kernels.md")
     parser.add_argument("--quick", action="store_true", help="only the kernels of `make test`")
+    parser.add_argument("--only", default="", help="only the kernels whose names begin so")
     options = parser.parse_args(arguments)
+    is_whole = not (options.quick or options.only)
+    if options.write and not is_whole:
+        parser.error("a table is written whole")
     assert not is_interpreted(), "unset TRITON_INTERPRET: interpreted kernels cannot be compiled"
     page = PAGE.read_text()
     version, known = read(page)
@@ -152,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     compiled, num_wrong = [], 0
     for capability in CAPABILITIES:
         for variant in variants(capability):
-            if options.quick and not variant.is_quick:
+            if (options.quick and not variant.is_quick) or not variant.name.startswith(options.only):
                 continue
             found = compile_variant(variant, capability)
             compiled.append(found)
@@ -165,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write and not num_wrong:
         before, rest = page.split(BEGIN)
         PAGE.write_text(before + table(compiled) + rest.split(END)[1])
-    elif not options.write and not options.quick:
+    elif is_whole and not options.write:
         for key in known.keys() - {one.key for one in compiled}:
             num_wrong += 1
             say(f"! sm_{key[1]} {key[0]}: in the table, and no kernel of ours")

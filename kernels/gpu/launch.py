@@ -4,10 +4,9 @@
 numpy. It proves indices, masks and orders; it proves nothing about tensor cores, races or speed.
 
 No launch parameter is found at run time: a choice by stopwatch would change bits from one start to the next. They come
-from `shape_of` and from each op's own constants, and docs/kernels.md holds what they compile to.
+from launch_table.py and from each op's own constants, and docs/kernels.md holds what they compile to.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -25,31 +24,8 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionShape:
-    """``block_m`` query rows (a token's heads of one key head, token after token) meet ``tile`` keys at a time. The
-    tile is part of what a bit is, as SPLIT is."""
-
-    block_m: int = 64
-    tile: int = 32
-    num_warps: int = 4
-    num_stages: int = 2
-
-
 NO_BLOCK = -(2**31)  # in `refused`: nothing was
 SPLIT = 512  # keys whose sum is finished before the next begins, at absolute positions; a multiple of every tile
-WIDE_HEAD = 256  # from this padded head size on, half the tile: registers are used up
-
-
-def attention_shape(capability: int, head_size: int, ratio: int, itemsize: int) -> AttentionShape:
-    """``capability`` as in variants.CAPABILITIES, 0 interpreted; ``ratio`` query heads for each key head; ``itemsize``
-    bytes of a number in the cache. It does not know how many rows or tokens there are: prompt chunks and decode tokens
-    get the same tile."""
-    padded = power_of_two(head_size)
-    is_large = padded >= WIDE_HEAD or itemsize == 4
-    block_m = max(64, power_of_two(ratio))
-    num_stages = 1 if capability == 120 and padded <= 64 else 2  # two of them spill there
-    return AttentionShape(block_m, 16 if is_large else 32, 8 if is_large or block_m > 64 else 4, num_stages)
 
 
 def check(tensor: Tensor, shape: tuple[int, ...], like: Tensor | None = None) -> None:

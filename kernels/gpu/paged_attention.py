@@ -12,11 +12,16 @@ all. So a token's bits depend on its own row up to itself, whatever the batch, t
 Ownership: every block is compared with the row's domain before it is read. One that is out of range or somebody else's
 is not read, adds nothing, and raises the row's flag.
 
-Twin: reference.paged_attention.
+A cache of bytes holds e4m3: what is read becomes numbers of the query's dtype, exactly, and the scales of keys and
+values, powers of two, go into the score and the sum.
+
+Twin: reference.paged_attention, on reference.from_e4m3 of a cache in 8 bits.
 """
 
 import triton
 import triton.language as tl
+
+from kernels.gpu.fp8 import from_e4m3
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NO_BLOCK = tl.constexpr(-(2**31))  # what `refused` begins with
@@ -87,6 +92,8 @@ def paged_attention_kernel(
     sinks_ptr,  # float32 [HKV * RATIO]
     refused_ptr,  # int32 [R] NO_BLOCK, or a block that was not read
     scale,
+    key_scale,  # as value_scale, of a cache in e4m3
+    value_scale,
     soft_cap,
     window,
     num_rows,
@@ -104,6 +111,7 @@ def paged_attention_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    FP8: tl.constexpr,
     CHECK: tl.constexpr,
     CAST: tl.constexpr,
 ):
@@ -116,8 +124,8 @@ def paged_attention_kernel(
     kv_len = tl.load(kv_lens_ptr + row)
     past = kv_len - num_new
     end = past + tl.minimum(first + BLOCK_Q, num_new)  # keys that the last of these tokens sees
-    # A spare program, or a split behind the last token's end.
-    if (first < num_new) & (split * SPLIT < end):
+    # Not a spare program, nor a split behind the last token's end. A row without any key is 0, in its first split.
+    if (first < num_new) & (split * SPLIT < tl.maximum(end, 1)):
         begin = split * SPLIT
         if HAS_WINDOW:
             begin = tl.maximum(past + first - window + 1, begin)
@@ -140,6 +148,8 @@ def paged_attention_kernel(
         top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         total = tl.zeros([BLOCK_M], dtype=tl.float32)
         refused = tl.full([TILE], NO_BLOCK, dtype=tl.int32)
+        if FP8:
+            scale *= key_scale
         for tile in range(begin // TILE * TILE, end, TILE):
             at = tile + column
             wanted = (at >= begin) & (at < end)
@@ -153,8 +163,10 @@ def paged_attention_kernel(
             key = tl.load(
                 key_ptr + slot[None, :] * D + channel[:, None],
                 mask=readable[None, :] & (channel < D)[:, None],
-                other=0.0,
+                other=0,
             )
+            if FP8:
+                key = from_e4m3(key, query.dtype)
             scores = _dot(query, key, CAST) * scale
             if HAS_CAP:
                 scores = soft_cap * (2.0 / (1.0 + tl.exp(-2.0 * (scores / soft_cap))) - 1.0)
@@ -168,13 +180,17 @@ def paged_attention_kernel(
             value = tl.load(
                 value_ptr + slot[:, None] * D + channel[None, :],
                 mask=readable[:, None] & (channel < D)[None, :],
-                other=0.0,
+                other=0,
             )
+            if FP8:
+                value = from_e4m3(value, query.dtype)
             total = total * old + tl.sum(weights, axis=1)
             acc = acc * old[:, None] + _dot(weights.to(value.dtype), value, CAST)
             top = merged
+        if FP8:
+            acc *= value_scale
         num_splits = tl.cdiv(kv_len, SPLIT)
-        if num_splits == 1:
+        if num_splits <= 1:
             sink = top
             if HAS_SINKS:
                 sink = tl.load(sinks_ptr + kv_head * RATIO + head) * LOG2_E

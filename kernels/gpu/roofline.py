@@ -1,4 +1,5 @@
-"""Bytes and floating-point operations of one layer's ops, and the time below which no GPU can do them.
+"""Bytes and floating-point operations of one layer's ops and of those after the last, and the time below which no GPU
+can do them.
 
     floor = max(bytes / bandwidth, operations / rate)
 
@@ -47,16 +48,19 @@ class Load:
 LOADS = (Load("decode, 32 rows of 2048", 32, 1, 2048), Load("prefill, 1 row of 2048", 1, 2048, 2048))
 
 
-def layer(model: Model, load: Load) -> Iterator[Work]:
+def layer(model: Model, load: Load, cache_item: int = ITEM) -> Iterator[Work]:
+    """``cache_item``: bytes of a number in the cache."""
     tokens = load.num_rows * load.num_new
     heads = model.num_heads + 2 * model.num_kv_heads
     attended = model.num_heads * model.head_size
     yield Work("rms_norm", tokens * model.hidden * (2 * ITEM + 8), 4 * tokens * model.hidden)
     yield product("qkv", tokens, model.hidden, heads * model.head_size)
     # All heads are read, all are written: queries in place, keys and values into the cache.
-    yield Work("rope_and_store_kv", tokens * (2 * heads * model.head_size * ITEM + 4 * model.head_size), 0)
+    kept = 2 * model.num_kv_heads * model.head_size
+    written = tokens * (attended * ITEM + kept * cache_item)
+    yield Work("rope_and_store_kv", tokens * (heads * model.head_size * ITEM + 4 * model.head_size) + written, 0)
     num_blocks = load.num_rows * -(-load.kv_len // BLOCK_SIZE)
-    keys = load.num_rows * load.kv_len * 2 * model.num_kv_heads * model.head_size * ITEM
+    keys = load.num_rows * load.kv_len * kept * cache_item
     pairs = load.num_rows * sum(range(load.kv_len - load.num_new + 1, load.kv_len + 1))  # a token and a key in sight
     yield Work("paged_attention", 2 * tokens * attended * ITEM + keys + 12 * num_blocks, 4 * pairs * attended)
     yield product("output", tokens, attended, model.hidden)
@@ -65,20 +69,28 @@ def layer(model: Model, load: Load) -> Iterator[Work]:
     yield product("down", tokens, model.intermediate, model.hidden)
 
 
+def after_layers(model: Model, load: Load) -> Iterator[Work]:
+    """Once a step, for the rows that sample: one token each."""
+    rows = load.num_rows
+    moved = ITEM * model.vocabulary * model.hidden + 4 * rows * (model.hidden + model.vocabulary)  # float32 in and out
+    yield Work("matmul head, once a step", moved, 2 * rows * model.hidden * model.vocabulary)
+    yield Work("greedy or top_k, once a step", 4 * rows * model.vocabulary, 0)
+
+
 def product(name: str, tokens: int, num_inputs: int, num_outputs: int) -> Work:
     moved = ITEM * (num_inputs * num_outputs + tokens * (num_inputs + num_outputs))
     return Work(f"matmul {name}", moved, 2 * tokens * num_inputs * num_outputs)
 
 
 def table() -> str:
-    """Of one layer, in markdown."""
+    """In markdown."""
     lines = [
         "| model | step | op | MB | GFLOP | floor A100, us | floor H100, us |",
         "|---|---|---|---|---|---|---|",
     ]
     for model in (LLAMA_8B, LLAMA_70B):
         for load in LOADS:
-            for work in layer(model, load):
+            for work in (*layer(model, load), *after_layers(model, load)):
                 floors = " | ".join(f"{work.floor_us(gpu):.1f}" for gpu in GPUS)
                 figures = f"{work.bytes / 1e6:.2f} | {work.flop / 1e9:.2f} | {floors}"
                 lines.append(f"| {model.name} | {load.name} | {work.op} | {figures} |")

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kernels.gpu import gather_tags, launch, matmul, paged_attention, rms_norm, rope_and_store_kv, scrub_blocks
+from kernels.gpu import gather_tags, launch, logits, matmul, paged_attention, rms_norm, rope_and_store_kv, scrub_blocks
 from kernels.gpu import silu_and_mul as silu
+from kernels.gpu.launch_table import attention_shape
 
 CAPABILITIES = (80, 90, 100, 120)  # A100, H100 and H200, B200, RTX 50: compute capability x 10
 BLOCK_SIZE = 32
@@ -12,9 +13,10 @@ BLOCK_SIZE = 32
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One layer's sizes."""
+    """One layer's sizes, and the vocabulary's."""
 
     name: str
+    vocabulary: int
     hidden: int
     intermediate: int
     num_heads: int
@@ -26,9 +28,9 @@ class Model:
         return self.num_heads // self.num_kv_heads
 
 
-SMOLLM2_135M = Model("SmolLM2-135M", 576, 1536, 9, 3, 64)
-LLAMA_8B = Model("Llama-3-8B", 4096, 14336, 32, 8, 128)
-LLAMA_70B = Model("Llama-3-70B", 8192, 28672, 64, 8, 128)
+SMOLLM2_135M = Model("SmolLM2-135M", 49152, 576, 1536, 9, 3, 64)
+LLAMA_8B = Model("Llama-3-8B", 128256, 4096, 14336, 32, 8, 128)
+LLAMA_70B = Model("Llama-3-70B", 128256, 8192, 28672, 64, 8, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,15 @@ def variants(capability: int) -> list[Variant]:
     for model, dtypes in ((LLAMA_8B, ("bf16", "fp16")), (SMOLLM2_135M, ("bf16", "fp32"))):
         for dtype in dtypes:
             listed += of_model(capability, model, dtype)
+        listed += of_logits(model)
     listed.append(
         attention(capability, LLAMA_8B, "bf16", "window, cap, sinks", HAS_WINDOW=True, HAS_CAP=True, HAS_SINKS=True)
     )
-    listed.append(attention(capability, LLAMA_8B, "bf16", "unchecked", CHECK=False))
+    for extra, changes in (("unchecked", {"CHECK": False}), ("e4m3 cache", {"FP8": True})):
+        listed.append(attention(capability, LLAMA_8B, "bf16", extra, **changes))
+        listed.append(rope(LLAMA_8B, "bf16", extra, **changes))
+    listed.append(attention(capability, LLAMA_8B, "fp16", "e4m3 cache", FP8=True))
+    listed.append(attention(capability, SMOLLM2_135M, "bf16", "e4m3 cache", FP8=True))
     listed.append(attention(capability, LLAMA_70B, "bf16"))
     return listed
 
@@ -82,33 +89,7 @@ def of_model(capability: int, model: Model, dtype: str) -> list[Variant]:
             {"BLOCK": silu.BLOCK},
             launch.options(),
         ),
-        Variant(
-            f"rope_and_store_kv {label}",
-            rope_and_store_kv.rope_and_store_kv_kernel,
-            {
-                "qkv_ptr": pointer,
-                "cos_ptr": "*fp32",
-                "sin_ptr": "*fp32",
-                "key_ptr": pointer,
-                "value_ptr": pointer,
-                "slots_ptr": "*i64",
-                "token_tags_ptr": "*i64",
-                "block_tags_ptr": "*i64",
-                "refused_ptr": "*i32",
-                "num_blocks": "i32",
-            },
-            {
-                "HQ": model.num_heads,
-                "HKV": model.num_kv_heads,
-                "D": model.head_size,
-                "HALF": launch.power_of_two(model.head_size // 2),
-                "BLOCK_SIZE": BLOCK_SIZE,
-                "HEADS": rope_and_store_kv.HEADS,
-                "ROTATE": True,
-                "CHECK": True,
-            },
-            launch.options(),
-        ),
+        rope(model, dtype),
         attention(capability, model, dtype),
         Variant(
             f"merge {label}",
@@ -160,6 +141,42 @@ def of_model(capability: int, model: Model, dtype: str) -> list[Variant]:
     ]
 
 
+def of_logits(model: Model) -> list[Variant]:
+    """Logits are float32 whatever the model's dtype."""
+    num_pieces, k = -(-model.vocabulary // logits.PIECE), logits.TOP_K_MAX
+    sizes = {"size": "i32", "num_pieces": "i32"}
+    return [
+        Variant(
+            f"greedy {model.name}",
+            logits.greedy_kernel,
+            {"logits_ptr": "*fp32", "best_ptr": "*i64", "is_finite_ptr": "*i32", **sizes},
+            {"PIECE": logits.PIECE},
+            launch.options(),
+        ),
+        Variant(
+            f"greedy merge {model.name}",
+            logits.greedy_merge_kernel,
+            {"best_ptr": "*i64", "place_ptr": "*i64", "num_pieces": "i32"},
+            {"PIECES": launch.power_of_two(num_pieces)},
+            launch.options(num_warps=1),
+        ),
+        Variant(
+            f"top_k {model.name}",
+            logits.top_k_kernel,
+            {"logits_ptr": "*fp32", "best_ptr": "*i64", **sizes},
+            {"PIECE": logits.PIECE, "K": k},
+            launch.options(),
+        ),
+        Variant(
+            f"top_k merge {model.name}",
+            logits.top_k_merge_kernel,
+            {"best_ptr": "*i64", "value_ptr": "*fp32", "place_ptr": "*i64", "num_keys": "i32"},
+            {"KEYS": launch.power_of_two(num_pieces * k), "K": k},
+            launch.options(logits.NUM_WARPS_MERGE),
+        ),
+    ]
+
+
 def product(model: Model, dtype: str, *, is_head: bool = False) -> Variant:
     x = "*fp32" if is_head else f"*{dtype}"
     in_parts = is_head and dtype != "fp32"
@@ -182,19 +199,59 @@ def product(model: Model, dtype: str, *, is_head: bool = False) -> Variant:
     )
 
 
-def attention(capability: int, model: Model, dtype: str, extra: str = "", **changes: bool) -> Variant:
-    shape = launch.attention_shape(capability, model.head_size, model.ratio, 4 if dtype == "fp32" else 2)
+def rope(model: Model, dtype: str, extra: str = "", **changes: bool) -> Variant:
     pointer = f"*{dtype}"
+    cache = "*u8" if changes.get("FP8") else pointer
+    return Variant(
+        f"rope_and_store_kv {model.name} {dtype}" + (f", {extra}" if extra else ""),
+        rope_and_store_kv.rope_and_store_kv_kernel,
+        {
+            "qkv_ptr": pointer,
+            "cos_ptr": "*fp32",
+            "sin_ptr": "*fp32",
+            "key_ptr": cache,
+            "value_ptr": cache,
+            "slots_ptr": "*i64",
+            "token_tags_ptr": "*i64",
+            "block_tags_ptr": "*i64",
+            "refused_ptr": "*i32",
+            "num_blocks": "i32",
+            "key_factor": "fp32",
+            "value_factor": "fp32",
+        },
+        {
+            "HQ": model.num_heads,
+            "HKV": model.num_kv_heads,
+            "D": model.head_size,
+            "HALF": launch.power_of_two(model.head_size // 2),
+            "BLOCK_SIZE": BLOCK_SIZE,
+            "HEADS": rope_and_store_kv.HEADS,
+            "ROTATE": True,
+            "FP8": False,
+            "CHECK": True,
+            **changes,
+        },
+        launch.options(),
+    )
+
+
+def attention(capability: int, model: Model, dtype: str, extra: str = "", **changes: bool) -> Variant:
+    query_bytes = 4 if dtype == "fp32" else 2
+    cache_bytes = 1 if changes.get("FP8") else query_bytes
+    shape = attention_shape(capability, model.head_size, model.ratio, BLOCK_SIZE, query_bytes, cache_bytes)
+    pointer = f"*{dtype}"
+    cache = "*u8" if changes.get("FP8") else pointer
     int32 = ("num_rows", "num_blocks", "table_width", "query_stride", "window")
     return Variant(
         f"paged_attention {model.name} {dtype}" + (f", {extra}" if extra else ""),
         paged_attention.paged_attention_kernel,
         {
-            **dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "out_ptr"), pointer),
+            **dict.fromkeys(("query_ptr", "out_ptr"), pointer),
+            **dict.fromkeys(("key_ptr", "value_ptr"), cache),
             **dict.fromkeys(("partial_ptr", "partial_top_ptr", "partial_total_ptr", "sinks_ptr"), "*fp32"),
             **dict.fromkeys(("cu_seqlens_ptr", "kv_lens_ptr", "block_tables_ptr", "refused_ptr"), "*i32"),
             **dict.fromkeys(("row_tags_ptr", "block_tags_ptr", "partial_starts_ptr"), "*i64"),
-            **dict.fromkeys(("scale", "soft_cap"), "fp32"),
+            **dict.fromkeys(("scale", "key_scale", "value_scale", "soft_cap"), "fp32"),
             **dict.fromkeys(int32, "i32"),
         },
         {
@@ -209,6 +266,7 @@ def attention(capability: int, model: Model, dtype: str, extra: str = "", **chan
             "HAS_WINDOW": False,
             "HAS_CAP": False,
             "HAS_SINKS": False,
+            "FP8": False,
             "CHECK": True,
             "CAST": False,
             **changes,

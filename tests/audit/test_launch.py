@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from audit.launch import KernelArrays, array_problems
+from audit.launch import PADDING_SLOT, KernelArrays, array_problems
 
 APPROVED = KernelArrays(
     token_ids=np.array([3, 4, 5]),
@@ -46,3 +46,45 @@ def test_one_other_number_names_its_row(name: str, at: object, rows: list[int]) 
 def test_an_array_of_another_size_is_everybodys() -> None:
     launched = APPROVED.copy()._replace(kv_lens=np.array([2]))
     assert array_problems(APPROVED, launched) == [(-1, "kv_lens")]
+
+
+def padded(**changes: object) -> KernelArrays:
+    """Two rows that fill up behind the step's two."""
+    added = {
+        "token_ids": [0, 0],
+        "positions": [0, 0],
+        "kv_lens": [0, 0],
+        "block_tables": [[-1, -1]] * 2,
+        "slot_mapping": [PADDING_SLOT] * 2,
+        "cu_seqlens": [4, 5],
+        **changes,
+    }
+    return APPROVED._replace(
+        **{name: np.concatenate((getattr(APPROVED, name), np.array(more))) for name, more in added.items()}
+    )
+
+
+def test_rows_that_only_fill_up_are_no_problem() -> None:
+    assert array_problems(APPROVED, padded()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("kv_lens", [0, 1]),
+        ("block_tables", [[-1, -1], [-1, 0]]),
+        ("slot_mapping", [PADDING_SLOT, 4]),
+        ("slot_mapping", [PADDING_SLOT]),
+        ("slot_mapping", [-1, PADDING_SLOT]),
+        ("token_ids", [0]),
+        ("cu_seqlens", [3, 5]),
+    ],
+)
+def test_rows_behind_the_last_that_do_anything_are_everybodys(name: str, more: list[object]) -> None:
+    assert (-1, "rows behind the last") in array_problems(APPROVED, padded(**{name: more}))
+
+
+def test_what_was_approved_is_compared_before_padding_too() -> None:
+    launched = padded()
+    launched.kv_lens[1] += 1
+    assert array_problems(APPROVED, launched) == [(1, "kv_lens")]

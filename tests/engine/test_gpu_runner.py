@@ -4,19 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from engine.batch import Batch
+from engine.cache.device_words import DeviceWords
 from engine.cache.kv_cache import KVCache
 from engine.core import EngineCore
-from engine.errors import ConfigError
-from engine.events import NullObserver, Observer
+from engine.events import NullObserver, Observer, StepEvidence, Violation
 from engine.model_runner import ModelRunner
-from engine.models.facts import CacheLayer
 from engine.models.llama import LlamaModel
 from engine.models.load import load_model
 from engine.protocol import SamplingParams, Submit
+from gateway.audit_observer import AuditObserver
 from kernels.gpu.backend import TritonBackend
 from tests.engine.test_kernel_ownership import Saboteur
 from tests.kernels.gpu.steps import DEVICE
@@ -27,14 +26,30 @@ SPLIT = 16  # short: rows of this test have two
 
 
 class Recording(ModelRunner):
-    """Remembers every logit by sequence and position."""
+    """Remembers every logit by sequence and position, and how many rows each launch had."""
 
-    def __init__(self, model: LlamaModel, block_size: int = BLOCK_SIZE) -> None:
-        super().__init__(model, block_size=block_size, max_num_seqs=4, num_blocks=64)
+    def __init__(
+        self,
+        model: LlamaModel,
+        block_size: int = BLOCK_SIZE,
+        kv_cache_dtype: str = "auto",
+        pad_to: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(
+            model,
+            block_size=block_size,
+            max_num_seqs=4,
+            num_blocks=64,
+            kv_cache_dtype=kv_cache_dtype,
+            pad_to=pad_to,
+        )
         self.seen: dict[tuple[str, int], NDArray[np.float32]] = {}
+        self.num_rows: list[int] = []
 
     def logits(self, batch: Batch) -> NDArray[np.float32]:
         logits = super().logits(batch)
+        assert self._arrays is not None
+        self.num_rows.append(len(self._arrays.kv_lens))
         for row, index, position in zip(logits, batch.sampled_index, batch.sampled_positions.tolist(), strict=True):
             self.seen[batch.evidence.sequence_ids[index], position] = row.copy()
         return logits
@@ -127,12 +142,38 @@ def test_logits_are_those_of_the_cpu(model: LlamaModel, tmp_path: Path) -> None:
         np.testing.assert_allclose(ours.seen[key], logits, atol=2e-3, rtol=2e-3)
 
 
-def test_a_worker_whose_auditor_cannot_look_into_the_cache_does_not_start() -> None:
-    cache = KVCache(
-        layers=[CacheLayer(1, 2)], num_blocks=2, block_size=4, dtype=torch.float32, device=torch.device("meta")
-    )
-    with pytest.raises(ConfigError, match=r"gpu\.md"):
-        cache.words()
+class StrayWrite(AuditObserver):
+    """Reads the cache as it reads a GPU's. Before step 3 someone writes into a block of the first row."""
+
+    def __init__(self, cache: KVCache) -> None:
+        views = [DeviceWords(memory) for memory in cache._memory.values()]
+        super().__init__(cache.num_blocks, cache.block_size, memory=views)
+        self._cache, self.planted = cache, -1
+
+    def before_launch(self, evidence: StepEvidence) -> list[Violation]:
+        if evidence.step == 3 and self.planted < 0:
+            self.planted = int(evidence.block_tables[0, 0])
+            for index in range(2):
+                for part in self._cache.layer(index):
+                    part[self.planted] += 1.0
+        return super().before_launch(evidence)
+
+
+def test_the_auditor_sees_bytes_change_in_a_cache_that_only_the_device_can_read(model: LlamaModel) -> None:
+    runner = ModelRunner(model, block_size=BLOCK_SIZE, max_num_seqs=4, num_blocks=32)
+    observer = StrayWrite(runner.cache)
+    core = core_of(runner, observer)
+    for submit in work([5, 6], 4):
+        assert core.add(submit) is None
+    results = []
+    while core.has_work:
+        results.append(core.step())
+    (incident,) = [incident for result in results for incident in result.incidents]
+    assert (incident.kind, incident.step, incident.sequence_ids) == ("changed_bytes", 3, ["s0"])
+    assert incident.block_id == observer.planted
+    errors = {output.sequence_id: output.error for result in results for output in result.outputs}
+    assert errors == {"s0": "isolation_violation", "s1": ""}
+    assert observer.counters()["num_slots_read"] > 0
 
 
 def test_a_wrong_table_ends_whoever_reads_through_it(model: LlamaModel) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from gateway.commands.bench_kernels import table_of
 from kernels import bench
@@ -15,6 +16,7 @@ def test_every_op_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(arguments) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["copy_gb_per_s"] > 0
+    assert (result["gpu"] is None) == (not torch.cuda.is_available())
     figures = result["figures"]
     assert {figure["op"].split()[0] for figure in figures} == {
         *("qkv", "output", "gate_up", "down", "head"),

@@ -12,7 +12,8 @@ from kernels import reference
 from kernels.backend import StepTables
 from kernels.gpu import attention
 from kernels.gpu.attention import AttentionPlan, plan_attention
-from kernels.gpu.launch import NO_BLOCK, AttentionShape, is_interpreted
+from kernels.gpu.launch import NO_BLOCK, is_interpreted
+from kernels.gpu.launch_table import AttentionShape
 from kernels.gpu.rope_and_store_kv import rope_and_store_kv
 from tests.kernels.gpu.interpreter import sum_in_order
 from tests.kernels.native import PLAIN, Features, Shape, Step
@@ -46,6 +47,7 @@ def run(
     features: Features = PLAIN,
     launch: AttentionShape = SMALL,
     split: int = SPLIT,
+    scales: tuple[float, float] = (1.0, 1.0),
     check_owners: bool = True,
 ) -> Result:
     """Rope, store, attention, as a layer has them. The step stays as it was."""
@@ -65,12 +67,15 @@ def run(
         token_tags=torch.from_numpy(np.repeat(tables.row_tags, np.diff(tables.cu_seqlens))).to(DEVICE),
         block_tags=block_tags,
         refused=refused,
+        scales=scales,
         check_owners=check_owners,
     )
     launched: list[dict[str, Any]] = []
 
     def note(*args: Any, **options: Any) -> None:
-        launched.append({name: value for name, value in options.items() if name.startswith("HAS_") or name == "CHECK"})
+        launched.append(
+            {name: value for name, value in options.items() if name.startswith("HAS_") or name in ("CHECK", "FP8")}
+        )
 
     kernel = attention.paged_attention_kernel
     kernel.add_pre_run_hook(note)
@@ -86,6 +91,7 @@ def run(
             window=features.window,
             soft_cap=features.soft_cap,
             sinks=None if features.sinks is None else features.sinks.to(DEVICE),
+            scales=scales,
             check_owners=check_owners,
         )
     finally:
@@ -103,19 +109,27 @@ def run(
     )
 
 
-def twin(shape: Shape, step: Step, features: Features = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
+def twin(
+    shape: Shape, step: Step, features: Features = PLAIN, scales: tuple[float, float] = (1.0, 1.0)
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output and caches as kernels/reference.py has them."""
     key_cache, value_cache = step.key_cache.clone(), step.value_cache.clone()
+    is_fp8 = key_cache.dtype == torch.uint8
     value_start = shape.num_heads + shape.num_kv_heads
     rotated = step.qkv[:, :value_start]
     if features.rotate:
         rotated = reference.rope(rotated, step.cos, step.sin)
     slots = torch.from_numpy(step.tables.slot_mapping)
-    reference.store_kv(rotated[:, shape.num_heads :], step.qkv[:, value_start:], key_cache, value_cache, slots)
+    key, value = rotated[:, shape.num_heads :], step.qkv[:, value_start:]
+    if is_fp8:
+        key, value = (reference.to_e4m3(part, scale) for part, scale in zip((key, value), scales, strict=True))
+    reference.store_kv(key, value, key_cache, value_cache, slots)
+    read = (key_cache, value_cache)
+    if is_fp8:
+        read = (reference.from_e4m3(key_cache, scales[0]), reference.from_e4m3(value_cache, scales[1]))
     out = reference.paged_attention(
         rotated[:, : shape.num_heads],
-        key_cache,
-        value_cache,
+        *read,
         cu_seqlens=torch.from_numpy(step.tables.cu_seqlens),
         kv_lens=torch.from_numpy(step.tables.kv_lens),
         block_tables=torch.from_numpy(step.tables.block_tables),
@@ -125,6 +139,14 @@ def twin(shape: Shape, step: Step, features: Features = PLAIN) -> tuple[Tensor, 
         sinks=features.sinks,
     )
     return out, key_cache, value_cache
+
+
+def in_bytes(step: Step, scales: tuple[float, float] = (1.0, 1.0)) -> Step:
+    """The same step on a cache in e4m3."""
+    key_cache, value_cache = (
+        reference.to_e4m3(cache, scale) for cache, scale in zip((step.key_cache, step.value_cache), scales, strict=True)
+    )
+    return replace(step, key_cache=key_cache, value_cache=value_cache)
 
 
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

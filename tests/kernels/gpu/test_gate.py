@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kernels.gpu.gate import PAGE, SLACK, Compiled, faults, read, table
-from kernels.gpu.roofline import GPUS, LOADS, layer
+from kernels.gpu.roofline import GPUS, LOADS, after_layers, layer
 from kernels.gpu.roofline import table as roofline_table
 from kernels.gpu.variants import CAPABILITIES, LLAMA_8B, variants
 
@@ -81,4 +81,8 @@ def test_floors_are_those_counted_by_hand() -> None:
     assert decode["paged_attention"].flop == 32 * 2048 * 8 * 128 * 4 * 2 * 2
     assert decode["paged_attention"].bytes == 32 * 2048 * 2 * 8 * 128 * 2 + 32 * 64 * 12 + 2 * 32 * 32 * 128 * 2
     assert prefill["paged_attention"].flop == 4 * 32 * 128 * (2048 * 2049 // 2)
+    head, best = after_layers(LLAMA_8B, LOADS[0])
+    assert head.bytes == 2 * 128256 * 4096 + 32 * 4096 * 4 + 32 * 128256 * 4
+    assert head.flop == 2 * 32 * 4096 * 128256
+    assert best.bytes == 32 * 128256 * 4
     assert decode["matmul down"].floor_us(GPUS[0]) == pytest.approx(1e6 * decode["matmul down"].bytes / 2.039e12)
