@@ -1,5 +1,6 @@
 """The thread that steps: takes all waiting commands, makes one step, writes the journal, then hands each connection its
-frames of the step as one piece of bytes.
+frames of the step as one piece of bytes. A sequence that asks for a form waits for its matcher before it comes to the
+core (engine/form_compiler.py); until then it is owned, aborted and told of its ending here.
 """
 
 import asyncio
@@ -9,16 +10,19 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from msgspec.structs import replace
 
 from engine.core import EngineCore
-from engine.endings import refusal
+from engine.endings import aborted, refusal
+from engine.form_compiler import Compiled, FormCompiler
 from engine.journal import Journal, record_of
 from engine.protocol import Abort, Drain, Incident, Stats, Submit, TokenOutput, ToWorker, encode_frame
 from engine.worker_log import log
 
 STRANGER = "output_of_stranger"  # the incident's kind
+LOOK_S = 0.25  # how often an idle thread looks at the clock while a form compiles
 SEND_BUFFER_BYTES_MAX = 64 * 1024 * 1024  # a client that leaves this much unread is gone
 
 
@@ -54,7 +58,7 @@ class Wake:
     """Nothing but a reason to look at the clock again."""
 
 
-Command = Received | Dropped | Drain | Wake
+Command = Received | Dropped | Drain | Wake | Compiled
 
 
 @dataclass(slots=True)
@@ -72,6 +76,11 @@ class EngineThread:
     num_violating_steps: int = 0
     _owners: dict[str, Connection] = field(default_factory=dict)
     _drain_until_s: float | None = None
+    _forms: FormCompiler | None = None  # None: no form is served
+
+    def __post_init__(self) -> None:
+        if self.core.matchers is not None:
+            self._forms = FormCompiler(self.core.matchers, self.commands.put, time.monotonic)
 
     def run(self) -> int:
         """Until drained (0) or broken (1). Whatever happens, every sequence gets an ending if its client is there."""
@@ -82,9 +91,12 @@ class EngineThread:
             log(f"engine thread failed: {type(error).__name__}: {error}")
             self.exit_code = 1
             with contextlib.suppress(Exception):
-                self._emit(self.core.abort_all("engine_failure"), [])
+                self._emit(self._abort_all("engine_failure"), [])
             if not isinstance(error, OSError):
                 raise
+        finally:
+            if self._forms is not None:
+                self._forms.close()
         return self.exit_code
 
     def _turn(self) -> bool:
@@ -92,9 +104,11 @@ class EngineThread:
         outputs: list[TokenOutput] = []
         for command in self._take_commands():
             outputs += self._obey(command)
+        if self._forms is not None:
+            outputs += [refusal(submit, "busy") for submit in self._forms.overdue()]
         self._emit(outputs, [])
         if self._drain_until_s is not None and time.monotonic() >= self._drain_until_s:
-            self._emit(self.core.abort_all(), [])
+            self._emit(self._abort_all(), [])
         if self.core.has_work:
             result = self.core.step()
             if result.failure:
@@ -102,12 +116,26 @@ class EngineThread:
             self._emit(result.outputs, result.incidents + self._closing(result.incidents))
             if self.core.num_failures_in_a_row >= self.num_failures_max:
                 log(f"{self.core.num_failures_in_a_row} steps in a row failed: giving up")
-                self._emit(self.core.abort_all("engine_failure"), [])
+                self._emit(self._abort_all("engine_failure"), [])
                 self.exit_code = 1
                 return False
-        elif self._drain_until_s is not None:
+        elif self._drain_until_s is not None and not self._num_compiling:
             return False
         return True
+
+    @property
+    def _num_compiling(self) -> int:
+        return self._forms.num_pending if self._forms is not None else 0
+
+    def _abort_all(self, error: str = "") -> list[TokenOutput]:
+        compiling = self._forms.forget_all() if self._forms is not None else []
+        ending = partial(refusal, error=error) if error else aborted
+        return self.core.abort_all(error) + [ending(submit) for submit in compiling]
+
+    def _abort(self, sequence_id: str) -> list[TokenOutput]:
+        submit = self._forms.forget(sequence_id) if self._forms is not None else None
+        output = aborted(submit) if submit is not None else self.core.abort(sequence_id)
+        return [output] if output is not None else []
 
     @property
     def closed(self) -> bool:
@@ -126,8 +154,9 @@ class EngineThread:
 
     def _take_commands(self) -> list[Command]:
         commands: list[Command] = []
-        if not self.core.has_work and self._drain_until_s is None:
-            commands.append(self.commands.get())
+        if not self.core.has_work and (self._drain_until_s is None or self._num_compiling):
+            with contextlib.suppress(queue.Empty):
+                commands.append(self.commands.get(timeout=LOOK_S if self._num_compiling else None))
         while True:
             try:
                 commands.append(self.commands.get_nowait())
@@ -140,14 +169,15 @@ class EngineThread:
                 self._submit(connection, submit)
             case Received(connection, Abort(sequence_id)):
                 if self._owners.get(sequence_id) is connection:
-                    output = self.core.abort(sequence_id)
-                    return [output] if output is not None else []
+                    return self._abort(sequence_id)
+            case Compiled() as compiled:
+                return self._enter(compiled)
             case Received(_, Drain(timeout_ms)) | Drain(timeout_ms):
                 until_s = time.monotonic() + timeout_ms / 1000
                 self._drain_until_s = min(until_s, self._drain_until_s or until_s)
             case Dropped(connection):
                 dropped = [name for name, owner in self._owners.items() if owner is connection]
-                return [output for name in dropped if (output := self.core.abort(name)) is not None]
+                return [output for name in dropped for output in self._abort(name)]
             case Wake():
                 pass
         return []
@@ -157,12 +187,27 @@ class EngineThread:
             refused: TokenOutput | None = refusal(submit, "draining")
         elif self.closed:
             refused = refusal(submit, "closed")
+        elif submit.sequence_id in self._owners:
+            refused = refusal(submit, "invalid_input")
+        elif submit.sampling.grammar and self._forms is not None:
+            refused = self.core.refuse(submit)
+            if refused is None and not self._forms.begin(submit):
+                refused = refusal(submit, "busy")
         else:
             refused = self.core.add(submit)
         if refused is None:
             self._owners[submit.sequence_id] = connection
         else:  # to this connection only, and not to the journal: the id may be in use by another
             self.deliver({connection: encode_frame(refused)}, b"")
+
+    def _enter(self, compiled: Compiled) -> list[TokenOutput]:
+        """A sequence whose form is ready comes to the core, or ends with the reason why not."""
+        if self._forms is None or not self._forms.claim(compiled):
+            return []  # it was aborted meanwhile
+        if self.closed or compiled.form is None:
+            return [refusal(compiled.submit, "closed" if self.closed else "invalid_input")]
+        refused = self.core.add(compiled.submit, compiled.form)
+        return [refused] if refused is not None else []
 
     def _emit(self, outputs: list[TokenOutput], incidents: list[Incident]) -> None:
         """Journal first, then the frames: what a client has seen is on record, and in the stats that it reads next."""
@@ -171,7 +216,8 @@ class EngineThread:
             outputs = [output for output in outputs if output.sequence_id in self._owners]
             away = self._turn_away(strangers, incidents)
             incidents = incidents + away + ([] if incidents else self._closing(away))
-        self.stats = replace(self.core.stats(), closed=self.closed)
+        stats = self.core.stats()
+        self.stats = replace(stats, closed=self.closed, num_waiting=stats.num_waiting + self._num_compiling)
         self.journal.append([record_of(output) for output in outputs])
         frames: defaultdict[Connection, bytearray] = defaultdict(bytearray)
         for output in outputs:
