@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.models.facts import CacheLayer
-from engine.models.rope import ROPE_TYPES
+from engine.models.rope import ROPE_TYPES, Rope, rope_of
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -101,7 +101,7 @@ class ModelConfig:
     vocab_size: int
     context_max: int
     rms_norm_epsilon: float
-    rope: Any  # transformers' config object, which engine/models/rope.py reads
+    rope: Rope
     tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool
@@ -165,7 +165,7 @@ class ModelConfig:
             vocab_size=int(values.vocab_size),
             context_max=int(values.max_position_embeddings),
             rms_norm_epsilon=float(values.rms_norm_eps),
-            rope=values,
+            rope=rope_of(values, head_size),
             tie_word_embeddings=bool(values.tie_word_embeddings),
             qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
             output_bias=bool(getattr(values, "attention_out_bias", attention_bias)),
