@@ -177,6 +177,13 @@ class EngineCore:
             outputs.append(self._finish(sequence))
         return outputs
 
+    def erase_domain(self, domain: str) -> tuple[list[TokenOutput], int]:
+        """Whose domain it is has left: its sequences end, its blocks are zeroed. Their endings; how many blocks."""
+        outputs = [self.abort(name) for name, one in list(self._sequences.items()) if one.domain == domain]
+        num_blocks = self.pool.erase(domain)
+        self._show_events()
+        return [output for output in outputs if output is not None], num_blocks
+
     def step(self) -> StepResult:
         """Advance every scheduled sequence by its share of the budget."""
         result = StepResult()
@@ -294,15 +301,9 @@ class EngineCore:
         return outputs
 
     def _row_of(self, sequence: Sequence) -> Row:
-        row = Row(
-            sequence.sampling,
-            sequence.token_ids,
-            sequence.num_prompt_tokens,
-            self._eos_token_ids,
-            self._forms.get(sequence.sequence_id),
-            sequence.sequence_id,
-        )
-        self._rows[sequence.sequence_id] = row
+        name, tokens, num_prompt = sequence.sequence_id, sequence.token_ids, sequence.num_prompt_tokens
+        row = Row(sequence.sampling, tokens, num_prompt, self._eos_token_ids, self._forms.get(name), name)
+        self._rows[name] = row
         return row
 
     def _update(self, rows: Line[ScheduledRow], batch: Batch, picks: Picks) -> list[TokenOutput]:

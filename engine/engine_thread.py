@@ -18,7 +18,18 @@ from engine.core import EngineCore
 from engine.endings import aborted, refusal
 from engine.form_compiler import Compiled, FormCompiler
 from engine.journal import Journal, record_of
-from engine.protocol import Abort, Drain, Incident, Stats, Submit, TokenOutput, ToWorker, encode_frame
+from engine.protocol import (
+    Abort,
+    Drain,
+    Erase,
+    Erased,
+    Incident,
+    Stats,
+    Submit,
+    TokenOutput,
+    ToWorker,
+    encode_frame,
+)
 from engine.worker_log import log
 
 STRANGER = "output_of_stranger"  # the incident's kind
@@ -172,6 +183,11 @@ class EngineThread:
                     return self._abort(sequence_id)
             case Compiled() as compiled:
                 return self._enter(compiled)
+            case Received(connection, Erase(domain)):
+                compiling = self._forms.forget_all(domain) if self._forms is not None else []
+                outputs, num_blocks = self.core.erase_domain(domain)
+                self.deliver({connection: encode_frame(Erased(domain, num_blocks))}, b"")
+                return outputs + [aborted(submit) for submit in compiling]
             case Received(_, Drain(timeout_ms)) | Drain(timeout_ms):
                 until_s = time.monotonic() + timeout_ms / 1000
                 self._drain_until_s = min(until_s, self._drain_until_s or until_s)

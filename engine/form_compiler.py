@@ -96,8 +96,10 @@ class FormCompiler:
         names = [name for name, (_, since_s) in self._pending.items() if since_s < latest_s]
         return [submit for name in names if (submit := self.forget(name)) is not None]
 
-    def forget_all(self) -> list[Submit]:
-        return [submit for name in list(self._pending) if (submit := self.forget(name)) is not None]
+    def forget_all(self, domain: str | None = None) -> list[Submit]:
+        """Of one domain, or of all."""
+        names = [name for name, (submit, _) in self._pending.items() if domain is None or submit.domain == domain]
+        return [submit for name in names if (submit := self.forget(name)) is not None]
 
     def close(self) -> None:
         """The thread ends after what it is at."""

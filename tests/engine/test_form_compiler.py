@@ -15,7 +15,7 @@ from engine.engine_thread import Connection, Dropped, EngineThread, Received
 from engine.errors import GrammarError
 from engine.form_compiler import PER_DOMAIN_MAX, WAIT_MAX_S, Compiled, FormCompiler
 from engine.journal import Journal
-from engine.protocol import Abort, Drain, FrameReader, Submit, TokenOutput, decode_from_worker
+from engine.protocol import Abort, Drain, Erase, FrameReader, Submit, TokenOutput, decode_from_worker
 from engine.sampling.matcher import Matcher
 from tests.strategies.integer_model import VOCAB_SIZE, integer_core, submit
 
@@ -182,6 +182,17 @@ def test_draining_waits_for_forms_and_its_deadline_ends_them(house: House, tmp_p
     assert late.thread.run() == 0
     assert late.endings() == {"s": "abort"}
     late.forms.gate.set()
+
+
+def test_a_domain_that_is_erased_has_nothing_left_that_compiles(house: House) -> None:
+    house.send(
+        formed("theirs", "slow", "leaving"), formed("also", "slow", "leaving"), formed("mine", "slow", "staying")
+    )
+    house.thread.commands.put(Received(house.client, Erase("leaving")))
+    house.turn_until(lambda: len(house.endings()) == 2)
+    house.forms.gate.set()
+    house.turn_until(lambda: "mine" in house.endings())
+    assert house.endings() == {"theirs": "abort", "also": "abort", "mine": "length"}
 
 
 def test_a_broken_engine_tells_those_whose_forms_compile(house: House) -> None:
