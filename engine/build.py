@@ -10,7 +10,6 @@ from engine.core import EngineCore
 from engine.errors import ConfigError
 from engine.events import NullObserver, Observer, Watched
 from engine.model_runner import ModelRunner
-from engine.models.config_process import Reading
 from engine.models.load import check_vocabulary
 from engine.models.weights import model_digest
 from engine.protocol import PROTOCOL_VERSION, Ready
@@ -36,11 +35,9 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         raise ConfigError(f"scheduling must be one of {', '.join(POLICIES)}, not {config.scheduling!r}")
     if not config.model_dir.is_dir():
         raise ConfigError(f"there is no model folder at {config.model_dir}")
-    reading = Reading.begin(config.model_dir)
     torch.set_num_threads(config.effective_num_threads)
     tokenizer = Tokenizer.load(config.model_dir)
     backend = choose(config.kernels, config.effective_num_threads, log)
-    digest = model_digest(config.model_dir)
     runner = ModelRunner.load(
         config.model_dir,
         dtype=config.dtype,
@@ -50,7 +47,6 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         kv_cache_bytes=config.kv_cache_bytes,
         backend=backend,
         log=log,
-        read=reading.result,
     )
     isolation = "bitwise" if runner.model.is_exact() else "relaxed"
     if isolation == "bitwise":
@@ -59,6 +55,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         log("matrix products of this model depend on their company in the last bits: isolation is relaxed")
     model = runner.model.config
     check_vocabulary(tokenizer.vocab_size, model.vocab_size)
+    digest = model_digest(config.model_dir)
     core = EngineCore(
         runner,
         decode=tokenizer.decode,

@@ -15,8 +15,7 @@ from engine.cache.kv_cache import KVCache, block_bytes, row_tags
 from engine.errors import ConfigError
 from engine.events import KernelArrays, SamplingState
 from engine.models.facts import Model
-from engine.models.llama_config import ModelConfig
-from engine.models.load import ReadConfig, load_model
+from engine.models.load import load_model
 from engine.protocol import TokenLogprob
 from engine.sampling.row import Row
 from engine.sampling.sampler import Picks, pick, scored
@@ -85,13 +84,12 @@ class ModelRunner:
         kv_cache_bytes: int = 0,
         backend: Backend | None = None,
         log: Callable[[str], None] = lambda line: None,
-        read: ReadConfig = ModelConfig.from_json,
     ) -> "ModelRunner":
         """From a model folder. Raises ConfigError where it is missing, damaged or cannot be served.
 
-        ``backend`` and ``read`` as for engine/models/load.py.
+        ``backend`` None takes the best kernels of this machine, on one thread.
         """
-        model = load_model(model_dir, dtype=dtype, backend=backend, log=log, read=read)
+        model = load_model(model_dir, dtype=dtype, backend=backend, log=log)
         return cls(
             model,
             block_size=block_size,

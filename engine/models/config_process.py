@@ -1,61 +1,61 @@
-"""A config.json is read by transformers' classes in a process of its own, and a dozen numbers come back.
+"""A config.json is read by transformers' classes in a process of its own, without torch, and plain values come back.
 
-transformers brings torch's compilers into whatever process reads one config with it: 156 MiB that the worker would keep
-for as long as it serves, and that the engine's own decoder never uses. The process starts first, and the rest of
-loading goes on beside it.
-
-    python -m engine.models.config_process MODEL_DIR
+Where torch is there, transformers brings torch's compilers into whatever process reads one config with it: 156 MiB that
+the worker would keep for as long as it serves, and that the engine's own decoder never uses. Without torch the classes
+are the same and it takes a second.
 """
 
+import json
 import subprocess
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from types import SimpleNamespace
 from typing import Any
-
-import msgspec
-
-from engine.models.llama_config import ModelConfig
-from engine.text.tokenizer import read_json
 
 TIMEOUT_S = 120.0
 HEAVY = "transformers.modeling_utils"  # where this is loaded, there is nothing left to save
+PROGRAM = "import sys; sys.modules['torch'] = None; from engine.models.config_process import main; main()"
 
 
-class Reading:
-    """``process`` None reads here."""
+class Values(SimpleNamespace):
+    """What a config object said: its attributes by name; ``declared`` are the fields of its class."""
 
-    def __init__(self, process: "subprocess.Popen[bytes] | None") -> None:
-        self._process = process
+    declared: frozenset[str]
 
-    @classmethod
-    def begin(cls, model_dir: Path) -> "Reading":
-        if HEAVY in sys.modules:
-            return cls(None)
-        try:
-            command = [sys.executable, "-m", "engine.models.config_process", str(model_dir)]
-            return cls(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))  # noqa: S603
-        except OSError:
-            return cls(None)
-
-    def result(self, config: Mapping[str, Any]) -> ModelConfig:
-        """As ModelConfig.from_json, with the same errors: what the other process could not read is read here."""
-        if self._process is not None:
-            with self._process as process:
-                try:
-                    answer, _ = process.communicate(timeout=TIMEOUT_S)
-                    if process.returncode == 0:
-                        return msgspec.json.decode(answer, type=ModelConfig)
-                except (subprocess.TimeoutExpired, msgspec.MsgspecError):
-                    process.kill()
-        return ModelConfig.from_json(config)
+    def standardize_rope_params(self) -> None:
+        """transformers' functions of angles ask for it; it was done when the class read the config."""
 
 
-def main() -> int:
-    config = ModelConfig.from_json(read_json(Path(sys.argv[1]) / "config.json"))
-    sys.stdout.buffer.write(msgspec.json.encode(config))
-    return 0
+def read_apart(model_type: str, config: Mapping[str, Any], names: Collection[str]) -> Values | None:
+    """``names`` of transformers' config object of this config. None: read it here; transformers is loaded already, or
+    the other process could not."""
+    if HEAVY in sys.modules:
+        return None
+    asked = json.dumps({"model_type": model_type, "config": dict(config), "names": sorted(names)})
+    try:
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, "-c", PROGRAM],
+            input=asked.encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=TIMEOUT_S,
+            check=True,
+        )
+        found = json.loads(done.stdout)
+        return Values(**found["values"], declared=frozenset(found["declared"]))
+    except (OSError, ValueError, KeyError, TypeError, subprocess.SubprocessError):
+        return None
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def told(config: Any, names: Collection[str]) -> str:
+    """A config object as JSON for `read_apart`."""
+    values = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return json.dumps({"values": values, "declared": sorted(type(config).__dataclass_fields__)})
+
+
+def main() -> None:
+    from transformers import CONFIG_MAPPING
+
+    asked = json.loads(sys.stdin.buffer.read())
+    config: Any = CONFIG_MAPPING[asked["model_type"]](**asked["config"])
+    sys.stdout.write(told(config, asked["names"]))

@@ -2,9 +2,7 @@
 not. What neither can honour is refused by name.
 """
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,20 +15,11 @@ from engine.text.tokenizer import read_json
 from kernels.backend import Backend
 from kernels.choice import choose
 
-ReadConfig = Callable[[Mapping[str, Any]], ModelConfig]  # raises NotOurs or ConfigError
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def load_model(
-    model_dir: Path,
-    *,
-    dtype: str,
-    backend: Backend | None = None,
-    log: Log = lambda line: None,
-    read: ReadConfig = ModelConfig.from_json,
-) -> Model:
-    """``backend`` None takes the best kernels of this machine, on one thread; ``read`` is given what config.json holds.
-    Raises ConfigError."""
+def load_model(model_dir: Path, *, dtype: str, backend: Backend | None = None, log: Log = lambda line: None) -> Model:
+    """``backend`` None takes the best kernels of this machine, on one thread. Raises ConfigError."""
     if not model_dir.is_dir():
         raise ConfigError(f"there is no model folder at {model_dir}")
     if dtype not in DTYPES:
@@ -38,7 +27,7 @@ def load_model(
     json = read_json(model_dir / "config.json")
     backend = backend or choose("auto", 1, log)
     try:
-        config = read(json)
+        config = ModelConfig.from_json(json)
     except NotOurs as reason:
         if backend.device.type != "cpu":
             raise ConfigError(f"{reason}, and transformers' code is not served on a GPU yet") from reason

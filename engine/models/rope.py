@@ -26,14 +26,14 @@ class Rope:
 
 def rope_of(config: Any, head_size: int) -> Rope:
     """The angles of transformers' config object. Raises ConfigError."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     rope = config.rope_parameters or {}
     kind = rope.get("rope_type", "default")
     try:
         if kind == "default":
             exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
             return _rope(1.0 / (float(rope.get("rope_theta", 10_000.0)) ** exponents), 1.0)
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         return _rope(*ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu")))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"config.json lacks a usable {error} for rope type {kind!r}") from error
