@@ -240,6 +240,8 @@ class EngineThread:
             frames[self._owners[output.sequence_id]] += encode_frame(output)
             if output.finish_reason is not None:
                 del self._owners[output.sequence_id]
+                if self._forms is not None:
+                    self._forms.ended(output.sequence_id)
         if frames or incidents:
             to_all = b"".join(encode_frame(incident) for incident in incidents)
             self.deliver({connection: bytes(data) for connection, data in frames.items()}, to_all)

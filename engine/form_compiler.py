@@ -6,13 +6,16 @@ Nobody waits long for another's grammars, either: domains take turns, each has a
 engine/sampling/grammar.py limits what one may cost. A compilation cannot be stopped from outside. If one hangs all the
 same, whoever waits longer than WAIT_MAX_S fails alone; sequences without a form go on.
 
+A matcher takes about 700 bytes for each character of its grammar, so the characters of all sequences with a form, from
+`begin` to `ended`, have limits, of each domain and of all together.
+
 No matcher is kept for the next that asks for the same form: how fast it came would tell one tenant what another asks.
 
-The engine thread calls `begin`, `forget`, `claim` and `overdue`; ``tell`` is called in the compiler's thread.
+``tell`` is called in the compiler's thread, everything else by the engine thread.
 """
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +24,8 @@ from engine.sampling.matcher import Matcher
 
 PER_DOMAIN_MAX = 64
 PENDING_MAX = 1_024
+CHARS_PER_DOMAIN_MAX = 250_000
+CHARS_MAX = 1_000_000
 WAIT_MAX_S = 10.0
 
 
@@ -41,6 +46,8 @@ class FormCompiler:
         self._now = now
         self._pending: dict[str, tuple[Submit, float]] = {}  # by sequence id, in order of arrival; and when it came
         self._num_by_domain: dict[str, int] = {}
+        self._held: dict[str, tuple[str, int]] = {}  # of who has a form or waits for one: domain, characters
+        self._chars: Counter[str] = Counter()  # of those, by domain
         self._lines: dict[str, deque[Submit]] = {}  # not begun, by domain; whose turn is next comes first
         self._changed = threading.Condition()  # guards _lines and _closed
         self._closed = False
@@ -56,9 +63,13 @@ class FormCompiler:
 
     def begin(self, submit: Submit) -> bool:
         """False: there are too many already."""
-        num = self._num_by_domain.get(submit.domain, 0)
+        num, num_chars = self._num_by_domain.get(submit.domain, 0), len(submit.sampling.grammar)
         if num >= PER_DOMAIN_MAX or len(self._pending) >= PENDING_MAX:
             return False
+        if self._chars[submit.domain] + num_chars > CHARS_PER_DOMAIN_MAX or self._chars.total() + num_chars > CHARS_MAX:
+            return False
+        self._held[submit.sequence_id] = (submit.domain, num_chars)
+        self._chars[submit.domain] += num_chars
         self._num_by_domain[submit.domain] = num + 1
         self._pending[submit.sequence_id] = (submit, self._now())
         with self._changed:
@@ -81,6 +92,13 @@ class FormCompiler:
                 if not line:
                     del self._lines[submit.domain]
         return submit
+
+    def ended(self, sequence_id: str) -> None:
+        """A sequence is over, with a form or without."""
+        domain, num_chars = self._held.pop(sequence_id, ("", 0))
+        self._chars[domain] -= num_chars
+        if not self._chars[domain]:
+            del self._chars[domain]
 
     def claim(self, compiled: Compiled) -> bool:
         """Whether somebody still waits for just this."""

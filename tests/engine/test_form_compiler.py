@@ -195,6 +195,27 @@ def test_a_domain_that_is_erased_has_nothing_left_that_compiles(house: House) ->
     assert house.endings() == {"theirs": "abort", "also": "abort", "mine": "length"}
 
 
+def test_long_grammars_have_room_until_their_sequences_end(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted while they compile and while they run: of one domain, and of all."""
+    monkeypatch.setattr(form_compiler, "CHARS_PER_DOMAIN_MAX", 10)
+    monkeypatch.setattr(form_compiler, "CHARS_MAX", 15)
+    house.send(formed("a1", "slow--", "a"), formed("a2", "slow--", "a"), formed("a3", "slow", "a"))
+    house.send(formed("b1", "slow--", "b"), formed("b2", "slow-", "b"))
+    house.thread._turn()
+    assert house.endings() == {"a2": "busy", "b1": "busy"}
+    house.forms.gate.set()
+    house.turn_until(lambda: len(house.core._sequences) == 3)
+    house.send(formed("a4", "slow", "a"))
+    house.thread._turn()
+    assert house.endings()["a4"] == "busy", "they run, and hold what they hold"
+    house.turn_until(lambda: len(house.endings()) == 6)
+    house.send(formed("a5", "slow------", "a"))
+    house.turn_until(lambda: "a5" in house.endings())
+    assert house.endings()["a5"] == "length"
+    assert house.thread._forms is not None
+    assert not house.thread._forms._chars
+
+
 def test_a_broken_engine_tells_those_whose_forms_compile(house: House) -> None:
     def broken() -> None:
         raise AssertionError("a broken invariant")

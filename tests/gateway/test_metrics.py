@@ -111,5 +111,6 @@ def test_a_scraper_needs_the_token_and_sees_what_was_charged(runner: asyncio.Run
         assert value(text, 'bulkhead_tokens_total{kind="completion",tenant="acme"}') == charged > 0
         assert value(text, 'bulkhead_http_responses_total{status="401"}') == 3
         assert value(text, "vllm:time_to_first_token_seconds_count") == 1
+        assert value(text, "vllm:inter_token_latency_seconds_count") == charged - 1, "a text for each token"
 
     runner.run(scenario())
