@@ -19,10 +19,12 @@ def database(folder: Path) -> Database:
 def run(scenario: Coroutine[Any, Any, None]) -> None:
     """A connection that was given up in the middle ends in a thread of its own, which still wants to tell the loop."""
 
+    before = set(threading.enumerate())
+
     async def to_the_end() -> None:
         await scenario
         async with asyncio.timeout(10):
-            while any("_connection_worker_thread" in thread.name for thread in threading.enumerate()):
+            while any("_connection_worker" in one.name for one in set(threading.enumerate()) - before):
                 await asyncio.sleep(0.01)
 
     asyncio.run(to_the_end())
