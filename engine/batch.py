@@ -46,8 +46,6 @@ def build_batch(
     np.cumsum(num_new, out=cu_seqlens[1:])
     block_tables = np.full((len(rows), max(len(row.sequence.block_ids) for row in rows)), -1, dtype=np.int32)
     token_ids = np.empty(cu_seqlens[-1], dtype=np.int64)
-    positions = np.empty(cu_seqlens[-1], dtype=np.int64)
-    slot_mapping = np.empty(cu_seqlens[-1], dtype=np.int64)
     scored_tokens: list[int] = []
     scored: list[Scored] = []
     for index, row in enumerate(rows):
@@ -55,16 +53,14 @@ def build_batch(
         block_tables[index, : len(sequence.block_ids)] = sequence.block_ids
         tokens = slice(cu_seqlens[index], cu_seqlens[index + 1])
         token_ids[tokens] = sequence.token_ids[first:end]
-        positions[tokens] = np.arange(first, end)
-        slot_mapping[tokens] = (
-            block_tables[index, positions[tokens] // block_size].astype(np.int64) * block_size
-            + positions[tokens] % block_size
-        )
         if sequence.num_unscored:
             assert first <= sequence.num_scored_tokens, f"{sequence.sequence_id}: a place of its prompt was passed over"
             places = range(sequence.num_scored_tokens, min(end, sequence.num_prompt_tokens - 1))
             scored_tokens += [int(cu_seqlens[index]) + place - first for place in places]
             scored.append(Scored(index, sequence.row, tuple(sequence.token_ids[place + 1] for place in places)))
+    positions = np.arange(len(token_ids), dtype=np.int64) + np.repeat(starts - cu_seqlens[:-1], num_new)
+    blocks = block_tables[np.repeat(np.arange(len(rows)), num_new), positions // block_size]
+    slot_mapping = blocks.astype(np.int64) * block_size + positions % block_size
     kv_lens = starts + num_new
     sampled = tuple(index for index, row in enumerate(rows) if kv_lens[index] == row.sequence.num_tokens)
     at = np.array(sampled, dtype=np.int64)

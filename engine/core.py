@@ -30,6 +30,7 @@ from engine.cache.block_pool import BlockPool
 from engine.cache.cache_shares import CacheShares
 from engine.contamination import contaminated
 from engine.endings import refusal, with_endings, withheld
+from engine.errors import GrammarError
 from engine.events import EngineEvent, Observer, Violation
 from engine.model_runner import Runner
 from engine.protocol import Incident, Stats, Submit, TokenLogprob, TokenOutput
@@ -49,7 +50,7 @@ from kernels.backend import OwnershipError
 class EngineCore:
     """``decode`` turns token ids into text; ``vocab_size`` bounds the ids that a prompt may hold; ``model_digest`` is
     part of every name in the prefix cache; ``matchers`` makes what keeps an answer in a form (None: no form is
-    served)."""
+    served), and raises GrammarError."""
 
     def __init__(
         self,
@@ -99,7 +100,8 @@ class EngineCore:
         )
         self._sequences: dict[str, Sequence] = {}
         self._answers: dict[str, Answer] = {}
-        self._matchers = matchers
+        self.matchers = matchers
+        self._forms: dict[str, Matcher] = {}  # of those that must have one
         self._rows: dict[str, Row] = {}  # of those that run
         self._num_arrived = 0
         self._num_prompt_tokens = 0
@@ -112,21 +114,33 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
-    def add(self, submit: Submit) -> TokenOutput | None:
-        """Take a sequence in. Returns its ending where it is refused: invalid_input, busy or too_long; nothing was
-        done then."""
+    def refuse(self, submit: Submit) -> TokenOutput | None:
+        """Its ending where it cannot be taken in now: invalid_input, busy or too_long. Nothing is done."""
         invalid = not submit.prompt_token_ids or any(
             not 0 <= token_id < self._vocab_size
             for token_id in chain(submit.prompt_token_ids, submit.sampling.named_token_ids)
         )
-        invalid = invalid or bool(submit.sampling.grammar and self._matchers is None)
+        invalid = invalid or bool(submit.sampling.grammar and self.matchers is None)
         if invalid or submit.sequence_id in self._sequences or submit.priority not in TIERS.values():
             return refusal(submit, "invalid_input")
         if self.scheduler.num_waiting_from(submit.priority) >= self._max_waiting:
             return refusal(submit, "busy")
-        sequence = Sequence.of(submit, arrival=self._num_arrived, model_digest=self._model_digest)
-        if not self.scheduler.can_ever_fit(sequence):
+        if not self.scheduler.can_ever_fit(submit):
             return refusal(submit, "too_long")
+        return None
+
+    def add(self, submit: Submit, form: Matcher | None = None) -> TokenOutput | None:
+        """Take a sequence in, with the matcher of its form where that was made already; else it is made here, and all
+        steps wait. Returns its ending where it is refused."""
+        refused = self.refuse(submit)
+        if refused is not None:
+            return refused
+        if submit.sampling.grammar and self.matchers is not None:
+            try:
+                self._forms[submit.sequence_id] = form or self.matchers(submit.sampling.grammar)
+            except GrammarError:
+                return refusal(submit, "invalid_input")
+        sequence = Sequence.of(submit, arrival=self._num_arrived, model_digest=self._model_digest)
         self._num_arrived += 1
         self._sequences[sequence.sequence_id] = sequence
         self._answers[sequence.sequence_id] = Answer(self._decode, submit.sampling)
@@ -304,17 +318,9 @@ class EngineCore:
         return outputs
 
     def _row_of(self, sequence: Sequence) -> Row:
-        grammar = sequence.sampling.grammar
-        matcher = self._matchers(grammar) if grammar and self._matchers is not None else None
-        row = Row(
-            sequence.sampling,
-            sequence.token_ids,
-            sequence.num_prompt_tokens,
-            self._eos_token_ids,
-            matcher,
-            sequence.sequence_id,
-        )
-        self._rows[sequence.sequence_id] = row
+        name, tokens, num_prompt = sequence.sequence_id, sequence.token_ids, sequence.num_prompt_tokens
+        row = Row(sequence.sampling, tokens, num_prompt, self._eos_token_ids, self._forms.get(name), name)
+        self._rows[name] = row
         return row
 
     def _update(self, rows: Line[ScheduledRow], batch: Batch, picks: Picks) -> list[TokenOutput]:
@@ -381,6 +387,7 @@ class EngineCore:
         self._events.append(EngineEvent("end", self.step_number, -1, 0, sequence.domain, sequence.sequence_id))
         del self._sequences[sequence.sequence_id]
         self._rows.pop(sequence.sequence_id, None)
+        self._forms.pop(sequence.sequence_id, None)
         piece, rest = piece or Piece(), self._answers.pop(sequence.sequence_id).finish()
         if sequence.error != "isolation_violation":
             piece = Piece(piece.text + rest.text, piece.logprobs + rest.logprobs)

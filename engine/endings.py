@@ -13,6 +13,11 @@ def refusal(submit: Submit, error: str) -> TokenOutput:
     return TokenOutput(submit.sequence_id, "", (), 0, 0, 0, "error", error, nonce=submit.nonce)
 
 
+def aborted(submit: Submit) -> TokenOutput:
+    """The only output of a sequence that was aborted before it came to the core."""
+    return TokenOutput(submit.sequence_id, "", (), 0, 0, 0, "abort", nonce=submit.nonce)
+
+
 def withheld(output: TokenOutput) -> TokenOutput:
     """The same sequence's ending, without content."""
     return replace(

@@ -1,5 +1,6 @@
 """The thread that steps: takes all waiting commands, makes one step, writes the journal, then hands each connection its
-frames of the step as one piece of bytes.
+frames of the step as one piece of bytes. A sequence that asks for a form waits for its matcher before it comes to the
+core (engine/form_compiler.py); until then it is owned, aborted and told of its ending here.
 """
 
 import asyncio
@@ -9,11 +10,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from msgspec.structs import replace
 
 from engine.core import EngineCore
-from engine.endings import refusal
+from engine.endings import aborted, refusal
+from engine.form_compiler import Compiled, FormCompiler
 from engine.journal import Journal, record_of
 from engine.own_runs import OwnRuns, is_own
 from engine.protocol import (
@@ -31,6 +34,7 @@ from engine.protocol import (
 from engine.worker_log import log
 
 STRANGER = "output_of_stranger"  # the incident's kind
+LOOK_S = 0.25  # how often an idle thread looks at the clock while a form compiles
 SEND_BUFFER_BYTES_MAX = 64 * 1024 * 1024  # a client that leaves this much unread is gone
 
 
@@ -66,7 +70,7 @@ class Wake:
     """Nothing but a reason to look at the clock again."""
 
 
-Command = Received | Dropped | Drain | Wake
+Command = Received | Dropped | Drain | Wake | Compiled
 
 
 @dataclass(slots=True)
@@ -86,9 +90,12 @@ class EngineThread:
     _owners: dict[str, Connection] = field(default_factory=dict)
     _drain_until_s: float | None = None
     _own: OwnRuns = field(init=False)
+    _forms: FormCompiler | None = None  # None: no form is served
 
     def __post_init__(self) -> None:
         self._own = OwnRuns(self.core, self.idle_percent)
+        if self.core.matchers is not None:
+            self._forms = FormCompiler(self.core.matchers, self.commands.put, time.monotonic)
 
     def run(self) -> int:
         """Until drained (0) or broken (1). Whatever happens, every sequence gets an ending if its client is there."""
@@ -99,9 +106,12 @@ class EngineThread:
             log(f"engine thread failed: {type(error).__name__}: {error}")
             self.exit_code = 1
             with contextlib.suppress(Exception):
-                self._emit(self.core.abort_all("engine_failure"), [])
+                self._emit(self._abort_all("engine_failure"), [])
             if not isinstance(error, OSError):
                 raise
+        finally:
+            if self._forms is not None:
+                self._forms.close()
         return self.exit_code
 
     def _turn(self) -> bool:
@@ -109,9 +119,11 @@ class EngineThread:
         outputs: list[TokenOutput] = []
         for command in self._take_commands():
             outputs += self._obey(command)
+        if self._forms is not None:
+            outputs += [refusal(submit, "busy") for submit in self._forms.overdue()]
         self._emit_ended(outputs)
         if self._drain_until_s is not None and time.monotonic() >= self._drain_until_s:
-            self._emit_ended(self.core.abort_all())
+            self._emit_ended(self._abort_all())
         if self.core.has_work:
             if self._is_open:
                 self._own.start(idle=False)
@@ -121,12 +133,26 @@ class EngineThread:
             self._emit(result.outputs, result.incidents + self._closing(result.incidents))
             if self.core.num_failures_in_a_row >= self.num_failures_max:
                 log(f"{self.core.num_failures_in_a_row} steps in a row failed: giving up")
-                self._emit(self.core.abort_all("engine_failure"), [])
+                self._emit(self._abort_all("engine_failure"), [])
                 self.exit_code = 1
                 return False
-        elif self._drain_until_s is not None:
+        elif self._drain_until_s is not None and not self._num_compiling:
             return False
         return True
+
+    @property
+    def _num_compiling(self) -> int:
+        return self._forms.num_pending if self._forms is not None else 0
+
+    def _abort_all(self, error: str = "") -> list[TokenOutput]:
+        compiling = self._forms.forget_all() if self._forms is not None else []
+        ending = partial(refusal, error=error) if error else aborted
+        return self.core.abort_all(error) + [ending(submit) for submit in compiling]
+
+    def _abort(self, sequence_id: str) -> list[TokenOutput]:
+        submit = self._forms.forget(sequence_id) if self._forms is not None else None
+        output = aborted(submit) if submit is not None else self.core.abort(sequence_id)
+        return [output] if output is not None else []
 
     @property
     def closed(self) -> bool:
@@ -158,13 +184,16 @@ class EngineThread:
         with contextlib.suppress(queue.Empty):
             while True:
                 commands.append(self.commands.get_nowait())
-        if commands or self.core.has_work or self._drain_until_s is not None:
+        if commands or self.core.has_work or (self._drain_until_s is not None and not self._num_compiling):
             return commands
-        if not self.closed:
+        if self._is_open:
             self._own.start(idle=True)
         if not self.core.has_work:
+            wait_s = self._own.wait_s()
+            if self._num_compiling:
+                wait_s = LOOK_S if wait_s is None else min(wait_s, LOOK_S)
             with contextlib.suppress(queue.Empty):
-                commands.append(self.commands.get(timeout=self._own.wait_s()))
+                commands.append(self.commands.get(timeout=wait_s))
         return commands
 
     def _obey(self, command: Command) -> list[TokenOutput]:
@@ -173,20 +202,22 @@ class EngineThread:
                 self._submit(connection, submit)
             case Received(connection, Abort(sequence_id)):
                 if self._owners.get(sequence_id) is connection:
-                    output = self.core.abort(sequence_id)
-                    return [output] if output is not None else []
+                    return self._abort(sequence_id)
+            case Compiled() as compiled:
+                return self._enter(compiled)
             case Received(connection, Erase(domain)):
+                compiling = self._forms.forget_all(domain) if self._forms is not None else []
                 outputs, num_blocks = self.core.erase_domain(domain)
                 num_blocks += self._own.erase(domain)
                 self.deliver({connection: encode_frame(Erased(domain, num_blocks))}, b"")
-                return outputs
+                return outputs + [aborted(submit) for submit in compiling]
             case Received(_, Drain(timeout_ms)) | Drain(timeout_ms):
                 self._own.give_way(at_all=True)
                 until_s = time.monotonic() + timeout_ms / 1000
                 self._drain_until_s = min(until_s, self._drain_until_s or until_s)
             case Dropped(connection):
                 dropped = [name for name, owner in self._owners.items() if owner is connection]
-                return [output for name in dropped if (output := self.core.abort(name)) is not None]
+                return [output for name in dropped for output in self._abort(name)]
             case Wake():
                 pass
         return []
@@ -196,8 +227,12 @@ class EngineThread:
             refused: TokenOutput | None = refusal(submit, "draining")
         elif self.closed:
             refused = refusal(submit, "closed")
-        elif is_own(submit):
+        elif submit.sequence_id in self._owners or is_own(submit):
             refused = refusal(submit, "invalid_input")
+        elif submit.sampling.grammar and self._forms is not None:
+            refused = self.core.refuse(submit)
+            if refused is None and not self._forms.begin(submit):
+                refused = refusal(submit, "busy")
         else:
             self._own.give_way()
             refused = self.core.add(submit)
@@ -205,6 +240,16 @@ class EngineThread:
             self._owners[submit.sequence_id] = connection
         else:  # to this connection only, and not to the journal: the id may be in use by another
             self.deliver({connection: encode_frame(refused)}, b"")
+
+    def _enter(self, compiled: Compiled) -> list[TokenOutput]:
+        """A sequence whose form is ready comes to the core, or ends with the reason why not."""
+        if self._forms is None or not self._forms.claim(compiled):
+            return []  # it was aborted meanwhile
+        if self.closed or compiled.form is None:
+            return [refusal(compiled.submit, "closed" if self.closed else "invalid_input")]
+        self._own.give_way()
+        refused = self.core.add(compiled.submit, compiled.form)
+        return [refused] if refused is not None else []
 
     def _emit(self, outputs: list[TokenOutput], incidents: list[Incident]) -> None:
         """Journal first, then the frames: what a client has seen is on record, and in the stats that it reads next."""
@@ -214,13 +259,16 @@ class EngineThread:
             outputs = [output for output in outputs if output.sequence_id in self._owners]
             away = self._turn_away(strangers, incidents)
             incidents = incidents + away + ([] if incidents else self._closing(away))
-        self.stats = replace(self.core.stats(), closed=self.closed)
+        stats = self.core.stats()
+        self.stats = replace(stats, closed=self.closed, num_waiting=stats.num_waiting + self._num_compiling)
         self.journal.append([record_of(output) for output in outputs])
         frames: defaultdict[Connection, bytearray] = defaultdict(bytearray)
         for output in outputs:
             frames[self._owners[output.sequence_id]] += encode_frame(output)
             if output.finish_reason is not None:
                 del self._owners[output.sequence_id]
+                if self._forms is not None:
+                    self._forms.ended(output.sequence_id)
         if frames or incidents:
             to_all = b"".join(encode_frame(incident) for incident in incidents)
             self.deliver({connection: bytes(data) for connection, data in frames.items()}, to_all)

@@ -29,6 +29,7 @@ from engine.journal import Journal
 from engine.protocol import Drain, FrameReader, FromWorker, Ready, decode_to_worker, encode_frame
 from engine.worker_log import log
 from kernels.backend import KernelError
+from kernels.memory import give_back_freed
 
 READ_BYTES = 256 * 1024
 STATS_INTERVAL_S = 1.0
@@ -162,6 +163,7 @@ def run_worker(config: WorkerConfig, make_observer: MakeObserver = unobserved) -
     try:
         clear_socket(config.socket_path)
         core, ready = build(config, make_observer, epoch=f"{time.time_ns():020d}-{secrets.token_hex(8)}")
+        give_back_freed()
         return asyncio.run(_serve(config, core, Journal(config.journal_dir, ready.epoch), ready))
     except (ConfigError, KernelError, OSError) as error:
         log(str(error))

@@ -17,6 +17,8 @@ from gateway.engine_link import EngineLink
 
 TENANTS_MAX = 1_000
 TTFT_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+GAP_BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
+TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1_024, 4_096, 16_384)
 LATENCY_BUCKETS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
@@ -50,6 +52,11 @@ class Metrics:
         self._webhooks = counter("bulkhead_webhook_attempts", "Webhook deliveries tried, by outcome", "outcome")
         self._success = counter("vllm:request_success", "Requests that ended with an answer", "finished_reason")
         self._ttft = histogram("vllm:time_to_first_token_seconds", "Admission to first text", TTFT_BUCKETS_S)
+        self._gaps = histogram("vllm:inter_token_latency_seconds", "Between one text and the next", GAP_BUCKETS_S)
+        self._prompts = histogram("vllm:request_prompt_tokens", "Prompt tokens of each request", TOKEN_BUCKETS)
+        self._answers = histogram("vllm:request_generation_tokens", "Tokens of each answer", TOKEN_BUCKETS)
+        self._queries = counter("vllm:prefix_cache_queries", "Prompt tokens that the prefix cache was asked for")
+        self._hits = counter("vllm:prefix_cache_hits", "Of those, tokens that it had")
         self._latency = histogram("vllm:e2e_request_latency_seconds", "Admission to the end", LATENCY_BUCKETS_S)
 
     def watch_engine(self, link: EngineLink) -> None:
@@ -77,6 +84,10 @@ class Metrics:
     def first_text(self, seconds: float) -> None:
         self._ttft.observe(seconds)
 
+    def next_text(self, seconds: float) -> None:
+        """So long after the same choice's text before it."""
+        self._gaps.observe(seconds)
+
     def ended(
         self,
         tenant: str,
@@ -93,6 +104,10 @@ class Metrics:
         self._tokens.labels(label, "prompt").inc(num_prompt_tokens - num_cached_tokens)
         self._tokens.labels(label, "cached").inc(num_cached_tokens)
         self._tokens.labels(label, "completion").inc(num_completion_tokens)
+        self._prompts.observe(num_prompt_tokens)
+        self._answers.observe(num_completion_tokens)
+        self._queries.inc(num_prompt_tokens)
+        self._hits.inc(num_cached_tokens)
         self._latency.observe(seconds)
         if finish_reason in ("stop", "length"):
             self._success.labels(finish_reason).inc()

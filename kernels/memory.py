@@ -2,6 +2,7 @@
 processor most of its page walks; where the system has none to give, or none of that name, it is ordinary memory.
 """
 
+import ctypes
 import mmap
 from contextlib import suppress
 from math import prod
@@ -27,6 +28,13 @@ def anonymous(num_bytes: int) -> Tensor:
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return anonymous(max(1, prod(shape)) * dtype.itemsize)[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+def give_back_freed() -> None:
+    """What was freed while a model was loaded goes back to the system, where the allocator (glibc) keeps it else."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Arena:

@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from engine.bench import engine_row, fairness, policies
+from engine.bench import engine_row, fairness, policies, scheduler_time
 from engine.bench.calibrate import calibrate
 from engine.bench.traces import TRACES
 from engine.bench.workloads import WORKLOADS
@@ -19,6 +19,7 @@ from engine.models.load import DTYPES
 from engine.scheduling.order import POLICIES
 
 SEED = 1
+SCHEDULER_STEPS = 1_000
 
 
 def main(make_observer: MakeObserver = unobserved) -> None:
@@ -66,6 +67,10 @@ def main(make_observer: MakeObserver = unobserved) -> None:
                 progress=_tell,
             )
         answer = {"step_cost": asdict(cost), "rows": rows}
+        if arguments.what == "policies":
+            answer["scheduler"] = scheduler_time.rows(
+                sorted(POLICIES), num_steps=SCHEDULER_STEPS, seed=SEED, now=now, progress=_tell
+            )
     sys.stdout.write(json.dumps(answer) + "\n")
 
 

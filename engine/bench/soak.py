@@ -99,14 +99,14 @@ async def soak(
     with subprocess.Popen(command, env=dict(environment), stdout=subprocess.DEVNULL) as process:  # noqa: S603, ASYNC220
         try:
             client = await EngineClient.connect(socket_path, on_incident=incidents.append, timeout_s=START_TIMEOUT_S)
-            rss_start = rss_bytes(process.pid)
+            start = Memory.of(process.pid)
             load = Load(client, now() + seconds, now)
             clients = [asyncio.create_task(load.run_client(number, seed)) for number in range(concurrency)]
             await asyncio.sleep(seconds * WARM_SHARE)
-            rss_warm = rss_bytes(process.pid)
-            progress(f"soak: warm after {seconds * WARM_SHARE:.0f} s, {rss_warm / 2**20:.0f} MiB")
+            warm = Memory.of(process.pid)
+            progress(f"soak: warm after {seconds * WARM_SHARE:.0f} s, {warm.rss_bytes / 2**20:.0f} MiB")
             await asyncio.sleep(seconds * (1 - WARM_SHARE))
-            rss_end = rss_bytes(process.pid)
+            end = Memory.of(process.pid)
             load.stop()
             async with asyncio.timeout(ENDING_TIMEOUT_S):
                 await asyncio.gather(*clients)
@@ -127,10 +127,14 @@ async def soak(
         "num_blocks_free": num_free,
         "num_preemptions": client.stats.num_preemptions if client.stats is not None else 0,
         "num_incidents": len(incidents),
-        "rss_start_bytes": rss_start,
-        "rss_warm_bytes": rss_warm,
-        "rss_end_bytes": rss_end,
-        "rss_growth_bytes": rss_end - rss_warm,
+        "rss_start_bytes": start.rss_bytes,
+        "rss_warm_bytes": warm.rss_bytes,
+        "rss_end_bytes": end.rss_bytes,
+        "rss_growth_bytes": end.rss_bytes - warm.rss_bytes,
+        "rss_anonymous_bytes": end.anonymous_bytes,
+        "rss_files_bytes": end.rss_bytes - end.anonymous_bytes,
+        "rss_load_peak_bytes": start.peak_bytes,
+        "rss_peak_bytes": end.peak_bytes,
         "exit_code": process.returncode,
     }
     return answer | {"failures": failures(answer)}
@@ -149,12 +153,23 @@ def failures(answer: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def rss_bytes(pid: int) -> int:
-    """What the process has in memory now (Linux)."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return 0
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a process has in memory (Linux): now, the most so far, and of what is there now its own pages; the rest are
+    pages of files, which other processes may share."""
+
+    rss_bytes: int
+    peak_bytes: int
+    anonymous_bytes: int
+
+    @classmethod
+    def of(cls, pid: int) -> "Memory":
+        values = {}
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name in ("VmRSS", "VmHWM", "RssAnon"):
+                values[name] = int(rest.split()[0]) * 1024
+        return cls(values.get("VmRSS", 0), values.get("VmHWM", 0), values.get("RssAnon", 0))
 
 
 async def _settled(client: EngineClient) -> int:

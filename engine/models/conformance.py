@@ -1,6 +1,7 @@
 """Does transformers' code, run on our pages, still compute what it computed? For every architecture, on tiny random
 weights: three sequences, packed into one batch, in chunks, over scattered blocks, give at every position the logits of
-transformers' own eager attention on each sequence alone.
+transformers' own eager attention on each sequence alone. Twice: on plain torch and on the native kernels; and what
+calls itself exact there gives the same bits when each sequence runs alone, in one piece.
 
     python -m engine.models.conformance [--write] [MODEL_TYPE...]
 
@@ -11,7 +12,7 @@ With --write the whole matrix becomes engine/models/served.py and the table in d
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from engine.models.tiny import VOCAB_SIZE, model_types, tiny_config
 from engine.models.transformers_model import TransformersModel
 from engine.models.weights import load_weights
 from engine.text.tokenizer import read_json
-from kernels.backend import StepTables
+from kernels.backend import Backend, StepTables
+from kernels.cpu.backend import NativeBackend
 from kernels.torch_cpu import TorchBackend
 
 TOLERANCE = 2e-4
@@ -100,7 +102,8 @@ class Result:
     architecture: str
     route: str = ""  # own | transformers
     features: tuple[str, ...] = ()  # of window, soft_cap, sinks: what the attention of the tiny model uses
-    error: float = 0.0  # largest difference over the largest logit
+    error: float = 0.0  # largest difference over the largest logit, on either kernels
+    isolation: str = ""  # bitwise | relaxed: what it promises on the native kernels
     reason: str = ""  # why not, empty when the results agree
 
     @property
@@ -109,34 +112,47 @@ class Result:
 
     def __str__(self) -> str:
         outcome = (
-            f"{self.route}, {', '.join(self.features) or 'plain'}, {self.error:.0e}" if self.passed else self.reason
+            f"{self.route}, {', '.join(self.features) or 'plain'}, {self.error:.0e}, {self.isolation}"
+            if self.passed
+            else self.reason
         )
         return f"{self.model_type:28} {'ok  ' if self.passed else 'no  '} {outcome}"
 
 
-def check(model_type: str, changes: dict[str, Any] | None = None) -> Result:
-    """Never raises on what a model does: the reason is in the result."""
+def check(model_type: str, changes: dict[str, Any] | None = None, native: Backend | None = None) -> Result:
+    """Never raises on what a model does: the reason is in the result. ``native`` None takes the best native kernels of
+    this machine; KernelError where there are none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    native = native or NativeBackend()
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     if model_type in NOT_TRIED:
         return Result(model_type, architecture, reason=NOT_TRIED[model_type])
     try:
         with tempfile.TemporaryDirectory() as folder:
             theirs = write_tiny(model_type, Path(folder), changes)
-            model = load_unlisted(Path(folder))
+            model = load_unlisted(Path(folder), TorchBackend())
+            on_native = load_unlisted(Path(folder), native)
     except ConfigError as error:
         return Result(model_type, architecture, reason=_one_line(error))
     except Exception as error:
         return Result(model_type, architecture, reason=f"no tiny model: {type(error).__name__}: {_one_line(error)}")
     route = "own" if isinstance(model, LlamaModel) else "transformers"
-    try:
-        difference = compare(theirs, model)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {_one_line(error)}"
-        return Result(model_type, architecture, route, _features(model), reason=reason)
-    reason = "" if difference <= TOLERANCE else "its logits differ from transformers' own"
-    return Result(model_type, architecture, route, _features(model), difference, reason)
+    isolation = "bitwise" if on_native.is_exact() else "relaxed"
+    difference = 0.0
+    for name, one in (("torch", model), ("native", on_native)):
+        try:
+            difference = max(difference, compare(theirs, one))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {_one_line(error)}"
+            return Result(model_type, architecture, route, _features(model), reason=reason)
+        if difference > TOLERANCE:
+            reason = f"its logits differ from transformers' own{' on native kernels' if name == 'native' else ''}"
+            return Result(model_type, architecture, route, _features(model), difference, reason=reason)
+    reason = ""
+    if isolation == "bitwise" and not same_bits(on_native):
+        reason = "its bits depend on the company, and it calls itself exact"
+    return Result(model_type, architecture, route, _features(model), difference, isolation, reason)
 
 
 @torch.no_grad()
@@ -161,9 +177,9 @@ def write_tiny(model_type: str, folder: Path, changes: dict[str, Any] | None = N
     return model
 
 
-def load_unlisted(folder: Path) -> Model:
+def load_unlisted(folder: Path, backend: Backend) -> Model:
     """As load_model, without asking whether the architecture is listed: that is what is to be found out."""
-    config, backend = read_json(folder / "config.json"), TorchBackend()
+    config = read_json(folder / "config.json")
     try:
         own = ModelConfig.from_json(config)
     except NotOurs:
@@ -174,22 +190,31 @@ def load_unlisted(folder: Path) -> Model:
 @torch.inference_mode()
 def compare(theirs: Any, model: Model) -> float:
     """The largest difference of a logit over the largest logit."""
-    generator = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(3, VOCAB_SIZE, (sum(chunks),), generator=generator) for chunks in CHUNKS]
-    found: list[list[Tensor]] = [[] for _ in prompts]
-    for rows, logits in packed(model, prompts):
-        for row, part in zip(rows, logits, strict=True):
-            found[row].append(part)
+    prompts = draw_prompts()
     worst = 0.0
-    for prompt, parts in zip(prompts, found, strict=True):
+    for prompt, logits in zip(prompts, packed(model, prompts, CHUNKS), strict=True):
         expected = theirs(input_ids=prompt[None], use_cache=False).logits[0].float()
-        error = (torch.cat(parts) - expected).abs().max() / expected.abs().max()
+        error = (logits - expected).abs().max() / expected.abs().max()
         worst = max(worst, float(error.nan_to_num(float("inf"))))
     return worst
 
 
-def packed(model: Model, prompts: list[Tensor]) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """Each step's rows and their logits [n, V], over scattered blocks whose unused slots hold NaN."""
+@torch.inference_mode()
+def same_bits(model: Model) -> bool:
+    """Whether each sequence alone, in one piece, has the very logits that it has in chunks among the others."""
+    prompts = draw_prompts()
+    alone = [packed(model, [prompt], ((len(prompt),),))[0] for prompt in prompts]
+    return all(torch.equal(one, other) for one, other in zip(packed(model, prompts, CHUNKS), alone, strict=True))
+
+
+def draw_prompts() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, VOCAB_SIZE, (sum(chunks),), generator=generator) for chunks in CHUNKS]
+
+
+def packed(model: Model, prompts: list[Tensor], chunks: Iterable[tuple[int, ...]]) -> list[Tensor]:
+    """The logits [n, V] of each prompt. They run together, over scattered blocks whose unused slots hold NaN;
+    ``chunks`` are the new tokens of each, step by step."""
     num_blocks = [-(-len(prompt) // BLOCK_SIZE) for prompt in prompts]
     order = torch.randperm(sum(num_blocks), generator=torch.Generator().manual_seed(4)).tolist()
     tables = np.full((len(prompts), max(num_blocks)), -1, dtype=np.int32)
@@ -199,8 +224,9 @@ def packed(model: Model, prompts: list[Tensor]) -> Iterator[tuple[list[int], lis
     for index in range(len(model.cache_layers)):
         for tensor in cache.layer(index):
             tensor.fill_(float("nan"))
+    found: list[list[Tensor]] = [[] for _ in prompts]
     done = [0] * len(prompts)
-    for counts in zip(*CHUNKS, strict=True):
+    for counts in zip(*chunks, strict=True):
         positions = [np.arange(start, start + count) for start, count in zip(done, counts, strict=True)]
         slots = [tables[row][at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for row, at in enumerate(positions)]
         done = [start + count for start, count in zip(done, counts, strict=True)]
@@ -223,7 +249,9 @@ def packed(model: Model, prompts: list[Tensor]) -> Iterator[tuple[list[int], lis
             plan=model.backend.plan(tables_of_step),
             wanted=torch.arange(sum(counts)),
         )
-        yield list(range(len(prompts))), list(torch.split(logits, list(counts)))
+        for parts, part in zip(found, torch.split(logits, list(counts)), strict=True):
+            parts.append(part)
+    return [torch.cat(parts) for parts in found]
 
 
 def _features(model: Model) -> tuple[str, ...]:
@@ -245,12 +273,14 @@ def main(argv: list[str]) -> int:
     quiet.disable_progress_bar()
     torch.set_num_threads(1)  # tiny models are slower on two
     results = []
+    native = NativeBackend()
     for model_type in [name for name in argv if name != "--write"] or model_types():
-        results.append(check(model_type))
+        results.append(check(model_type, native=native))
         sys.stdout.write(f"{results[-1]}\n")
         sys.stdout.flush()
     passed = sum(result.passed for result in results)
-    sys.stdout.write(f"{passed} of {len(results)} architectures give the logits of transformers' own attention\n")
+    sys.stdout.write(f"{passed} of {len(results)} architectures give the logits of transformers' own attention")
+    sys.stdout.write(f" on plain torch and on {native.name}\n")
     if "--write" in argv:
         from engine.models.matrix import write
 

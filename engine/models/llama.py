@@ -99,7 +99,7 @@ class LlamaModel:
                 )
             )
         take.refuse_rest()
-        cos, sin = rope_tables(config.rope, size, config.context_max)
+        cos, sin = rope_tables(config.rope, config.context_max)
         self.cos, self.sin = cos.to(backend.device), sin.to(backend.device)
 
     @property

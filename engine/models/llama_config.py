@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.models.config_process import Values, read_apart
 from engine.models.facts import CacheLayer
-from engine.models.rope import ROPE_TYPES
+from engine.models.rope import ROPE_TYPES, Rope, rope_of
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -79,6 +80,8 @@ NO_EFFECT = frozenset(
 )
 NEVER_DROPPED = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size")
 
+READ = HONOURED | set(NEVER_DROPPED)
+
 
 class NotOurs(ConfigError):
     """The engine's own decoder cannot honour this config; transformers' code may."""
@@ -101,7 +104,7 @@ class ModelConfig:
     vocab_size: int
     context_max: int
     rms_norm_epsilon: float
-    rope: Any  # transformers' config object, which engine/models/rope.py reads
+    rope: Rope
     tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool
@@ -165,7 +168,7 @@ class ModelConfig:
             vocab_size=int(values.vocab_size),
             context_max=int(values.max_position_embeddings),
             rms_norm_epsilon=float(values.rms_norm_eps),
-            rope=values,
+            rope=rope_of(values, head_size),
             tie_word_embeddings=bool(values.tie_word_embeddings),
             qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
             output_bias=bool(getattr(values, "attention_out_bias", attention_bias)),
@@ -179,10 +182,13 @@ class ModelConfig:
 
 
 def read_config(model_type: str, config: Mapping[str, Any]) -> Any:
-    """transformers' config object of a config.json, defaults filled in. Raises ConfigError where it refuses."""
+    """What transformers' class makes of a config.json, defaults filled in. Raises ConfigError where it refuses."""
+    rest = {name: value for name, value in config.items() if name not in ("model_type", "auto_map")}
+    values = read_apart(model_type, rest, READ)
+    if values is not None:
+        return values
     from transformers import CONFIG_MAPPING
 
-    rest = {name: value for name, value in config.items() if name not in ("model_type", "auto_map")}
     try:
         return CONFIG_MAPPING[model_type](**rest)
     except Exception as error:  # its validators raise many types
@@ -205,4 +211,4 @@ def _layers(values: Any) -> tuple[LayerConfig, ...]:
 
 
 def _declared(values: Any) -> frozenset[str]:
-    return frozenset(field.name for field in fields(type(values)))
+    return values.declared if isinstance(values, Values) else frozenset(field.name for field in fields(type(values)))

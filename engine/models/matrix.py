@@ -11,7 +11,8 @@ BEGIN, END = "<!-- matrix: written by make models -->", "<!-- end of matrix -->"
 HEADER = '''"""Which architectures of transformers are served, and why the others are not: measured by
 engine/models/conformance.py and written by `make models`, not by hand.
 
-SERVED: model_type -> (class, route, what its attention uses). REFUSED: model_type -> (class, reason).
+SERVED: model_type -> (class, route, what its attention uses, what it promises on native kernels).
+REFUSED: model_type -> (class, reason).
 """
 
 '''
@@ -31,6 +32,9 @@ class Result(Protocol):
     def features(self) -> tuple[str, ...]: ...
 
     @property
+    def isolation(self) -> str: ...
+
+    @property
     def reason(self) -> str: ...
 
 
@@ -41,9 +45,9 @@ def write(results: Iterable[Result]) -> None:
         if result.reason:
             refused[result.model_type] = (result.architecture, result.reason)
         else:
-            served[result.model_type] = (result.architecture, result.route, result.features)
+            served[result.model_type] = (result.architecture, result.route, result.features, result.isolation)
     lines = [f"    {name!r}: {value!r}," for name, value in served.items()]
-    text = HEADER + "SERVED: dict[str, tuple[str, str, tuple[str, ...]]] = {\n" + "\n".join(lines) + "\n}\n"
+    text = HEADER + "SERVED: dict[str, tuple[str, str, tuple[str, ...], str]] = {\n" + "\n".join(lines) + "\n}\n"
     lines = [f"    {name!r}: {value!r}," for name, value in refused.items()]
     text += "REFUSED: dict[str, tuple[str, str]] = {\n" + "\n".join(lines) + "\n}\n"
     (ROOT / "engine/models/served.py").write_text(text)
@@ -53,21 +57,24 @@ def write(results: Iterable[Result]) -> None:
 
 
 def table(
-    served: dict[str, tuple[str, str, tuple[str, ...]]] = SERVED, refused: dict[str, tuple[str, str]] = REFUSED
+    served: dict[str, tuple[str, str, tuple[str, ...], str]] = SERVED, refused: dict[str, tuple[str, str]] = REFUSED
 ) -> str:
     """The part of docs/models.md between BEGIN and END, with both."""
-    num_own = sum(route == "own" for _, route, _ in served.values())
+    num_own = sum(route == "own" for _, route, _, _ in served.values())
+    num_exact = sum(isolation == "bitwise" for _, _, _, isolation in served.values())
     counted = f"**{len(served)} of {len(served) + len(refused)} architectures are served**"
+    routes = f"{num_own} by the engine's own decoder, {len(served) - num_own} by transformers' code"
+    kernels = f"All give transformers' logits on plain torch and on the native kernels; {num_exact} are bitwise there."
     lines = [
         BEGIN,
         "",
-        f"{counted}: {num_own} by the engine's own decoder, {len(served) - num_own} by transformers' code.",
+        f"{counted}: {routes}. {kernels}",
         "",
-        "| model_type | architecture | route | attention uses |",
-        "|---|---|---|---|",
+        "| model_type | architecture | route | attention uses | on native kernels |",
+        "|---|---|---|---|---|",
         *(
-            f"| {name} | {kind} | {route} | {', '.join(features).replace('_', ' ') or '-'} |"
-            for name, (kind, route, features) in served.items()
+            f"| {name} | {kind} | {route} | {', '.join(features).replace('_', ' ') or '-'} | {isolation} |"
+            for name, (kind, route, features, isolation) in served.items()
         ),
         "",
         f"Not served, {len(refused)}:",

@@ -12,6 +12,7 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
+from engine.errors import GrammarError
 from engine.sampling.grammar import limits
 
 
@@ -29,10 +30,13 @@ class Matcher(Protocol):
 
 
 class GrammarMatcher:
-    """``output_token_ids`` is the whole answer so far, and only ever grows between calls."""
+    """``output_token_ids`` is the whole answer so far, and only ever grows between calls. Raises GrammarError where the
+    grammar does not compile."""
 
     def __init__(self, tokenizer: LLTokenizer, grammar: str) -> None:
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
+        if self._matcher.is_error():
+            raise GrammarError(" ".join(self._matcher.get_error().split())[:300])
         self._vocab_size = tokenizer.vocab_size
         self.grammar = grammar
         self.consumed: list[int] = []
@@ -57,7 +61,7 @@ class GrammarMatcher:
 
 
 class Matchers:
-    """Makes matchers for the vocabulary of the model in a folder."""
+    """Makes matchers for the vocabulary of the model in a folder; from several threads, too."""
 
     def __init__(self, model_dir: Path, vocab_size: int, end_token_ids: Iterable[int]) -> None:
         text = (model_dir / "tokenizer.json").read_text(encoding="utf-8")

@@ -35,6 +35,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Line
 
 from engine.cache.block_pool import BlockPool
+from engine.protocol import Submit
 from engine.scheduling.first_tokens import ALONE_MAX, OWED_RANKS, RowShares, most_served_over, next_owed
 from engine.scheduling.order import WAIT_MAX_TOKENS, Outlook, Policy, fair, fcfs, first_to_go, may_be_skipped, may_pass
 from engine.scheduling.rescue import Rescue
@@ -95,9 +96,9 @@ class Scheduler:
         """Waiting sequences of this tier and above: a queue of lower ones refuses nobody."""
         return sum(num for (other, _), num in self._num_waiting.items() if other >= tier)
 
-    def can_ever_fit(self, sequence: Sequence) -> bool:
-        """Whether the sequence, alone, could reach its max_tokens. The last token's key is never stored."""
-        num_tokens = sequence.num_prompt_tokens + sequence.sampling.max_tokens
+    def can_ever_fit(self, submit: Submit) -> bool:
+        """Whether its sequence, alone, could reach its max_tokens. The last token's key is never stored."""
+        num_tokens = len(submit.prompt_token_ids) + submit.sampling.max_tokens
         return num_tokens <= self._context_max and self._room.num_blocks_for(num_tokens - 1) <= self._pool.num_promised
 
     def num_slots_empty(self) -> int:

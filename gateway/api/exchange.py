@@ -133,7 +133,7 @@ class Exchange:
         self._dismissed = asyncio.Event()
         self._dismissal: asyncio.Task[Any] | None = None
         self._started_ns = services.world.monotonic_ns()
-        self._first_text = False
+        self._text_at_s: dict[int, float] = {}  # by choice: when its last text came
         self.answered = False  # wholly, and so settled
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()  # complete before anything of an answer
 
@@ -263,10 +263,16 @@ class Exchange:
         assert self._pull is not None
         found, self._pull = self._pull.result(), None
         self._prompt_logprobs += found[1].prompt_logprobs
-        if found[1].text and not self._first_text:
-            self._first_text = True
-            self._services.metrics.first_text(self._elapsed_s())
+        if found[1].text:
+            self._time(found[0], self._elapsed_s())
         return found
+
+    def _time(self, index: int, at_s: float) -> None:
+        if index in self._text_at_s:
+            self._services.metrics.next_text(at_s - self._text_at_s[index])
+        elif not self._text_at_s:
+            self._services.metrics.first_text(at_s)
+        self._text_at_s[index] = at_s
 
     def _elapsed_s(self) -> float:
         return (self._services.world.monotonic_ns() - self._started_ns) / 1e9

@@ -10,6 +10,9 @@ from rich.console import Console
 from gateway.commands.bench_engine import table
 from gateway.commands.bench_process import measure
 
+SCHEDULER_SHOWN = (
+    *("policy", "num_running_mean", "num_waiting", "schedule_p50_ms", "schedule_p95_ms", "step_p50_ms", "step_p95_ms"),
+)
 DOMAINS = (2, 4, 8, 16, 32)
 Threads = Annotated[int, typer.Option(min=1, max=256, help="threads that compute while the cost of a step is measured")]
 PromptTokens = Annotated[
@@ -30,6 +33,7 @@ def bench_policies(
     answer = measure("--threads", str(threads), "policies", "--requests", str(requests), "--load", str(load), *bound)
     shown = ("trace", "policy", "latency_mean_s", "latency_p99_s", "ttft_p50_s", "ttft_p99_s", "wait_max_s")
     _show(answer, shown, json_file)
+    Console().print(table(answer["scheduler"], SCHEDULER_SHOWN))
 
 
 def bench_fairness(

@@ -20,6 +20,7 @@ from gateway.settings import load_settings
 from gateway.world import real_world
 
 SEED = 1
+OVERHEAD_BYTES_MAX = 700_000_000  # of the worker beside weights and KV cache
 
 
 def bench_soak(
@@ -48,7 +49,11 @@ def bench_soak(
     weights_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     answer["weights_bytes"] = weights_bytes
     answer["kv_cache_bytes"] = settings.kv_cache_bytes
-    answer["overhead_bytes"] = answer["rss_end_bytes"] - weights_bytes - settings.kv_cache_bytes
+    kept_bytes = weights_bytes + settings.kv_cache_bytes
+    answer["overhead_bytes"] = answer["rss_end_bytes"] - kept_bytes
+    answer["overhead_peak_bytes"] = answer["rss_peak_bytes"] - kept_bytes
+    if answer["overhead_bytes"] > OVERHEAD_BYTES_MAX:
+        answer["failures"].append(f"{answer['overhead_bytes']} bytes beside weights and KV cache are too much")
     if json_file is not None:
         json_file.write_text(json.dumps(answer, indent=1))
     table = Table("figure", "value", box=None)

@@ -109,13 +109,21 @@ def test_jobs_are_those_of_their_seed_and_within_their_bounds(workload: str) -> 
         assert 400 <= np.percentile(lengths, 99) <= LOG_NORMAL_P99
 
 
-@pytest.mark.parametrize("mode", ["continuous", "hf_static"])
+ROW_KEYS = {  # what readers of the JSON count on
+    *("mode", "workload", "concurrency", "output_tokens_per_s", "requests_per_s", "ttft_p50_s", "ttft_p95_s"),
+    *("itl_p50_s", "latency_p50_s", "latency_p95_s", "slot_utilisation", "peak_rss_bytes"),
+}
+
+
+@pytest.mark.parametrize("mode", ["continuous", "static", "hf_static"])
 def test_a_row_runs_in_a_process_of_its_own(tiny_model_dir: Path, mode: str) -> None:
     command = [sys.executable, "-m", "engine.bench", "--model-dir", str(tiny_model_dir), "engine"]
     command += ["--mode", mode, "--workload", "uniform", "--concurrency", "4", "--requests", "6"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)
+    assert set(row) >= ROW_KEYS
+    assert row["peak_rss_bytes"] > 50 * 1024 * 1024
     assert (row["mode"], row["concurrency"], row["num_requests"]) == (mode, 4, 6)
     assert 0 < row["slot_utilisation"] <= 1
     assert row["output_tokens_per_s"] > 0

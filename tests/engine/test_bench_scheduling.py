@@ -1,11 +1,14 @@
 """The benchmarks of scheduling: virtual time against loads whose figures are known, the fit against known costs."""
 
+import itertools
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.bench import fairness, policies, traces
+from engine.bench import fairness, policies, scheduler_time, traces
 from engine.bench.calibrate import MeasuredStep, fit
 from engine.bench.virtual_time import CONTEXT_MAX, Arrival, StepCost, VirtualEngine
 from engine.scheduling.order import POLICIES
@@ -65,6 +68,7 @@ def test_every_policy_has_a_row_and_does_the_same_work() -> None:
     found = policies.rows(sorted(POLICIES), ["mixed"], num_requests=60, load=1.5, cost=COST, seed=1)
     assert [row["policy"] for row in found] == sorted(POLICIES)
     for row in found:
+        assert set(row) >= {"policy", "trace", "latency_mean_s", "latency_p99_s", "wait_max_s"}
         assert 0 < row["ttft_p50_s"] <= row["ttft_p99_s"] <= row["latency_p99_s"]
         assert 0 <= row["wait_max_s"] <= row["latency_p99_s"] * 60
     assert len({row["latency_mean_s"] for row in found}) > 1, "under this load, order must matter"
@@ -73,6 +77,9 @@ def test_every_policy_has_a_row_and_does_the_same_work() -> None:
 def test_fair_keeps_its_bound_under_a_flood_and_fcfs_does_not() -> None:
     rows = fairness.rows(["fair", "fcfs"], [3], num_steps=700, cost=COST, seed=1)
     fair, fcfs = rows
+    assert set(fair) >= {
+        *("policy", "domains", "gap_tokens_max", "bound_tokens", "jain", "quiet_ttft_p99_ratio", "throughput_ratio"),
+    }
     assert fair["gap_tokens_max"] <= fair["bound_tokens"]
     assert fair["jain"] > 0.999
     assert fcfs["gap_tokens_max"] > fcfs["bound_tokens"], "else the bound above says nothing"
@@ -86,3 +93,22 @@ def test_gap_and_index_are_those_one_counts_by_hand() -> None:
     assert fairness.widest_gap(history) == 7  # b gains 7 on a from step 1 to 2; a gains 5 on b before
     assert fairness.jain(np.array([4, 4, 4])) == 1.0
     assert fairness.jain(np.array([9, 0, 0])) == pytest.approx(1 / 3)
+
+
+def test_the_time_of_scheduling_is_that_of_its_clock() -> None:
+    """A clock that moves by a millisecond when it is read: once in a decision, three times in a step."""
+    reads = itertools.count()
+    rows = scheduler_time.rows(["fair"], num_steps=20, seed=1, now=lambda: next(reads) / 1_000, num_waiting=40)
+    (row,) = rows
+    assert (row["schedule_p50_ms"], row["schedule_p95_ms"]) == pytest.approx((1.0, 1.0))
+    assert (row["step_p50_ms"], row["step_p95_ms"]) == pytest.approx((3.0, 3.0))
+    assert (row["policy"], row["num_steps"], row["num_waiting"]) == ("fair", 20, 40)
+
+
+@pytest.mark.parametrize("policy", ["fair", "fcfs"])
+def test_a_decision_takes_half_a_millisecond_at_most(policy: str) -> None:
+    """With 32 rows taken and 200 waiting, in this thread's own time: a busy machine does not count."""
+    (row,) = scheduler_time.rows([policy], num_steps=200, seed=1, now=time.thread_time)
+    assert row["num_running_mean"] > 28
+    assert row["num_waiting"] == 200
+    assert row["schedule_p50_ms"] < 0.5

@@ -16,6 +16,7 @@ from engine.models.load import load_model
 from engine.models.served import REFUSED, SERVED
 from engine.models.transformers_model import TransformersModel
 from engine.protocol import SamplingParams, Submit
+from kernels.cpu.backend import NativeBackend
 from kernels.torch_cpu import TorchBackend, TorchPlan
 from tests.strategies.tiny_model import write_tiny_model
 
@@ -43,14 +44,14 @@ class Faulty(TorchBackend):
 
 
 def load(model_type: str, folder: Path) -> tuple[Any, Model]:
-    return conformance.write_tiny(model_type, folder), conformance.load_unlisted(folder)
+    return conformance.write_tiny(model_type, folder), conformance.load_unlisted(folder, TorchBackend())
 
 
 @pytest.mark.parametrize("model_type", QUICK)
 def test_the_logits_are_those_of_transformers(model_type: str) -> None:
     result = conformance.check(model_type)
     assert result.reason == ""
-    assert (result.architecture, result.route, result.features) == SERVED[model_type]
+    assert (result.architecture, result.route, result.features, result.isolation) == SERVED[model_type]
 
 
 @pytest.mark.parametrize("model_type", QUICK_REFUSED)
@@ -75,6 +76,36 @@ def test_a_planted_fault_shows(model_type: str, fault: str, tmp_path: Path) -> N
     assert conformance.compare(theirs, model) < conformance.TOLERANCE
     model.backend = Faulty(fault)
     assert conformance.compare(theirs, model) > 20 * conformance.TOLERANCE
+
+
+class FaultyNative(NativeBackend):
+    """As `Faulty`, of rules; or a product whose bits depend on how many rows there are."""
+
+    fault = ""
+
+    def attend(self, *args: Any, **rules: Any) -> Tensor:
+        return super().attend(*args, **{name: value for name, value in rules.items() if name != self.fault})
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        out = super().silu_and_mul(gate_up)
+        return out * (1.0 + 1e-7 * len(out)) if self.fault == "company" else out
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fault", "reason"),
+    [
+        ("mistral", "window", "differ from transformers' own on native kernels"),
+        ("gemma2", "soft_cap", "differ from transformers' own on native kernels"),
+        ("gpt_oss", "sinks", "differ from transformers' own on native kernels"),
+        ("llama", "company", "its bits depend on the company"),
+        ("qwen3", "company", "its bits depend on the company"),
+    ],
+)
+def test_a_fault_of_the_native_kernels_shows(model_type: str, fault: str, reason: str) -> None:
+    backend = FaultyNative()
+    assert conformance.check(model_type, native=backend).reason == ""
+    backend.fault = fault
+    assert reason in conformance.check(model_type, native=backend).reason
 
 
 def test_the_documented_table_is_the_measured_one() -> None:
@@ -159,7 +190,9 @@ def test_the_whole_matrix_is_as_recorded() -> None:
     for model_type in conformance.model_types():
         result = conformance.check(model_type)
         if result.passed:
-            assert (result.architecture, result.route, result.features) == SERVED.get(model_type), model_type
+            assert (result.architecture, result.route, result.features, result.isolation) == SERVED.get(model_type), (
+                model_type
+            )
         else:
             assert (result.architecture, result.reason) == REFUSED.get(model_type), model_type
 

@@ -47,6 +47,33 @@ def test_every_name_is_documented() -> None:
     assert names <= documented
 
 
+VLLM = {  # what vLLM's dashboards draw, as far as it means the same here
+    *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions", "prompt_tokens"),
+    *("generation_tokens", "request_success", "time_to_first_token_seconds", "inter_token_latency_seconds"),
+    *("e2e_request_latency_seconds", "request_prompt_tokens", "request_generation_tokens"),
+    *("prefix_cache_queries", "prefix_cache_hits"),
+}
+OURS = {"steps", "batch_tokens", "batch_rows", "rows_max", "preemptions_kept", "blocks_scrubbed"}
+
+
+def test_the_names_that_dashboards_know_are_there() -> None:
+    metrics = Metrics()
+    metrics.watch_engine(FixedLink())  # type: ignore[arg-type]
+    metrics.first_text(0.03)
+    metrics.next_text(0.015)
+    for cached in (0, 32):
+        metrics.ended("ten", "stop", 1.0, num_prompt_tokens=50, num_cached_tokens=cached, num_completion_tokens=7)
+    names = {family.name for family in metrics.registry.collect()}
+    assert {name.removeprefix("vllm:") for name in names if name.startswith("vllm:")} == VLLM
+    assert {f"bulkhead_engine_{name}" for name in OURS} <= names
+    text = metrics.render().decode()
+    assert value(text, "vllm:prefix_cache_queries_total") == 100
+    assert value(text, "vllm:prefix_cache_hits_total") == 32
+    assert value(text, "vllm:request_generation_tokens_sum") == 14
+    assert value(text, "vllm:request_prompt_tokens_count") == 2
+    assert value(text, 'vllm:inter_token_latency_seconds_bucket{le="0.02"}') == 1
+
+
 @given(st.lists(st.text(min_size=1, max_size=20), max_size=30))
 def test_any_tenant_name_is_one_well_formed_label(names: list[str]) -> None:
     metrics = Metrics()
@@ -84,5 +111,6 @@ def test_a_scraper_needs_the_token_and_sees_what_was_charged(runner: asyncio.Run
         assert value(text, 'bulkhead_tokens_total{kind="completion",tenant="acme"}') == charged > 0
         assert value(text, 'bulkhead_http_responses_total{status="401"}') == 3
         assert value(text, "vllm:time_to_first_token_seconds_count") == 1
+        assert value(text, "vllm:inter_token_latency_seconds_count") == charged - 1, "a text for each token"
 
     runner.run(scenario())
