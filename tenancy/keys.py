@@ -129,6 +129,7 @@ async def mint_key(
             revoked_ns=None,
             models=stored(rules.models),
             networks=stored(rules.networks),
+            tiers=stored(rules.tiers),
             last_used_ns=None,
         )
     )
@@ -150,7 +151,7 @@ async def authenticate(
     matches = hmac.compare_digest(stored, computed)
     if row is None or not matches or row.status != "active" or not _alive(row.expires_ns, row.revoked_ns, now_ns):
         raise InvalidApiKeyError
-    rules = loaded(row.models, row.networks)
+    rules = loaded(row.models, row.networks, row.tiers)
     if not rules.allows_peer(peer):
         raise InvalidApiKeyError
     return Principal(
@@ -222,7 +223,7 @@ def _api_key(row: Any) -> ApiKey:
         row.expires_ns,
         row.revoked_ns,
         row.last_used_ns,
-        loaded(row.models, row.networks),
+        loaded(row.models, row.networks, row.tiers),
     )
 
 
@@ -246,6 +247,7 @@ def _by_public_id() -> Select[Any]:
             key.c.revoked_ns,
             key.c.models,
             key.c.networks,
+            key.c.tiers,
             project.c.id.label("project_id"),
             tenant.c.id.label("tenant_id"),
             tenant.c.name.label("tenant_name"),
