@@ -119,6 +119,12 @@ _ALL = (
         (*_text("name", "reason"), *_count("num_keys_revoked", "credit_nano_usd")),
     ),
     Kind(
+        "cache.erased",
+        1,
+        "The engine's blocks with numbers of a deleted tenant were zeroed.",
+        (*_text("epoch"), *_count("num_blocks")),
+    ),
+    Kind(
         "key.created",
         3,
         "An API key was created, its secret not logged. An expiry of 0 is none, an empty list no restriction.",

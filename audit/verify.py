@@ -101,6 +101,7 @@ KINDS: dict[str, dict[int, str]] = {
         1: "epoch:s num_steps:i num_slots_checked:i num_violations:i num_self_tests:i last_self_test_ok:b"
     },
     "isolation.violation": {1: "epoch:s rule:s detail:s step:i block_id:i sequence_ids:l domains:l"},
+    "cache.erased": {1: "epoch:s num_blocks:i"},
     "project.created": {1: "project_id:s name:s"},
     "webhook.added": {1: "endpoint_id:s host:s kinds:l"},
     "webhook.removed": {1: "endpoint_id:s reason:s"},

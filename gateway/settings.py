@@ -14,6 +14,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 FOREIGN = {  # read by tests, snippets and commands
     "BULKHEAD_TEST_PROFILE",
     "BULKHEAD_TEST_MODEL_DIR",
+    "BULKHEAD_TEST_DATABASE",
     "BULKHEAD_KEY",
     "BULKHEAD_PROBE_KEY_A",
     "BULKHEAD_PROBE_KEY_B",

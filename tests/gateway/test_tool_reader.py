@@ -195,3 +195,30 @@ def test_depth_is_bounded() -> None:
     deep = '{"a":' * 200 + "1" + "}" * 200
     assert not accepted(deep)
     assert accepted('{"a":' * 100 + "1" + "}" * 100)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": "\x01"}',
+        '{"a": "\n"}',
+        '{"a": "\\x"}',
+        '{"a": "\\u00g0"}',
+        '{"a": 01}',
+        '{"a": 1.}',
+        '{"a": +1}',
+        '{"a": 1,}',
+        "{,}",
+        '{"a" 1}',
+        '{"a": [1,]}',
+        '{"a": [}',
+        '{"a": -}',
+        '{"a": 1e}',
+        '{"a": nulL}',
+        "[]",
+        " {}",
+    ],
+)
+def test_what_is_no_object_is_refused(text: str) -> None:
+    assert not accepted(text)
+    assert accepted('{"a": ["\\u00e9\\n", -0.5e+3, 10, 0, true, null, {}, []] }')

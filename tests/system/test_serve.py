@@ -22,6 +22,7 @@ from tests.system.server import ROOT, Server, open_database, wait_until
 
 pytestmark = pytest.mark.system
 MEMORY_BYTES_MAX = 200 * 1024 * 1024
+WORKER_BYTES_MAX = 700 * 1024 * 1024  # beside weights and KV cache
 
 
 def test_the_printed_curl_answers(server: Server) -> None:
@@ -178,6 +179,14 @@ def test_the_http_process_is_small_and_has_no_torch(server: Server) -> None:
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     peak_bytes = int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024  # type: ignore[union-attr]
     assert peak_bytes < MEMORY_BYTES_MAX
+
+
+def test_the_worker_is_small_beside_its_weights(server: Server, model_dir: Path) -> None:
+    """Weights once, not twice: a view into the file would keep all of it beside the packed matrices. What these tests
+    have used of the KV cache counts here, too."""
+    rss = server.children()["worker"].memory_info().rss
+    weights = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
+    assert rss - weights < WORKER_BYTES_MAX
 
 
 def test_readiness_tells_the_isolation_mode(server: Server) -> None:
