@@ -104,7 +104,7 @@ _ALL = (
     ),
     Kind(
         "key.created",
-        2,
+        3,
         "An API key was created, its secret not logged. An expiry of 0 is none, an empty list no restriction.",
         (
             *_text("key_id", "project_id", "name"),
@@ -112,6 +112,7 @@ _ALL = (
             *_count("expires_ns"),
             Field("models", "list[str]"),
             Field("networks", "list[str]"),
+            Field("tiers", "list[str]"),
         ),
     ),
     Kind(

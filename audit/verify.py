@@ -69,6 +69,7 @@ KINDS: dict[str, dict[int, str]] = {
     "key.created": {
         1: "key_id:s project_id:s name:s scopes:l",
         2: "key_id:s project_id:s name:s scopes:l expires_ns:d models:l networks:l",
+        3: "key_id:s project_id:s name:s scopes:l expires_ns:d models:l networks:l tiers:l",
     },
     "key.rotated": {1: "key_id:s old_key_id:s project_id:s old_expires_ns:d expires_ns:d"},
     "key.revoked": {1: "key_id:s reason:s"},

@@ -170,6 +170,7 @@ class Clerk:
             "expires_ns": expires_ns or 0,
             "models": sorted(rules.models),
             "networks": list(rules.networks),
+            "tiers": sorted(rules.tiers),
         }
         await self._log("key.created", tenant_id, body)
         return minted

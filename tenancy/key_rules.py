@@ -1,4 +1,5 @@
-"""What narrows a key: the models it may ask for and the networks it may come from. No rule is no restriction.
+"""What narrows a key: the models it may ask for, the networks it may come from, the service tiers it may name. No rule
+is no restriction.
 
 A network is checked against the address of the connection itself, never against a header that a client can write.
 """
@@ -10,6 +11,8 @@ from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_netw
 from typing import Final
 
 RULE_ITEMS_MAX: Final = 64
+TIERS: Final = ("priority", "default", "flex", "batch")  # the best first
+UNNAMED_TIERS: Final = TIERS[1:]  # what a request may get that names none
 MODEL_PATTERN: Final = re.compile(r"[!-~]{1,200}")  # printable ASCII without spaces: they separate the stored list
 
 
@@ -23,6 +26,16 @@ class KeyRules:
 
     models: frozenset[str] = frozenset()
     networks: tuple[str, ...] = ()
+    tiers: frozenset[str] = frozenset()
+
+    def allows_tier(self, tier: str) -> bool:
+        return not self.tiers or tier in self.tiers
+
+    def tier_for(self, asked: str | None) -> str | None:
+        """The tier of a request; for none, or `auto`, the best that the key allows at `default` or below it. None
+        where there is no such tier."""
+        wanted = UNNAMED_TIERS if asked in (None, "auto") else (asked,)
+        return next((tier for tier in wanted if tier is not None and self.allows_tier(tier)), None)
 
     def allows_model(self, model: str) -> bool:
         return not self.models or model in self.models
@@ -43,15 +56,18 @@ class KeyRules:
 UNRESTRICTED: Final = KeyRules()
 
 
-def read_rules(models: Iterable[str] = (), networks: Iterable[str] = ()) -> KeyRules:
+def read_rules(models: Iterable[str] = (), networks: Iterable[str] = (), tiers: Iterable[str] = ()) -> KeyRules:
     """Rules as a person writes them. Raises KeyRuleError."""
+    ranks = frozenset(tiers)
+    if not ranks <= set(TIERS):
+        raise KeyRuleError(f"a service tier is one of {', '.join(TIERS)}: {sorted(ranks - set(TIERS))[0][:200]!r}")
     wanted, places = frozenset(models), tuple(sorted({str(_network(text)) for text in networks}))
     for model in wanted:
         if not MODEL_PATTERN.fullmatch(model):
             raise KeyRuleError(f"not a model id: {model[:200]!r}")
     if max(len(wanted), len(places)) > RULE_ITEMS_MAX:
         raise KeyRuleError(f"a key has at most {RULE_ITEMS_MAX} models and {RULE_ITEMS_MAX} networks")
-    return KeyRules(wanted, places)
+    return KeyRules(wanted, places, ranks)
 
 
 def stored(items: Iterable[str]) -> str | None:
@@ -59,11 +75,12 @@ def stored(items: Iterable[str]) -> str | None:
     return " ".join(sorted(items)) or None
 
 
-def loaded(models: str | None, networks: str | None) -> KeyRules:
+def loaded(models: str | None, networks: str | None, tiers: str | None = None) -> KeyRules:
     """The rules of a row. A column that is not None always restricts: an empty text would allow nothing."""
     return KeyRules(
         frozenset() if models is None else frozenset(models.split(" ")),
         () if networks is None else tuple(networks.split(" ")),
+        frozenset() if tiers is None else frozenset(tiers.split(" ")),
     )
 
 

@@ -131,6 +131,7 @@ async def mint_key(
             revoked_ns=None,
             models=stored(rules.models),
             networks=stored(rules.networks),
+            tiers=stored(rules.tiers),
             last_used_ns=None,
         )
     )
@@ -152,7 +153,7 @@ async def authenticate(
     matches = hmac.compare_digest(stored, computed)
     if row is None or not matches or row.status != "active" or not _alive(row.expires_ns, row.revoked_ns, now_ns):
         raise InvalidApiKeyError
-    rules = loaded(row.models, row.networks)
+    rules = loaded(row.models, row.networks, row.tiers)
     if not rules.allows_peer(peer):
         raise InvalidApiKeyError
     return Principal(
@@ -225,7 +226,7 @@ def _api_key(row: Any) -> ApiKey:
         row.expires_ns,
         row.revoked_ns,
         row.last_used_ns,
-        loaded(row.models, row.networks),
+        loaded(row.models, row.networks, row.tiers),
     )
 
 
@@ -250,6 +251,7 @@ def _by_public_id() -> Select[Any]:
             key.c.revoked_ns,
             key.c.models,
             key.c.networks,
+            key.c.tiers,
             project.c.id.label("project_id"),
             tenant.c.id.label("tenant_id"),
             tenant.c.name.label("tenant_name"),

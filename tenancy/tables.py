@@ -109,6 +109,7 @@ api_key = Table(
     Column("models", Text, nullable=True),  # the only ones it may ask for, as scopes are written; null: any
     Column("networks", Text, nullable=True),  # the only ones it may come from; null: any
     _int("last_used_ns", nullable=True),  # behind by up to a minute
+    Column("tiers", Text, nullable=True),  # the only service tiers it may name; null: any
     Index(None, "project_id"),
 )
 

@@ -8,8 +8,9 @@ spelling nothing is exchanged, and the token ids are the ones that the tokenizer
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
+from typing import Any
 
 
 class Spellings:
@@ -19,24 +20,49 @@ class Spellings:
         longest_first = sorted({token for token in special_tokens if token}, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
-    def hide(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], "Hidden"]:
-        """The messages with marks for spellings in their values, roles left alone, and how to undo it."""
+    def hide(self, messages: Any, tools: Any = None) -> tuple[Any, Any, "Hidden"]:
+        """Messages and tools with marks for spellings in their texts, and how to undo it.
+
+        Both are lists of objects of JSON values; a message's own role and the names of its fields are ours and left
+        alone.
+        """
         contents = [value for message in messages for name, value in message.items() if name != "role"]
-        if self._pattern is None or not any(self._pattern.search(content) for content in contents):
-            return messages, Hidden(None, [])
-        mark = next(mark for number in count() if not any((mark := f"@{number}:") in content for content in contents))
+        texts = list(_texts([contents, tools]))
+        if self._pattern is None or not any(self._pattern.search(text) for text in texts):
+            return messages, tools, Hidden(None, [])
+        mark = next(mark for number in count() if not any((mark := f"@{number}:") in text for text in texts))
         hidden: list[str] = []
+        pattern = self._pattern
 
         def exchange(match: re.Match[str]) -> str:
             hidden.append(match[0])
             return f"{mark}{len(hidden) - 1}@"
 
-        pattern = self._pattern
-        marked = [
-            {name: value if name == "role" else pattern.sub(exchange, value) for name, value in message.items()}
+        def marked(value: Any) -> Any:
+            if isinstance(value, str):
+                return pattern.sub(exchange, value)
+            if isinstance(value, dict):
+                return {marked(name): marked(one) for name, one in value.items()}
+            return [marked(one) for one in value] if isinstance(value, list) else value
+
+        told = [
+            {name: value if name == "role" else marked(value) for name, value in message.items()}
             for message in messages
         ]
-        return marked, Hidden(re.compile(re.escape(mark) + "([0-9]+)@"), hidden)
+        return told, marked(tools), Hidden(re.compile(re.escape(mark) + "([0-9]+)@"), hidden)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, the names in its objects too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            yield name
+            yield from _texts(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
 
 
 class Hidden:

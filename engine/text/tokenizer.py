@@ -22,6 +22,9 @@ from engine.text.spellings import Hidden, Spellings
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how SentencePiece models spell single bytes
 _SPACE = "\u2581"  # and how they spell spaces
 
+# Messages, or tools, as transformers hands them to a template: JSON values, what a call passes as an object.
+Messages = list[dict[str, Any]]
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a model folder. Raises ConfigError naming the file."""
@@ -108,27 +111,29 @@ class Tokenizer:
             offsets.append(detokenizer.begin)
         return offsets
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Messages, tools: Messages | None = None) -> list[int]:
         """Token ids of a conversation, ending where the assistant's answer begins. What is spelled like a special token
-        inside a message is text (engine/text/spellings.py).
+        inside a message or a tool is text (engine/text/spellings.py).
 
         Raises TokenizerError where the template refuses the messages or the model has none.
         """
-        text, hidden = self._render(messages)
+        text, hidden = self._render(messages, tools)
         return hidden.encode(text, lambda part: list(self._tokenizer.encode(part, add_special_tokens=False).ids))
 
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
+    def render_chat(self, messages: Messages, tools: Messages | None = None) -> str:
         """The conversation as the text that encode_chat tokenises. Raises TokenizerError."""
-        text, hidden = self._render(messages)
+        text, hidden = self._render(messages, tools)
         return hidden.show(text)
 
-    def _render(self, messages: list[dict[str, str]]) -> tuple[str, Hidden]:
+    def _render(self, messages: Messages, tools: Messages | None) -> tuple[str, Hidden]:
         if self._template is None:
             raise TokenizerError(f"the model {self.model_id} has no chat template")
-        marked, hidden = self._spellings.hide(messages)
+        marked, told, hidden = self._spellings.hide(messages, tools)
         try:
-            text = self._template.render(messages=marked, add_generation_prompt=True, **self._special_tokens)
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            text = self._template.render(
+                messages=marked, tools=told, add_generation_prompt=True, **self._special_tokens
+            )
+        except (TemplateError, TypeError, KeyError, ValueError, RecursionError) as error:
             raise TokenizerError(f"the chat template refused the messages: {error}") from error
         return text, hidden
 
@@ -176,10 +181,16 @@ def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
 def _compile(source: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.globals["raise_exception"] = _raise_exception
-    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.filters["tojson"] = _to_json
     try:
         return environment.from_string(source)
     except TemplateError as error:

@@ -11,6 +11,7 @@ from starlette.routing import BaseRoute, Route
 
 from gateway.api.chat import chat_route
 from gateway.api.completions import completions_route
+from gateway.api.conversation import writes_calls
 from gateway.api.edge import Edge
 from gateway.api.health import Readiness, healthz
 from gateway.api.models import Models
@@ -25,7 +26,8 @@ from gateway.services import Services
 def create_app(services: Services, *, extra_routes: Sequence[BaseRoute] = ()) -> Starlette:
     """`app.state.settler` must be drained at shutdown, after the last request and before the database is closed."""
     settler = Settler(services)
-    translator = Translator(services.tokenizer, services.settings, services.world.entropy)
+    tokenizer = services.tokenizer
+    translator = Translator(tokenizer, services.settings, services.world.entropy, writes_calls(tokenizer))
     models = Models(services)
 
     app = Starlette(

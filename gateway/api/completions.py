@@ -36,11 +36,11 @@ class CompletionShape:
         echo, told = self.frame.work.echo, self._echoed(prompt)
         return [self._chunk(index, echo, told, None) for index in range(self.frame.work.n)] if echo or told else []
 
-    def delta(self, index: int, text: str, logprobs: Logprobs) -> Json:
-        return self._chunk(index, text, self._logprobs(logprobs), None)
+    def delta(self, index: int, text: str, logprobs: Logprobs) -> list[Json]:
+        return [self._chunk(index, text, self._logprobs(logprobs), None)]
 
-    def closing(self, index: int, finish_reason: str) -> Json:
-        return self._chunk(index, "", None, finish_reason)
+    def closing(self, index: int, finish_reason: str) -> list[Json]:
+        return [self._chunk(index, "", None, finish_reason)]
 
     def usage_chunk(self, usage: Usage) -> Json:
         return self.frame.whole("text_completion", []) | {"usage": usage_json(usage)}

@@ -222,12 +222,14 @@ class Exchange:
             else:
                 index, output = found
                 reason = _checked_reason(output)
-                shown = bool(output.text or output.logprobs)
-                if shown:
-                    frames.append(event(shape.delta(index, output.text, output.logprobs)))
+                if output.text or output.logprobs:
+                    frames += map(event, shape.delta(index, output.text, output.logprobs))
+                shown = bool(frames)
                 if reason is not None:
                     reasons[index] = reason
-                    frames.append(event(shape.closing(index, reason)))
+                    closing = shape.closing(index, reason)
+                    frames += map(event, closing)
+                    shown = shown or len(closing) > 1
                 if frames and not begun:
                     begun = True
                     frames[:0] = [event(opening) for opening in shape.opening(self._prompt_logprobs)]

@@ -4,6 +4,7 @@ An ASGI app rather than a function that returns a response, so that one try/fina
 """
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 from starlette.requests import Request
@@ -11,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.protocol import Ready
 from gateway.api.admission import show_limits
-from gateway.api.auth import authenticated
+from gateway.api.auth import Caller, authenticated
 from gateway.api.exchange import serve
 from gateway.api.idempotency import idempotency_key, serve_once
 from gateway.api.problems import ModelNotFoundError, TierNotAllowedError
@@ -52,10 +53,9 @@ class GenerationRoute(Generic[RequestT]):
             request = self._parse(body)
             if not caller.principal.rules.allows_model(request.model):
                 raise ModelNotFoundError(request.model)
-            if request.tier == "priority" and not services.settings.may_use_priority(caller.principal.tenant_name):
-                raise TierNotAllowedError(request.tier)
+            tier = self._tier(request, caller)
             client = services.engine.client()  # before anything is reserved
-            work = await self._translate(request, client.ready)
+            work = replace(await self._translate(request, client.ready), tier=tier)
         except Exception:
             await show_limits(services, caller, scope["state"])
             raise
@@ -76,3 +76,13 @@ class GenerationRoute(Generic[RequestT]):
             await run(receive, send)
         else:
             await serve_once(services, caller, key, run, scope, receive, send)
+
+    def _tier(self, request: RequestT, caller: Caller) -> str:
+        """The service tier that serves it. Raises TierNotAllowedError where key or tenant may not use that one."""
+        principal = caller.principal
+        tier = principal.rules.tier_for(request.service_tier)
+        if tier is None:
+            raise TierNotAllowedError("auto" if request.service_tier is None else request.service_tier)
+        if tier == "priority" and not self._services.settings.may_use_priority(principal.tenant_name):
+            raise TierNotAllowedError(tier)
+        return tier

@@ -77,7 +77,7 @@ class NotThereError(Exception):
 
 
 class TierNotAllowedError(Exception):
-    """The tenant may not use this service tier."""
+    """The key or its tenant may not use this service tier."""
 
 
 class MissingScopeError(Exception):
@@ -299,7 +299,10 @@ TABLE: tuple[tuple[type[BaseException], Callable[[Any], Problem]], ...] = (
     (
         TierNotAllowedError,
         lambda error: _invalid(
-            403, f"This account may not use the service tier {error}.", "service_tier_not_allowed", "service_tier"
+            403,
+            f"This key may not use the service tier {error}: name another as service_tier.",
+            "service_tier_not_allowed",
+            "service_tier",
         ),
     ),
     (NotThereError, lambda error: _invalid(404, f"No such {error.kind}: {error.name[:256]!r}.", "not_found")),

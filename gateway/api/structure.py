@@ -70,6 +70,20 @@ def grammar_of(request: Structured) -> tuple[str, str]:
     return asked[0] if asked else ("", "")
 
 
+def answer_schema(request: Structured) -> dict[str, Any] | None:
+    """The JSON schema that an answer in words must keep to where it may call tools instead; None for any.
+
+    Raises InvalidRequestError where another form is asked for: only OpenAI's response_format goes with tools.
+    """
+    _, name = grammar_of(request)
+    if not name:
+        return None
+    asked = request.response_format
+    if asked is None or not name.startswith("response_format"):
+        raise InvalidRequestError(f"{name} does not go with tools: use response_format, or leave out tools", name)
+    return asked.json_schema.schema if asked.json_schema is not None else ANY_OBJECT
+
+
 def checked(text: str, name: str) -> str:
     """The grammar, if it compiles. Takes milliseconds. Raises InvalidRequestError naming the field."""
     try:

@@ -17,8 +17,11 @@ from engine.protocol import Ready, SamplingParams, Submit
 from engine.scheduling.tiers import TIERS
 from engine.text.tokenizer import Tokenizer
 from gateway.api import wire
+from gateway.api.conversation import conversation, num_chars_of, plain
 from gateway.api.problems import InvalidRequestError, ModelNotFoundError
-from gateway.api.structure import checked, grammar_of
+from gateway.api.structure import answer_schema, checked, grammar_of
+from gateway.api.tool_grammar import checked_calls
+from gateway.api.tools import ToolUse
 from gateway.secrets import Secrets, cache_salt
 from gateway.sequences import sequence_id
 from gateway.settings import Settings
@@ -41,9 +44,10 @@ class Work:
     stream: bool
     include_usage: bool
     cache_salt: str  # the client's own, "" for none
-    tier: str = "default"
+    tier: str = "default"  # which one serves it is the route's to say
     echo_offsets: tuple[int, ...] = ()  # where each prompt token begins in `echo`, if its log probability is told there
     prompt_logprobs: int = -1  # vLLM's field of that name, as SamplingParams has it
+    callable: frozenset[str] = frozenset()  # the functions that an answer may call
     cover: bool | None = None  # whether the stream hides its tokens' lengths; None: as the server does by itself
 
     @property
@@ -88,21 +92,27 @@ class Translator:
     tokenizer: Tokenizer
     settings: Settings
     entropy: Callable[[int], bytes]
+    template_writes_calls: bool  # as conversation.writes_calls found
 
     async def chat(self, request: wire.ChatRequest, ready: Ready) -> Work:
         self._check_model(request.model)
-        messages = [
-            {"role": "system" if message.role == "developer" else message.role, "content": wire.content_text(message)}
-            for message in request.messages
-        ]
-        num_chars = sum(len(message["content"]) for message in messages)
+        messages, use = conversation(request), request.tool_use
+        if self.template_writes_calls:
+            tools = use.told if use is not None else None
+        else:
+            messages, tools = plain(messages, use), None
         try:
-            token_ids = await _off_loop(num_chars, lambda: self.tokenizer.encode_chat(messages))
+            token_ids = await _off_loop(
+                num_chars_of(messages, tools), lambda: self.tokenizer.encode_chat(messages, tools)
+            )
         except TokenizerError as error:
             raise InvalidRequestError("the model's chat template refused these messages", "messages") from error
-        grammar = await self._grammar(request)
+        if use is None:
+            grammar = await self._grammar(request)
+        else:
+            grammar = await asyncio.to_thread(checked_calls, use, answer_schema(request))
         named = "max_completion_tokens" if request.max_completion_tokens is not None else "max_tokens"
-        return self._work(request, token_ids, request.max_new_tokens, named, "messages", Echo(), grammar, ready)
+        return self._work(request, token_ids, request.max_new_tokens, named, "messages", Echo(), grammar, ready, use)
 
     async def completion(self, request: wire.CompletionRequest, ready: Ready) -> Work:
         self._check_model(request.model)
@@ -143,6 +153,7 @@ class Translator:
         echo: Echo,
         grammar: str,
         ready: Ready,
+        use: ToolUse | None = None,
     ) -> Work:
         max_tokens = _room(
             len(token_ids), asked, asked_in, prompt_in, ready.context_max, self.settings.max_tokens_default
@@ -159,10 +170,10 @@ class Translator:
             stream=bool(request.stream),
             include_usage=request.include_usage,
             cache_salt=request.cache_salt or "",
-            tier=request.tier,
             echo_offsets=echo.offsets,
             prompt_logprobs=asked_of_prompt,
             cover=request.cover,
+            callable=use.callable if use is not None else frozenset(),
         )
 
 

@@ -25,6 +25,7 @@ from engine.protocol import (
 )
 from gateway.api.problems import InvalidRequestError
 from gateway.api.structure import Structured
+from gateway.api.tools import CallId, Choice, PastCalls, Tools, ToolUse, tool_use
 
 MESSAGES_MAX = 4_096
 PARTS_MAX = 1_024  # content parts of one message
@@ -36,7 +37,7 @@ COMPLETION_LOGPROBS_MAX = 5  # OpenAI's
 LOGIT_BIAS_MAX = 1_024  # tokens with a bias
 STOP_TOKEN_IDS_MAX = 64
 TOKEN_ID_DIGITS_MAX = 10
-ROLES = frozenset({"system", "developer", "user", "assistant"})
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -67,8 +68,10 @@ class TextPart(Struct, frozen=True):
 class Message(Struct, frozen=True):
     role: str
     content: str | list[TextPart] | None = None
-    tool_calls: Any = None
+    tool_calls: PastCalls | None = None
+    tool_call_id: CallId | None = None
     function_call: Any = None
+    audio: Any = None
 
 
 class Common(Structured, frozen=True, kw_only=True):
@@ -106,11 +109,6 @@ class Common(Structured, frozen=True, kw_only=True):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
-    def tier(self) -> str:
-        """The service tier that is asked for; ``auto`` is the default one."""
-        return "default" if self.service_tier in (None, "auto") else self.service_tier
-
-    @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -134,6 +132,14 @@ class ChatRequest(Common, frozen=True, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
+    tools: Tools | None = None
+    tool_choice: str | Choice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """Raises InvalidRequestError naming the field."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def num_logprobs(self) -> int:
@@ -168,8 +174,15 @@ def parse_chat(body: bytes) -> ChatRequest:
         )
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs: true", "top_logprobs")
+    called: frozenset[str] = frozenset()
     for index, message in enumerate(request.messages):
-        _check_message(message, f"messages[{index}]")
+        path = f"messages[{index}]"
+        _check_message(message, path)
+        if message.role == "tool":
+            _check_result(message, path, called)
+        else:
+            called = frozenset(call.id for call in message.tool_calls or ())
+    _ = request.tool_use
     return request
 
 
@@ -210,7 +223,9 @@ def _parse(body: bytes, kind: type[RequestT]) -> RequestT:
     fields = strict_json(body)
     if not isinstance(fields, dict):
         raise InvalidRequestError("the body must be a JSON object", None, "invalid_type")
-    for name, accepts, supported in UNSUPPORTED + (UNSUPPORTED_IN_CHAT if kind is ChatRequest else ()):
+    for name, accepts, supported in UNSUPPORTED + (
+        UNSUPPORTED_IN_CHAT if kind is ChatRequest else UNSUPPORTED_IN_COMPLETIONS
+    ):
         value = fields.get(name)
         if value is not None and not accepts(value):
             raise InvalidRequestError(f"{name} is not supported: {supported}", name, "unsupported_value")
@@ -295,14 +310,14 @@ def _check_message(message: Message, path: str) -> None:
         raise InvalidRequestError(
             f"role {role!r} is not supported: use one of {', '.join(sorted(ROLES))}", f"{path}.role"
         )
-    for name in ("tool_calls", "function_call"):
+    for name, instead in (("function_call", "use tool_calls"), ("audio", "only text is")):
         if getattr(message, name):
-            raise InvalidRequestError(
-                f"{name} is not supported: tools are not served", f"{path}.{name}", "unsupported_value"
-            )
-    if message.content is None:
+            raise InvalidRequestError(f"{name} is not supported: {instead}", f"{path}.{name}", "unsupported_value")
+    if message.tool_calls and message.role != "assistant":
+        raise InvalidRequestError("only the assistant calls tools", f"{path}.tool_calls")
+    if message.content is None and not message.tool_calls:
         raise InvalidRequestError("content must be a text or a list of text parts", f"{path}.content")
-    if isinstance(message.content, str):
+    if message.content is None or isinstance(message.content, str):
         return
     if not 1 <= len(message.content) <= PARTS_MAX:
         raise InvalidRequestError(f"content must have 1 to {PARTS_MAX} parts", f"{path}.content")
@@ -314,6 +329,15 @@ def _check_message(message: Message, path: str) -> None:
             )
         if part.text is None:
             raise InvalidRequestError("text is required", f"{path}.content[{index}].text", "missing_required_parameter")
+
+
+def _check_result(message: Message, path: str, called: frozenset[str]) -> None:
+    """``called``: the ids of the calls that the last message of the assistant made."""
+    where = f"{path}.tool_call_id"
+    if message.tool_call_id is None:
+        raise InvalidRequestError(f"{where} is required", where, "missing_required_parameter")
+    if message.tool_call_id not in called:
+        raise InvalidRequestError("the assistant's message before it has no call with this id", where)
 
 
 # --- known fields that would change the answer ------------------------------------------------------------------------
@@ -334,16 +358,12 @@ def _empty(value: Any) -> bool:
     return value in ([], {}, "") and not isinstance(value, bool)
 
 
-_NO_TOOLS = "tools are not served"
-
 # (field, accepts(value) for a value that changes nothing, what is supported)
 UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("best_of", _number(1), "no answer is thrown away: use n"),
     ("use_beam_search", _one_of(False), "sampling is the only method"),
-    ("tools", _empty, _NO_TOOLS),
-    ("tool_choice", _one_of("none", "auto"), _NO_TOOLS),
-    ("functions", _empty, _NO_TOOLS),
-    ("function_call", _one_of("none", "auto"), _NO_TOOLS),
+    ("functions", _empty, "use tools"),
+    ("function_call", _one_of("none", "auto"), "use tool_choice"),
     ("guided_grammar", _empty, "use structured_outputs.grammar"),
     ("structural_tag", _empty, "use structured_outputs"),
     ("bad_words", _empty, "use logit_bias"),
@@ -353,6 +373,7 @@ UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("audio", _empty, "text is the only modality"),
     ("web_search_options", _empty, "the web is not searched"),
     ("reasoning_effort", _one_of("none"), "the model does not reason before it answers"),
+    ("verbosity", _one_of("medium"), "ask for a length in a message"),
     ("store", _one_of(False), "answers are not stored"),
     ("continue_final_message", _one_of(False), "an answer is always a new message"),
     ("add_generation_prompt", _one_of(True), "an answer is always a new message"),
@@ -361,4 +382,8 @@ UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 UNSUPPORTED_IN_CHAT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("echo", _one_of(False), "only a completion repeats its prompt"),
+)
+UNSUPPORTED_IN_COMPLETIONS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("tools", _empty, "only a chat has tools"),
+    ("tool_choice", _one_of("none", "auto"), "only a chat has tools"),
 )

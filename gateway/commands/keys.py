@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gateway.commands.directory import Reason, TenantName, clerk, find_tenant, print_table
 from gateway.commands.session import CommandError, Session, in_transaction, open_session
 from tenancy.directory import list_projects, owner_of
-from tenancy.key_rules import read_rules
+from tenancy.key_rules import TIERS, read_rules
 from tenancy.keys import ApiKey, list_keys
 
 NS_PER_S = 10**9
@@ -47,6 +47,7 @@ def key_create(
     expires: Expires = "",
     model: Annotated[list[str] | None, typer.Option(help="the only model it may ask for; repeatable")] = None,
     network: Annotated[list[str] | None, typer.Option(help="the only network (CIDR) it works from; repeatable")] = None,
+    tier: Annotated[list[str] | None, typer.Option(help="the only service tier it may name; repeatable")] = None,
 ) -> None:
     """Create an API key and show its secret once."""
     session = open_session()
@@ -61,7 +62,7 @@ def key_create(
             session.secrets.key_pepper,
             scopes=frozenset(scope or ["inference"]),
             expires_ns=instant_ns(session, expires),
-            rules=read_rules(model or (), network or ()),
+            rules=read_rules(model or (), network or (), tier or ()),
         )
         return minted.secret_text
 
@@ -98,7 +99,7 @@ def key_list(tenant: TenantName) -> None:
         found = await list_keys(conn, (await find_tenant(conn, tenant)).tenant_id)
         return [key_row(key, session.world.now_ns()) for key in found]
 
-    columns = ("id", "key", "name", "scopes", "state", "expires", "last used", "models", "networks")
+    columns = ("id", "key", "name", "scopes", "state", "expires", "last used", "models", "networks", "tiers")
     print_table(columns, in_transaction(session, work))
 
 
@@ -113,6 +114,7 @@ def key_row(key: ApiKey, now_ns: int) -> tuple[str, ...]:
         iso(key.last_used_ns),
         " ".join(sorted(key.rules.models)) or "any",
         " ".join(key.rules.networks) or "any",
+        " ".join(tier for tier in TIERS if tier in key.rules.tiers) or "any",
     )
 
 

@@ -15,7 +15,7 @@ from tests.audit.strategies import entries
 from tests.audit.world import admitted
 
 DOCS = Path(__file__).parents[2] / "docs" / "log-entries.md"
-KEY_RULES: dict[str, object] = {"expires_ns": 0, "models": [], "networks": []}
+KEY_RULES: dict[str, object] = {"expires_ns": 0, "models": [], "networks": [], "tiers": []}
 LETTERS = {"str": "s", "bool": "b", "list[str]": "l"}
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 from msgspec.structs import replace
 
 from engine.journal import Journal, JournalRecord
+from engine.scheduling.tiers import TIERS
 from gateway.clerk import Clerk
 from gateway.host.folders import open_folders
 from gateway.host.housekeeping import Housekeeping
@@ -62,6 +63,21 @@ def test_rules_of_a_key_hold_on_every_route(stage: Stage, runner: asyncio.Runner
             assert await asked("POST", "/v1/chat/completions", chat) == (403, "missing_scope")
             assert await asked("POST", "/v1/completions", {"model": "integer", "prompt": "x"}) == (403, "missing_scope")
             assert await asked("GET", "/v1/models") == (403, "missing_scope")
+        assert worker.submits == []
+        await key_with(hall, rules=read_rules(tiers=["flex", "batch", "priority"]))
+        completion = {"model": "integer", "prompt": "x", "max_tokens": 1}
+        for path, body in (("/v1/chat/completions", chat), ("/v1/completions", completion)):
+            for asked_tier, given in ((None, "flex"), ("auto", "flex"), ("flex", "flex"), ("batch", "batch")):
+                answer = await hall.call("POST", path, body | {"service_tier": asked_tier}, tenant="other")
+                assert (answer.status, answer.json()["service_tier"]) == (200, given)
+                assert worker.submits.pop().priority == TIERS[given]
+            for refused in ("default", "priority"):  # this tenant has no priority: a key's rules only narrow
+                answer = await hall.call("POST", path, body | {"service_tier": refused}, tenant="other")
+                assert (answer.status, answer.json()["error"]["code"]) == (403, "service_tier_not_allowed")
+                assert (answer.json()["error"]["param"], refused in answer.json()["error"]["message"]) == (
+                    "service_tier",
+                    True,
+                )
         assert worker.submits == []
         key_id = await key_with(hall)
         await hall.call("POST", "/v1/chat/completions", chat, tenant="other")

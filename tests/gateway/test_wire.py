@@ -15,6 +15,23 @@ CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}
 
 
+def function(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f"} | fields}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"type": "object"} | ({"properties": nested(depth - 1)} if depth else {})
+
+
+def allowed(mode: str, name: str = "f") -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [function(name=name)]}}
+
+
+TOOL = function(parameters={"type": "object", "properties": {}})
+CALLED: list[Any] = [{"role": "assistant", "tool_calls": [{"id": "c"} | function(arguments="{}")]}]
+RESULT = {"role": "tool", "content": "x", "tool_call_id": "c"}
+
+
 def refused(parse: Any, body: Any) -> InvalidRequestError:
     with pytest.raises(InvalidRequestError) as caught:
         parse(body if isinstance(body, bytes) else json.dumps(body).encode())
@@ -31,7 +48,12 @@ def refused(parse: Any, body: Any) -> InvalidRequestError:
         ({"messages": "hi"}, "messages"),
         ({"messages": [3]}, "messages[0]"),
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "c"}]}, "messages[0].tool_call_id"),
+        ({"messages": [*CALLED, RESULT | {"tool_call_id": "c2"}]}, "messages[1].tool_call_id"),
+        ({"messages": [*CALLED, CHAT["messages"][0], RESULT]}, "messages[2].tool_call_id"),
+        ({"messages": [CALLED[0] | {"role": "user"}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "x", "audio": {"id": "a"}}]}, "messages[0].audio"),
         ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
@@ -39,7 +61,8 @@ def refused(parse: Any, body: Any) -> InvalidRequestError:
         ({"messages": [CHAT["messages"][0], {"role": "user", "content": None}]}, "messages[1].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id"),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages[0].content"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
@@ -67,8 +90,24 @@ def refused(parse: Any, body: Any) -> InvalidRequestError:
         ({"n": 0}, "n"),
         ({"n": True}, "n"),
         ({"n": "1"}, "n"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
+        ({"tools": [function(name="a b")]}, "tools[0].function.name"),
+        ({"tools": [function(name="x" * 65)]}, "tools[0].function.name"),
+        ({"tools": [function(parameters={"type": "string"})]}, "tools[0].function.parameters"),
+        ({"tools": [function(parameters=[])]}, "tools[0].function.parameters"),
+        ({"tools": [function(parameters=nested(70))]}, "tools[0].function.parameters"),
+        ({"tools": [function(name=f"f{n}") for n in range(129)]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": allowed("none")}, "tool_choice.allowed_tools.mode"),
+        ({"tools": [TOOL], "tool_choice": allowed("auto", "g")}, "tool_choice"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+        ({"verbosity": "low"}, "verbosity"),
         ({"functions": [{}]}, "functions"),
         ({"logprobs": 1}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -139,6 +178,8 @@ def test_a_bad_chat_request_names_its_field(change: dict[str, Any], param: str) 
         ({"prompt": {"text": "a"}}, "prompt"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "end"}, "suffix"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"echo": "yes"}, "echo"),
         ({"max_tokens": 0, "echo": True}, "max_tokens"),
         ({"logprobs": 6}, "logprobs"),
@@ -199,6 +240,11 @@ def test_values_that_change_nothing_and_unknown_fields_are_accepted() -> None:
         "store": False,
         "user": "somebody",
         "metadata": {"a": "b"},
+        "safety_identifier": "s",
+        "prompt_cache_key": "k",
+        "prediction": {"type": "content", "content": "x"},
+        "verbosity": "medium",
+        "reasoning_effort": "none",
         "parallel_tool_calls": True,
         "a_field_of_next_year": [1, 2],
         "max_tokens": 5,
@@ -245,6 +291,8 @@ NAMES = sorted(
         "seed",
         "stream",
         "stream_options",
+        "tools",
+        "tool_choice",
         "max_tokens",
         "top_p",
     }

@@ -10,8 +10,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from engine.journal import read_journals
@@ -39,6 +41,34 @@ def test_the_printed_python_answers(server: Server, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
+
+
+def test_a_call_is_made_and_its_result_goes_back(server: Server) -> None:
+    """The demo model's template knows no tools: it is told in plain words, and a grammar holds it to the form."""
+    client = server.openai("acme")
+    model = client.models.list().data[0].id
+    city = {"type": "string", "enum": ["Paris", "Rome", "Oslo"]}
+    parameters = {"type": "object", "properties": {"city": city}, "required": ["city"], "additionalProperties": False}
+    tool: Any = {"type": "function", "function": {"name": "get_weather", "parameters": parameters, "strict": True}}
+    question: Any = {"role": "user", "content": "What is the weather in Paris now?"}
+    asked: Any = {"model": model, "tools": [tool], "temperature": 0, "max_tokens": 100, "parallel_tool_calls": False}
+    whole = client.chat.completions.create(**asked, messages=[question], tool_choice="required")
+    message = whole.choices[0].message
+    assert whole.choices[0].finish_reason == "tool_calls"
+    assert message.tool_calls is not None
+    [call] = message.tool_calls
+    assert call.type == "function"
+    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Paris"})
+    with client.chat.completions.stream(**asked, messages=[question], tool_choice="required") as stream:
+        num_pieces = sum(event.type == "tool_calls.function.arguments.delta" for event in stream)
+        streamed = stream.get_final_completion().choices[0]
+    assert num_pieces > 1
+    assert streamed.finish_reason == "tool_calls"
+    assert [one.function.arguments for one in streamed.message.tool_calls or []] == [call.function.arguments]
+    result: Any = {"role": "tool", "tool_call_id": call.id, "content": "It is 31 degrees and sunny in Paris."}
+    history: Any = [question, message.model_dump(exclude_none=True), result]
+    answer = client.chat.completions.create(**(asked | {"tools": openai.omit}), messages=history)
+    assert "31" in (answer.choices[0].message.content or ""), answer.choices[0].message.content
 
 
 def test_two_tenants_stream_at_once_and_all_records_agree(server: Server) -> None:

@@ -58,6 +58,31 @@ def test_what_is_not_a_network_is_refused(text: str) -> None:
         read_rules(networks=[text])
 
 
+TIERS_ASKED = [None, "auto", "priority", "default", "flex", "batch"]
+
+
+@pytest.mark.parametrize(
+    ("tiers", "given"),
+    [
+        ([], ["default", "default", "priority", "default", "flex", "batch"]),
+        (["batch", "flex"], ["flex", "flex", None, None, "flex", "batch"]),
+        (["batch", "priority"], ["batch", "batch", "priority", None, None, "batch"]),
+        (["priority"], [None, None, "priority", None, None, None]),
+    ],
+)
+def test_a_key_gets_its_own_tiers_only(tiers: list[str], given: list[str | None]) -> None:
+    rules = read_rules(tiers=tiers)
+    assert loaded(None, None, stored(rules.tiers)) == rules
+    assert [rules.tier_for(asked) for asked in TIERS_ASKED] == given
+    assert [loaded(None, None, "").tier_for(asked) for asked in TIERS_ASKED] == [None] * 6  # a damaged row
+
+
+@pytest.mark.parametrize("tiers", [[""], ["auto"], ["scale"], ["batch flex"]])
+def test_what_is_not_a_tier_is_refused(tiers: list[str]) -> None:
+    with pytest.raises(KeyRuleError, match="priority, default, flex, batch"):
+        read_rules(tiers=tiers)
+
+
 @pytest.mark.parametrize("models", [[""], ["a b"], ["x" * 201], [str(n) for n in range(65)]])
 def test_what_is_not_a_model_is_refused(models: list[str]) -> None:
     with pytest.raises(KeyRuleError):
@@ -69,7 +94,7 @@ def test_a_key_works_from_its_networks_only(database_url: str) -> None:
         entropy = counting_entropy()
         async with opened(database_url) as database, database.transaction() as conn:
             made = await populate(conn, entropy=entropy)
-            rules = read_rules(["m"], ["192.0.2.0/24", "2001:db8::/32"])
+            rules = read_rules(["m"], ["192.0.2.0/24", "2001:db8::/32"], ["flex", "batch"])
             key = await mint_key(
                 conn, made.project_id, "k", ["usage"], pepper=PEPPER, entropy=entropy, now_ns=T0, rules=rules
             )
