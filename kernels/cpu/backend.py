@@ -23,6 +23,7 @@ from kernels.cpu.library import (
     AttentionArgs,
     NormArgs,
     RopeArgs,
+    TopArgs,
     load,
     optional_pointer,
     pointer,
@@ -222,6 +223,16 @@ class NativeBackend:
         args.num_heads, args.num_kv_heads, args.head_size = num_heads, key_cache.shape[2], key_cache.shape[3]
         args.dtype = DTYPES[qkv.dtype]
         self._library.rope_and_store(self._isa, ctypes.byref(args))
+
+    def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        num_rows, num_columns = logits.shape
+        assert logits.dtype == torch.float32
+        assert 1 <= count <= num_columns < 2**32
+        ids = torch.zeros((num_rows, count), dtype=torch.int64)
+        finite = torch.zeros(num_rows, dtype=torch.bool)
+        args = TopArgs(pointer(logits), pointer(ids), pointer(finite), num_rows, num_columns, count)
+        self._library.top(self._isa, ctypes.byref(args))
+        return ids, finite
 
     def check(self, plan: Plan) -> None:
         tokens = np.flatnonzero(plan.flags).tolist()
