@@ -124,20 +124,20 @@ class NativeBackend:
     def rms_norm(
         self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        num_tokens, size = x.shape
-        total = torch.empty((num_tokens, size), dtype=torch.float32) if residual is None else residual
-        out = torch.empty((num_tokens, size), dtype=weight.dtype)
+        num_tokens, size = shape = x.shape
         assert x.dtype == weight.dtype
         assert weight.shape == (size,)
-        assert total.shape == x.shape
+        total = torch.empty(shape, dtype=torch.float32) if residual is None else residual
+        assert total.shape == shape
         assert total.dtype == torch.float32
+        out = torch.empty_like(x)
         at = pointer(total)
         args = NormArgs(  # by place: by name it takes as long as the op itself
             pointer(x),
             pointer(weight),
             None if residual is None else at,
             at,
-            pointer(out),
+            out.data_ptr(),
             num_tokens,
             size,
             epsilon,
