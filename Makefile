@@ -18,6 +18,7 @@ test: setup-dev ## Run the tests that a contributor runs (under 10 minutes on 2 
 
 test-all: setup-dev ## Run everything, with deep property tests
 	BULKHEAD_TEST_PROFILE=deep $(BIN)/python -m pytest --timeout 1800
+	BULKHEAD_TEST_DATABASE=postgresql $(BIN)/python -m pytest tests/gateway -m "not deep"
 
 check: setup-dev ## Lint, formatting, strict types, import walls, documentation
 	$(BIN)/ruff check .

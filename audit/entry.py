@@ -105,6 +105,7 @@ _ALL = (
         _text("request_id", "original_request_id", "key_id"),
     ),
     Kind("tenant.created", 1, "A tenant was created.", _text("organisation_id", "name")),
+    Kind("project.created", 1, "A project of a tenant was created.", _text("project_id", "name")),
     Kind(
         "tenant.status_changed",
         1,
@@ -116,6 +117,12 @@ _ALL = (
         1,
         "A tenant was deleted and its keys revoked; the credit that it had left stays on the books.",
         (*_text("name", "reason"), *_count("num_keys_revoked", "credit_nano_usd")),
+    ),
+    Kind(
+        "cache.erased",
+        1,
+        "The engine's blocks with numbers of a deleted tenant were zeroed.",
+        (*_text("epoch"), *_count("num_blocks")),
     ),
     Kind(
         "key.created",
@@ -229,6 +236,20 @@ _ALL = (
             Field("sequence_ids", "list[str]"),
             Field("domains", "list[str]"),
         ),
+    ),
+    Kind(
+        "webhook.added",
+        1,
+        "An endpoint hears of entries of these kinds; the rest of its URL is not logged.",
+        (*_text("endpoint_id", "host"), Field("kinds", "list[str]")),
+    ),
+    Kind("webhook.removed", 1, "An endpoint hears of nothing any more.", _text("endpoint_id", "reason")),
+    Kind("webhook.resent", 1, "A delivery is sent again at an operator's wish.", _text("endpoint_id", "delivery_id")),
+    Kind(
+        "webhook.given_up",
+        1,
+        "The entry at log_index was not taken by an endpoint, however often it was tried.",
+        (*_text("endpoint_id", "delivery_id", "event_kind", "reason"), *_count("log_index", "num_attempts")),
     ),
     Kind("operator.created", 1, "An operator account was created.", _text("name")),
     Kind("operator.logged_in", 1, "An operator logged in.", _text("name")),

@@ -5,9 +5,15 @@ log_leaf    the public leaves, dense indexes from 0, never changed
 log_opening what opens a leaf's commitment (nonce and body); deleting a row is erasure
 log_state   one row: tree size and frontier, and the lock that lets one sequencer work at a time
 checkpoint  every signed tree head
+
+On PostgreSQL, in a transaction that is bound to a tenant (`bulkhead.tenant`, set by the hall), entries of others are
+not there; those that concern no tenant are.
 """
 
+from typing import Final
+
 from sqlalchemy import (
+    DDL,
     BigInteger,
     Column,
     ForeignKey,
@@ -18,6 +24,7 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
+    event,
 )
 
 metadata = MetaData(
@@ -83,3 +90,21 @@ checkpoint = Table(
     Column("at_ns", BigInteger, nullable=False),
     Column("note", Text, nullable=False),  # the signed note, as published
 )
+
+OF_TENANTS: Final = (outbox, log_opening)
+
+
+def row_security_ddl(table: Table) -> list[str]:
+    """The statements that hide other tenants' rows, to run one by one, on PostgreSQL only."""
+    name, bound = table.name, "coalesce(current_setting('bulkhead.tenant', true), '')"
+    return [
+        f"ALTER TABLE {name} ENABLE ROW LEVEL SECURITY",
+        f"ALTER TABLE {name} FORCE ROW LEVEL SECURITY",
+        f"CREATE POLICY {name}_of_tenant ON {name} USING ({bound} = '' OR tenant_id IN ('', {bound}))",
+    ]
+
+
+for _table in OF_TENANTS:
+    for _statement in row_security_ddl(_table):
+        _ddl = DDL(_statement.replace("%", "%%"))  # type: ignore[no-untyped-call]  # it formats with %
+        event.listen(_table, "after_create", _ddl.execute_if(dialect="postgresql"))

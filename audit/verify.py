@@ -100,6 +100,12 @@ KINDS: dict[str, dict[int, str]] = {
         1: "epoch:s num_steps:i num_slots_checked:i num_violations:i num_self_tests:i last_self_test_ok:b"
     },
     "isolation.violation": {1: "epoch:s rule:s detail:s step:i block_id:i sequence_ids:l domains:l"},
+    "cache.erased": {1: "epoch:s num_blocks:i"},
+    "project.created": {1: "project_id:s name:s"},
+    "webhook.added": {1: "endpoint_id:s host:s kinds:l"},
+    "webhook.removed": {1: "endpoint_id:s reason:s"},
+    "webhook.resent": {1: "endpoint_id:s delivery_id:s"},
+    "webhook.given_up": {1: "endpoint_id:s delivery_id:s event_kind:s reason:s log_index:i num_attempts:i"},
     "operator.created": {1: "name:s"},
     "operator.logged_in": {1: "name:s"},
     "operator.logged_out": {1: "name:s"},

@@ -16,6 +16,8 @@ from engine.protocol import (
     PROTOCOL_VERSION,
     Abort,
     Drain,
+    Erase,
+    Erased,
     FrameReader,
     FromWorker,
     Incident,
@@ -115,6 +117,7 @@ class EngineClient:
         self._frames = frames
         self._on_incident = on_incident
         self._generations: dict[str, Generation] = {}
+        self._erasing: dict[str, asyncio.Future[int]] = {}
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
@@ -205,6 +208,16 @@ class EngineClient:
         """Ask the worker to finish what runs within ``timeout_ms`` and exit."""
         self._send(Drain(timeout_ms))
 
+    async def erase(self, domain: str) -> int:
+        """Ask the worker to end a domain's sequences and to zero its blocks; how many there were. Raises
+        EngineGoneError."""
+        if self.closed.is_set():
+            raise EngineGoneError(0, 0)
+        if domain not in self._erasing:
+            self._erasing[domain] = asyncio.get_running_loop().create_future()
+            self._send(Erase(domain))
+        return await asyncio.shield(self._erasing[domain])
+
     async def close(self) -> None:
         """Close the connection; the worker aborts whatever is still running on it."""
         self._writer.close()
@@ -242,6 +255,10 @@ class EngineClient:
             case Incident():
                 if self._on_incident is not None:
                     self._on_incident(message)
+            case Erased(domain, num_blocks):
+                erasing = self._erasing.pop(domain, None)
+                if erasing is not None:
+                    erasing.set_result(num_blocks)
             case Ready():
                 raise ProtocolError("a second Ready frame")
 
@@ -268,3 +285,7 @@ class EngineClient:
             for generation in self._generations.values():
                 generation.worker_gone()
             self._generations.clear()
+            for erasing in self._erasing.values():
+                erasing.set_exception(EngineGoneError(0, 0))
+                erasing.exception()  # whoever waits hears of it; nobody has to
+            self._erasing.clear()

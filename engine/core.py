@@ -163,6 +163,13 @@ class EngineCore:
             outputs.append(self._finish(sequence))
         return outputs
 
+    def erase_domain(self, domain: str) -> tuple[list[TokenOutput], int]:
+        """Whose domain it is has left: its sequences end, its blocks are zeroed. Their endings; how many blocks."""
+        outputs = [self.abort(name) for name, one in list(self._sequences.items()) if one.domain == domain]
+        num_blocks = self.pool.erase(domain)
+        self._show_events()
+        return [output for output in outputs if output is not None], num_blocks
+
     def step(self) -> StepResult:
         """Advance every scheduled sequence by its share of the budget."""
         result = StepResult()

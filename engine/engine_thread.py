@@ -15,7 +15,18 @@ from msgspec.structs import replace
 from engine.core import EngineCore
 from engine.endings import refusal
 from engine.journal import Journal, record_of
-from engine.protocol import Abort, Drain, Incident, Stats, Submit, TokenOutput, ToWorker, encode_frame
+from engine.protocol import (
+    Abort,
+    Drain,
+    Erase,
+    Erased,
+    Incident,
+    Stats,
+    Submit,
+    TokenOutput,
+    ToWorker,
+    encode_frame,
+)
 from engine.worker_log import log
 
 STRANGER = "output_of_stranger"  # the incident's kind
@@ -142,6 +153,10 @@ class EngineThread:
                 if self._owners.get(sequence_id) is connection:
                     output = self.core.abort(sequence_id)
                     return [output] if output is not None else []
+            case Received(connection, Erase(domain)):
+                outputs, num_blocks = self.core.erase_domain(domain)
+                self.deliver({connection: encode_frame(Erased(domain, num_blocks))}, b"")
+                return outputs
             case Received(_, Drain(timeout_ms)) | Drain(timeout_ms):
                 until_s = time.monotonic() + timeout_ms / 1000
                 self._drain_until_s = min(until_s, self._drain_until_s or until_s)

@@ -14,7 +14,7 @@ import msgspec
 
 from engine.errors import ProtocolError
 
-PROTOCOL_VERSION = 4  # 4: a worker that knows less would not give a sequence's nonce back
+PROTOCOL_VERSION = 5  # 5: a worker that knows less would close a connection that asks it to erase
 FRAME_BYTES_MAX = (
     8 * 1024 * 1024
 )  # a prompt of a million token ids still fits; a lost reader cannot make us buffer more
@@ -130,6 +130,12 @@ class Drain(msgspec.Struct, frozen=True, array_like=True, tag="drain"):
     timeout_ms: int
 
 
+class Erase(msgspec.Struct, frozen=True, array_like=True, tag="erase"):
+    """Whose domain it is has left for good: its sequences end, and the blocks with its numbers are zeroed."""
+
+    domain: str
+
+
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """The first frame on every connection."""
 
@@ -224,8 +230,15 @@ class Incident(msgspec.Struct, frozen=True, array_like=True, tag="incident"):
     detail: str
 
 
-ToWorker = Submit | Abort | Drain
-FromWorker = Ready | TokenOutput | Stats | Incident
+class Erased(msgspec.Struct, frozen=True, array_like=True, tag="erased"):
+    """The answer to Erase: how many blocks held something of the domain."""
+
+    domain: str
+    num_blocks: int
+
+
+ToWorker = Submit | Abort | Drain | Erase
+FromWorker = Ready | TokenOutput | Stats | Incident | Erased
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)

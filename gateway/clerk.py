@@ -7,6 +7,7 @@ import base64
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -14,7 +15,19 @@ from audit.entry import Entry
 from audit.outbox import append
 from gateway.budget_alerts import append_alerts, budget_fields
 from gateway.world import new_id
-from tenancy import budgets, closing, corrections, directory, keys, ledger, limits, operators, prices, rotation
+from tenancy import (
+    budgets,
+    closing,
+    corrections,
+    directory,
+    keys,
+    ledger,
+    limits,
+    operators,
+    prices,
+    rotation,
+    webhooks,
+)
 from tenancy.budget_use import BudgetScope
 from tenancy.credits import CreditKind
 from tenancy.key_rules import UNRESTRICTED, KeyRules
@@ -48,6 +61,12 @@ class Clerk:
         )
         await self._log("tenant.created", tenant.tenant_id, {"organisation_id": owner.organisation_id, "name": name})
         return tenant.tenant_id, project.project_id
+
+    async def create_project(self, tenant_id: str, name: str) -> directory.Project:
+        """Raises UnknownIdError or a name error."""
+        project = await directory.create_project(self.conn, tenant_id, name, entropy=self.entropy, now_ns=self.now_ns)
+        await self._log("project.created", tenant_id, {"project_id": project.project_id, "name": name})
+        return project
 
     async def set_tenant_status(self, tenant_id: str, status: Literal["active", "suspended"], reason: str) -> None:
         """Suspend or resume; its keys answer, or not, from the next request on."""
@@ -295,6 +314,37 @@ class Clerk:
         """Raises BudgetError where there is none."""
         budget = await budgets.remove_budget(self.conn, scope_id, period, hard=hard)
         await self._log("budget.removed", budget.tenant_id, budget_fields(budget))
+
+    async def add_webhook(self, url: str, kinds: frozenset[str], *, tenant_id: str, next_leaf_index: int) -> str:
+        """An endpoint that hears of what comes from now on; its id. The log has its host only: paths hold secrets."""
+        endpoint = await webhooks.add_endpoint(
+            self.conn,
+            url,
+            kinds,
+            tenant_id=tenant_id,
+            next_leaf_index=next_leaf_index,
+            entropy=self.entropy,
+            now_ns=self.now_ns,
+        )
+        body: Body = {
+            "endpoint_id": endpoint.endpoint_id,
+            "host": urlsplit(url).hostname or "",
+            "kinds": sorted(kinds),
+        }
+        await self._log("webhook.added", tenant_id, body)
+        return endpoint.endpoint_id
+
+    async def remove_webhook(self, endpoint_id: str, reason: str) -> None:
+        """Raises WebhookError."""
+        endpoint = await webhooks.end_endpoint(self.conn, endpoint_id, reason, now_ns=self.now_ns)
+        await self._log("webhook.removed", endpoint.tenant_id, {"endpoint_id": endpoint_id, "reason": reason})
+
+    async def resend_webhook(self, delivery_id: str) -> None:
+        """Raises WebhookError."""
+        delivery = await webhooks.resend(self.conn, delivery_id, now_ns=self.now_ns)
+        endpoint = await webhooks.get_endpoint(self.conn, delivery.endpoint_id)
+        body: Body = {"endpoint_id": delivery.endpoint_id, "delivery_id": delivery_id}
+        await self._log("webhook.resent", endpoint.tenant_id, body)
 
     async def create_operator(self, name: str) -> str:
         """An operator for the admin page; the generated password, which is stored only as a hash."""

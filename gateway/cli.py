@@ -20,6 +20,7 @@ from gateway.commands import credits as credits_commands
 from gateway.commands import directory as directory_commands
 from gateway.commands import keys as keys_commands
 from gateway.commands import limits as limits_commands
+from gateway.commands import webhooks as webhooks_commands
 from gateway.commands.errors import KNOWN_ERRORS
 from gateway.logs import configure_logs
 from gateway.settings import load_settings
@@ -32,6 +33,7 @@ app.add_typer(limits_commands.limits_app, name="limits")
 app.add_typer(budgets_commands.budget_app, name="budget")
 app.add_typer(directory_commands.price_app, name="price")
 app.add_typer(credits_commands.credit_app, name="credit")
+app.add_typer(webhooks_commands.webhook_app, name="webhook")
 app.add_typer(directory_commands.admin_app, name="admin")
 app.add_typer(audit_commands.app, name="audit")
 bench_commands.app.command("kernels")(bench_kernels_commands.bench_kernels)

@@ -2,7 +2,7 @@
 
 SQLite has one writer. Writers therefore queue on a lock in this process and start with BEGIN IMMEDIATE, so that a
 transaction never discovers half-way that it cannot write. Readers run beside them (WAL). On PostgreSQL both are
-plain transactions.
+plain transactions, and one that is bound to a tenant sees no other tenant's rows (tenancy/row_security.py).
 """
 
 import asyncio
@@ -11,10 +11,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
-from sqlalchemy import event
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+_BIND = text("SELECT set_config('bulkhead.tenant', :tenant_id, true)")  # true: until the transaction ends
 BUSY_TIMEOUT_MS = 5_000  # how long a SQLite writer waits for another process (a CLI command) to finish
 
 
@@ -33,27 +34,41 @@ class Database:
             _prepare_sqlite(self._engine)
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncConnection]:
-        """A read-write transaction: commits on normal exit, rolls back on any exception."""
+    async def transaction(self, tenant_id: str = "") -> AsyncIterator[AsyncConnection]:
+        """A read-write transaction: commits on normal exit, rolls back on any exception. ``tenant_id`` binds it."""
         async with self._write_lock or nullcontext():
             with _mapped_errors():
                 async with self._engine.connect() as conn:
                     if self.is_sqlite:
                         await conn.exec_driver_sql("BEGIN IMMEDIATE")
                     async with _committing(conn):
+                        await self._bind(conn, tenant_id)
                         yield conn
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
-        """A consistent snapshot for reading; always rolled back."""
+    async def read(self, tenant_id: str = "") -> AsyncIterator[AsyncConnection]:
+        """A consistent snapshot for reading; always rolled back. ``tenant_id`` binds it."""
         with _mapped_errors():
             async with self._engine.connect() as conn:
                 if self.is_sqlite:
                     await conn.exec_driver_sql("BEGIN")
                 try:
+                    await self._bind(conn, tenant_id)
                     yield conn
                 finally:
                     await conn.rollback()
+
+    async def has_row_security(self) -> bool:
+        """Whether bound transactions are: not on SQLite, and not for a role that the rules do not hold for."""
+        if self.is_sqlite:
+            return False
+        async with self.read() as conn:
+            query = text("SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user")
+            return not (await conn.execute(query)).scalar_one()
+
+    async def _bind(self, conn: AsyncConnection, tenant_id: str) -> None:
+        if tenant_id and not self.is_sqlite:
+            await conn.execute(_BIND, {"tenant_id": tenant_id})
 
     async def dispose(self) -> None:
         await self._engine.dispose()

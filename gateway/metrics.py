@@ -44,6 +44,7 @@ class Metrics:
         self._requests = counter("bulkhead_requests", "Admitted requests by how they ended", "tenant", "finish_reason")
         self._tokens = counter("bulkhead_tokens", "Tokens charged", "tenant", "kind")
         self._would_refuse = counter("bulkhead_would_refuse", "Served, against a limit in shadow", "tenant", "limit")
+        self._webhooks = counter("bulkhead_webhook_attempts", "Webhook deliveries tried, by outcome", "outcome")
         self._success = counter("vllm:request_success", "Requests that ended with an answer", "finished_reason")
         self._ttft = histogram("vllm:time_to_first_token_seconds", "Admission to first text", TTFT_BUCKETS_S)
         self._latency = histogram("vllm:e2e_request_latency_seconds", "Admission to the end", LATENCY_BUCKETS_S)
@@ -83,6 +84,10 @@ class Metrics:
     def would_refuse(self, tenant: str, limit: str) -> None:
         """A limit in shadow would have refused a request."""
         self._would_refuse.labels(self._tenant(tenant), limit).inc()
+
+    def webhook_attempt(self, outcome: str) -> None:
+        """``delivered``, ``failed`` (it will be tried again) or ``dead``."""
+        self._webhooks.labels(outcome).inc()
 
     def render(self) -> bytes:
         """The text format of Prometheus."""

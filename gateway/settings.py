@@ -11,7 +11,14 @@ from typing import Any
 PREFIX = "BULKHEAD_"
 SCHEDULING = ("fair", "fcfs", "round_robin", "sjf", "bounded")  # the engine's policies by name
 LOG_LEVELS = ("debug", "info", "warning", "error")
-FOREIGN = {"BULKHEAD_TEST_PROFILE", "BULKHEAD_TEST_MODEL_DIR", "BULKHEAD_KEY"}  # read by tests, snippets, bench
+FOREIGN = {  # read by tests, snippets and commands
+    "BULKHEAD_TEST_PROFILE",
+    "BULKHEAD_TEST_MODEL_DIR",
+    "BULKHEAD_TEST_DATABASE",
+    "BULKHEAD_KEY",
+    "BULKHEAD_PROBE_KEY_A",
+    "BULKHEAD_PROBE_KEY_B",
+}
 
 
 class SettingsError(Exception):
@@ -47,6 +54,13 @@ def _percent(least: int, most: int) -> Callable[[str], int]:
         return value
 
     return cast
+
+
+def _pad(text: str) -> int:
+    value = int(text)
+    if not 16 <= value <= 16_384:
+        raise ValueError("must be between 16 and 16384, the size of a TLS record")
+    return value
 
 
 def _boolean(text: str) -> bool:
@@ -106,6 +120,10 @@ class Settings:
     idempotency_bytes_max: int = _setting(1024 * 1024, _positive)  # of one answer; a larger one is not retained
     idempotency_keys_max: int = _setting(10_000, _positive)  # of a tenant
     send_timeout_s: int = _setting(20, _positive)  # a client that reads nothing for this long is gone
+    stream_cover: bool = _setting(False, _boolean)  # gateway/api/cover.py
+    stream_pad_bytes: int = _setting(1_024, _pad)
+    stream_pace_ms: int = _setting(100, _not_negative)
+    webhook_private: bool = _setting(False, _boolean)  # gateway/webhooks/post.py
     checkpoint_interval_ms: int = _setting(2_000, _positive)
     heartbeat_interval_s: int = _setting(10, _positive)
     drain_timeout_s: int = _setting(10, _positive)

@@ -15,7 +15,9 @@ ALIGNMENT = 64  # bytes: a cache line
 
 def anonymous(num_bytes: int) -> Tensor:
     """uint8 [num_bytes] of zeros, beginning at a huge page's border. Pages are taken when they are first written."""
-    mapped = mmap.mmap(-1, num_bytes + HUGE_PAGE)
+    # Private: shared anonymous memory, Python's default, belongs to a file system of its own, whose huge pages are
+    # off nearly everywhere.
+    mapped = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(AttributeError, OSError):  # another system, or a container that forbids it
         mapped.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(mapped, dtype=torch.uint8)  # keeps the mapping alive

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from audit import tables as audit_tables
+from tenancy import row_security as row_security  # with webhook_tables, whose tables are in the same metadata
 from tenancy import tables as tenancy_tables
 
 ADVISORY_LOCK = 0x62756C6B68656164  # "bulkhead"

@@ -47,6 +47,12 @@ async def delete_tenant(conn: AsyncConnection, tenant_id: str, *, now_ns: int) -
     return Closed(tenant, num_keys_revoked, balance.credit_nano_usd)
 
 
+async def deleted_tenants(conn: AsyncConnection) -> list[str]:
+    """Their ids."""
+    table = tables.tenant
+    return list((await conn.execute(select(table.c.id).where(table.c.status == "deleted"))).scalars())
+
+
 async def require_active(conn: AsyncConnection, tenant_id: str) -> None:
     """Call it after place_hold, in the same transaction. Raises TenantInactiveError."""
     table = tables.tenant

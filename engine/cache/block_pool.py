@@ -202,6 +202,19 @@ class BlockPool:
         """End every publication of these domains: nothing that they have computed is trusted by later sequences."""
         self.forget(self._published.blocks_of(domains))
 
+    def erase(self, domain: str) -> int:
+        """Zero every free block that holds numbers of a domain, cached ones first forgotten; how many there were. Its
+        sequences have ended, and no step is under way."""
+        self.forget_domains([domain])
+        dirty = [block for block in self.blocks if block.content_domain == domain and block.state is BlockState.FREE]
+        if dirty:
+            self._scrub([block.block_id for block in dirty])
+            self.num_scrubbed += len(dirty)
+        for block in dirty:
+            block.content_domain = ""
+            self._emit("scrub", block, domain="", sequence_id="")
+        return len(dirty)
+
     def release(self, block_ids: Sequence[int], *, sequence_id: str) -> None:
         """Let go of a sequence's blocks; at the last reference a block goes behind the fence. The tail goes first, so
         that the beginning of a sequence, which others are likelier to share, stays longest in the free list."""

@@ -58,13 +58,13 @@ class LlamaModel:
         hidden, size = config.hidden_size, config.head_size
         q_size, kv_size = config.num_heads * size, config.num_kv_heads * size
         embedding = take("model.embed_tokens.weight", config.vocab_size, hidden)
-        self.norm = take("model.norm.weight", hidden)
+        self.norm = take.own("model.norm.weight", hidden)
         self.dtype = embedding.dtype
         self.head = backend.head(
             embedding if config.tie_word_embeddings else take("lm_head.weight", config.vocab_size, hidden)
         )
         # Tied: the head's packed matrix holds the embeddings, too, and there is no second copy.
-        self._embed = self.head.rows if config.tie_word_embeddings else partial(F.embedding, weight=embedding)
+        self._embed = self.head.rows if config.tie_word_embeddings else partial(F.embedding, weight=embedding.clone())
         self.layers = []
         for index in range(config.num_layers):
             attention, mlp = f"model.layers.{index}.self_attn.", f"model.layers.{index}.mlp."
@@ -74,11 +74,11 @@ class LlamaModel:
                 Layer(
                     config=config.layers[index],
                     qk_norms=(
-                        (take(f"{attention}q_norm.weight", size), take(f"{attention}k_norm.weight", size))
+                        (take.own(f"{attention}q_norm.weight", size), take.own(f"{attention}k_norm.weight", size))
                         if config.qk_norm
                         else None
                     ),
-                    input_norm=take(f"model.layers.{index}.input_layernorm.weight", hidden),
+                    input_norm=take.own(f"model.layers.{index}.input_layernorm.weight", hidden),
                     qkv=linear(
                         torch.cat([take(f"{name}.weight", rows, hidden) for name, rows in q_k_v]),
                         take.biases(config.qkv_bias, *q_k_v),
@@ -87,7 +87,7 @@ class LlamaModel:
                         take(f"{attention}o_proj.weight", hidden, q_size),
                         take.biases(config.output_bias, (f"{attention}o_proj", hidden)),
                     ),
-                    mlp_norm=take(f"model.layers.{index}.post_attention_layernorm.weight", hidden),
+                    mlp_norm=take.own(f"model.layers.{index}.post_attention_layernorm.weight", hidden),
                     gate_up=linear(
                         torch.cat([take(f"{name}.weight", rows, hidden) for name, rows in halves]),
                         take.biases(config.mlp_bias, *halves),
@@ -178,6 +178,10 @@ class _Taker:
         if tuple(tensor.shape) != shape:
             raise ConfigError(f"the weight {name} has shape {tuple(tensor.shape)}, config.json wants {shape}")
         return tensor.to(self._device)
+
+    def own(self, name: str, *shape: int) -> Tensor:
+        """A copy: whatever looks into a file keeps all of the file in memory, beside the packed matrices."""
+        return self(name, *shape).clone()
 
     def biases(self, present: bool, *names: tuple[str, int]) -> Tensor | None:
         return torch.cat([self(f"{name}.bias", rows) for name, rows in names]) if present else None

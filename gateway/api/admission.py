@@ -67,6 +67,7 @@ class Claim:
     request_id: str
     lease: Lease | None = None
     hold_id: str | None = None  # set before T1: whether it committed may stay unknown
+    tenant_id: str = ""
     key: IdempotencyKey | None = None  # the client's own name for the request, claimed in T1
 
 
@@ -80,6 +81,7 @@ async def admit(
     QuotaUnavailableError or DatabaseUnavailableError: without Valkey and database nothing is served. The caller then
     undoes `claim`.
     """
+    claim.tenant_id = caller.principal.tenant_id
     claim.lease = await _acquire(services, caller, work, claim.request_id)
     state["answer_headers"] = rate_limit_headers(claim.lease.snapshot)
     if claim.lease.would_refuse:
@@ -87,7 +89,7 @@ async def admit(
         state["answer_headers"] += (("x-bulkhead-would-refuse", names),)
     claim.hold_id = new_id("hold", services.world.entropy)
     try:
-        async with services.database.transaction() as conn:
+        async with services.database.transaction(claim.tenant_id) as conn:
             admission = await write_admission(
                 conn, services, caller, work, claim.request_id, claim.lease, claim.hold_id
             )

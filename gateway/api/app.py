@@ -18,6 +18,7 @@ from gateway.api.problems import problem_of
 from gateway.api.scrape import Scrape
 from gateway.api.settlement import Settler
 from gateway.api.translation import Translator
+from gateway.organization.routes import organization_routes
 from gateway.services import Services
 
 
@@ -36,6 +37,7 @@ def create_app(services: Services, *, extra_routes: Sequence[BaseRoute] = ()) ->
             Route("/healthz", healthz, methods=["GET"]),
             Route("/readyz", Readiness(services).answer, methods=["GET"]),
             Route("/metrics", Scrape(services).answer, methods=["GET"]),
+            *organization_routes(services),
             *extra_routes,
         ],
         exception_handlers={HTTPException: _http_problem},

@@ -29,6 +29,7 @@ from engine.protocol import TokenLogprob, TokenOutput
 from gateway.api.admission import Admission, Claim, admit
 from gateway.api.auth import Caller
 from gateway.api.choices import NOTHING, Choices
+from gateway.api.cover import Cover
 from gateway.api.problems import (
     DeadlineExceededError,
     EngineRefusedError,
@@ -114,7 +115,8 @@ class Exchange:
         self._shape = shape
         self._receive = receive
         self._send = send
-        self._events = EventStream(send, services.settings.send_timeout_s)
+        cover = Cover.of(services.settings, work.cover, services.world.entropy)
+        self._events = EventStream(send, services.settings.send_timeout_s, cover)
         submits = submits_of(
             work,
             max_tokens=admission.max_tokens,
@@ -167,6 +169,7 @@ class Exchange:
         finally:
             running.remove(tenant_id, self)
             await _cancel(self._gone, self._dismissal, renewing, self._pull)
+            await self._events.stop()
             await self._choices.close()
 
     def dismiss(self) -> None:

@@ -70,7 +70,7 @@ async def serve_once(
             if found is not None:
                 if found.captured_nano_usd:
                     raise AnswerLostError(found.request_id)
-                async with services.database.transaction() as conn:
+                async with services.database.transaction(key.tenant_id) as conn:
                     await drop(conn, key, found.request_id)
             with suppress(ClaimTakenError):  # another was quicker: look at what it does
                 await _run(services, key, run, request_id, send)
@@ -88,7 +88,7 @@ async def _ended(services: Services, key: IdempotencyKey, gone: asyncio.Task[Non
     pause_s, waited_s = FIRST_LOOK_S, 0.0
     while True:
         now_ns = services.world.now_ns()
-        async with services.database.read() as conn:
+        async with services.database.read(key.tenant_id) as conn:
             found = await find_claim(conn, key, now_ns)
         if found is None:
             return None
@@ -120,7 +120,7 @@ async def _finish(
     """Retain the answer, or free the key of a request that was settled at no cost. A failure here bills nobody: the
     claim then says what its hold says."""
     with suppress(DatabaseUnavailableError):
-        async with services.database.transaction() as conn:
+        async with services.database.transaction(key.tenant_id) as conn:
             if answer is not None:
                 await retain(conn, key, request_id, content_type, answer)
                 return
@@ -139,7 +139,7 @@ async def _replay(services: Services, caller: Caller, found: Claimed, scope: Sco
         "original_request_id": found.request_id,
         "key_id": principal.key_id,
     }
-    async with services.database.transaction() as conn:
+    async with services.database.transaction(principal.tenant_id) as conn:
         entry = Entry("request.replayed", principal.tenant_id, now_ns, body)
         await append(conn, entry, entropy=services.world.entropy)
     await show_limits(services, caller, scope["state"])

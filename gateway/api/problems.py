@@ -68,6 +68,14 @@ class ModelNotFoundError(Exception):
     """`model` is not served here."""
 
 
+class NotThereError(Exception):
+    """Nothing of the caller's has this id. `kind` is what was asked for."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(name)
+        self.kind, self.name = kind, name
+
+
 class TierNotAllowedError(Exception):
     """The tenant may not use this service tier."""
 
@@ -294,6 +302,7 @@ TABLE: tuple[tuple[type[BaseException], Callable[[Any], Problem]], ...] = (
             403, f"This account may not use the service tier {error}.", "service_tier_not_allowed", "service_tier"
         ),
     ),
+    (NotThereError, lambda error: _invalid(404, f"No such {error.kind}: {error.name[:256]!r}.", "not_found")),
     (MissingScopeError, lambda _: _invalid(403, "This key may not use this route.", "missing_scope")),
     (InvalidRequestError, lambda error: _invalid(400, error.message, error.code, error.param)),
     (ModelNotFoundError, _model_not_found),

@@ -117,7 +117,7 @@ class Settler:
         world = self._services.world
 
         async def attempt() -> None:
-            async with self._services.database.transaction() as conn:
+            async with self._services.database.transaction(admission.principal.tenant_id) as conn:
                 await write_settlement(conn, admission, outcome, entropy=world.entropy)
 
         await self._insist(attempt, admission.request_id, admission.expires_ns)
@@ -132,7 +132,7 @@ class Settler:
         world = self._services.world
 
         async def attempt() -> None:
-            async with self._services.database.transaction() as conn:
+            async with self._services.database.transaction(claim.tenant_id) as conn:
                 await write_void_if_held(conn, hold_id, now_ns=world.now_ns(), entropy=world.entropy)
 
         expires_ns = world.now_ns() + self._services.settings.hold_ttl_s * 1_000_000_000

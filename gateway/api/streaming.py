@@ -2,6 +2,8 @@
 
 A reader that takes nothing for `send_timeout_s` is gone: uvicorn's `send` blocks while its buffer is full, and a
 blocked answer would keep blocks and money on hold for ever.
+
+A stream may be covered (cover.py): then pieces are filled up and leave at a beat of their own.
 """
 
 import asyncio
@@ -9,6 +11,8 @@ from typing import Any
 
 import msgspec
 from starlette.types import Send
+
+from gateway.api.cover import Cover
 
 HEARTBEAT_S = 15.0  # a comment after this long without an event, so that no proxy thinks the stream dead
 _encoder = msgspec.json.Encoder()
@@ -28,11 +32,19 @@ HEARTBEAT = b": heartbeat\n\n"
 
 
 class EventStream:
-    """The answer's body as a stream of events; nothing is sent before the first `open`."""
+    """The answer's body as a stream of events; nothing is sent before the first `open`. Whoever used it calls `stop`.
 
-    def __init__(self, send: Send, send_timeout_s: float) -> None:
+    Under a beat, `write` leaves its frames to the next piece and returns; what goes wrong there is raised by a later
+    `write` or by `close`.
+    """
+
+    def __init__(self, send: Send, send_timeout_s: float, cover: Cover | None = None) -> None:
         self._send = send
         self._send_timeout_s = send_timeout_s
+        self._cover = cover
+        self._waiting = bytearray()  # for the next beat
+        self._closing = False
+        self._beating: asyncio.Task[None] | None = None
         self.opened = False
 
     async def open(self) -> None:
@@ -51,13 +63,47 @@ class EventStream:
 
     async def write(self, *frames: bytes) -> None:
         """Raises SlowReaderError."""
-        message = {"type": "http.response.body", "body": b"".join(frames), "more_body": True}
-        await bounded_send(self._send, message, self._send_timeout_s)
+        if self._cover is None or not self._cover.pace_s:
+            await self._piece(b"".join(frames), more=True)
+            return
+        if self._beating is None:
+            self._beating = asyncio.create_task(self._beat(self._cover.pace_s))
+        elif self._beating.done():
+            await self._beating
+        self._waiting += b"".join(frames)
 
     async def close(self) -> None:
-        """[DONE] and the end of the body."""
-        message = {"type": "http.response.body", "body": DONE, "more_body": False}
-        await bounded_send(self._send, message, self._send_timeout_s)
+        """[DONE] and the end of the body. Raises SlowReaderError."""
+        if self._beating is None:
+            await self._piece(DONE, more=False)
+            return
+        self._waiting += DONE
+        self._closing = True
+        await self._beating
+
+    async def stop(self) -> None:
+        """The beat ends, whatever it still had."""
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.gather(self._beating, return_exceptions=True)
+
+    async def _beat(self, pace_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        due_s = loop.time()
+        while True:
+            piece, last = bytes(self._waiting), self._closing
+            self._waiting.clear()
+            await self._piece(piece, more=not last)
+            if last:
+                return
+            due_s = max(due_s + pace_s, loop.time())  # after a stall the beat goes on from there
+            await asyncio.sleep(due_s - loop.time())
+
+    async def _piece(self, piece: bytes, *, more: bool) -> None:
+        body = piece if self._cover is None else self._cover.padded(piece)
+        await bounded_send(
+            self._send, {"type": "http.response.body", "body": body, "more_body": more}, self._send_timeout_s
+        )
 
 
 async def bounded_send(send: Send, message: dict[str, Any], timeout_s: float) -> None:

@@ -44,6 +44,7 @@ class Work:
     tier: str = "default"
     echo_offsets: tuple[int, ...] = ()  # where each prompt token begins in `echo`, if its log probability is told there
     prompt_logprobs: int = -1  # vLLM's field of that name, as SamplingParams has it
+    cover: bool | None = None  # whether the stream hides its tokens' lengths; None: as the server does by itself
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -161,6 +162,7 @@ class Translator:
             tier=request.tier,
             echo_offsets=echo.offsets,
             prompt_logprobs=asked_of_prompt,
+            cover=request.cover,
         )
 
 

@@ -56,6 +56,7 @@ StopText = Annotated[str, Meta(min_length=1, max_length=STOP_CHARS_MAX)]
 
 class StreamOptions(Struct, frozen=True):
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # OpenAI's name for a stream that hides how long its tokens are
 
 
 class TextPart(Struct, frozen=True):
@@ -112,6 +113,10 @@ class Common(Structured, frozen=True, kw_only=True):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def cover(self) -> bool | None:
+        return self.stream_options.include_obfuscation if self.stream_options else None
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:

@@ -17,12 +17,14 @@ from audit.keyring import Keyring, load_keyring
 from audit.log import publish, sequence
 from audit.outbox import append
 from audit.tables import log_leaf, log_opening
+from gateway.commands.audit_probe import audit_probe
 from gateway.commands.bench_process import speak
 from gateway.commands.session import CommandError, Session, in_transaction, open_session
 from gateway.host.folders import FolderError, only_server
 from tenancy.directory import list_tenants
 
-app = typer.Typer(no_args_is_help=True, help="The transparency log, reports and their verification.")
+app = typer.Typer(no_args_is_help=True, help="The transparency log, reports and their verification; probes.")
+app.command("probe")(audit_probe)
 
 KILL_MATRIX_TIMEOUT_S = 4 * 3_600  # a million clean steps take a good half of an hour
 PUBLISH_TIMEOUT_NS = 30 * 10**9

@@ -43,6 +43,7 @@ class Sample:
     total_ms: float
     num_prompt_tokens: int
     num_completion_tokens: int
+    num_body_bytes: int  # of the answer, padding included
 
     @property
     def tpot_ms(self) -> float:
@@ -58,6 +59,7 @@ def bench_gateway(
     concurrency: Annotated[int, typer.Option(min=1, max=256, help="requests in flight")] = 8,
     requests: Annotated[int, typer.Option(min=1, max=100_000, help="requests in all")] = 32,
     max_tokens: Annotated[int, typer.Option(min=1, help="output tokens of each")] = 64,
+    covered: Annotated[bool, typer.Option("--covered", help="ask for streams that hide their tokens' lengths")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write every sample and the summary here")] = None,
 ) -> None:
     """Stream chat completions through the whole way of a request and report rates and latencies."""
@@ -65,10 +67,11 @@ def bench_gateway(
     model = target.model()
     started = time.perf_counter()
     with ThreadPoolExecutor(concurrency) as pool:
-        work = pool.map(lambda number: target.stream(model, number, max_tokens), range(requests))
+        work = pool.map(lambda number: target.stream(model, number, max_tokens, covered), range(requests))
         samples = list(track(work, total=requests, description="requests", console=Console(stderr=True)))
     wall_s = time.perf_counter() - started
     summary = summarise(samples, wall_s) | {"concurrency": concurrency, "max_tokens": max_tokens, "model": model}
+    summary |= {"covered": covered}
     if json_file is not None:
         json_file.write_text(json.dumps({"summary": summary, "samples": [asdict(s) for s in samples]}, indent=1))
     table = Table("figure", "value", box=None)
@@ -88,6 +91,7 @@ def summarise(samples: Sequence[Sample], wall_s: float) -> dict[str, Any]:
         "output_tokens_per_s": round(num_completion_tokens / wall_s, 1),
         "num_prompt_tokens": sum(s.num_prompt_tokens for s in samples),
         "num_completion_tokens": num_completion_tokens,
+        "body_bytes_per_token": round(sum(s.num_body_bytes for s in samples) / max(1, num_completion_tokens)),
         "ttft_p50_ms": round(statistics.median(ttft), 1),
         "ttft_p99_ms": round(percentile(ttft, 99), 1),
         "tpot_p50_ms": round(statistics.median(tpot), 1),
@@ -127,7 +131,7 @@ class Target:
         finally:
             connection.close()
 
-    def stream(self, model: str, number: int, max_tokens: int) -> Sample:
+    def stream(self, model: str, number: int, max_tokens: int, covered: bool) -> Sample:
         body = {
             "model": model,
             "messages": [{"role": "user", "content": PROMPT.format(number=number)}],
@@ -135,8 +139,9 @@ class Target:
             "temperature": 1.0,
             "seed": number,
             "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream_options": {"include_usage": True, "include_obfuscation": covered},
         }
+        num_body_bytes = 0
         connection = self._connect()
         started = time.perf_counter()
         first = None
@@ -144,6 +149,7 @@ class Target:
         try:
             connection.request("POST", "/v1/chat/completions", json.dumps(body), self._headers)
             for line in _checked(connection.getresponse()):
+                num_body_bytes += len(line)
                 if not line.startswith(b"data: {"):
                     continue
                 event = json.loads(line[6:])
@@ -160,6 +166,7 @@ class Target:
             total_ms=(ended - started) * 1_000,
             num_prompt_tokens=usage["prompt_tokens"],
             num_completion_tokens=usage["completion_tokens"],
+            num_body_bytes=num_body_bytes,
         )
 
     def _connect(self) -> http.client.HTTPSConnection:

@@ -25,6 +25,7 @@ from tenancy.money import MoneyRangeError
 from tenancy.operators import DuplicateOperatorError
 from tenancy.prices import PriceConflictError
 from tenancy.rotation import RotationError
+from tenancy.webhooks import WebhookError
 
 KNOWN_ERRORS = (
     BudgetError,
@@ -45,6 +46,7 @@ KNOWN_ERRORS = (
     TenantStatusError,
     TooManyCreditsError,
     UnknownIdError,
+    WebhookError,
     DatabaseUnavailableError,
     FolderError,
     KeyringError,

@@ -1,4 +1,5 @@
-"""The loops behind a serving gateway: log, overdue holds, expired credit, suspended tenants, key uses, heartbeats."""
+"""The loops behind a serving gateway: log, overdue holds, expired credit, suspended tenants, key uses, webhooks,
+heartbeats."""
 
 import asyncio
 
@@ -15,7 +16,8 @@ from gateway.host.folders import Folders
 from gateway.host.overdue import settle_abandoned
 from gateway.sequences import usage_by_request
 from gateway.services import Services
-from tenancy.closing import inactive_among
+from gateway.webhooks.delivery import Webhooks
+from tenancy.closing import deleted_tenants, inactive_among
 from tenancy.credits import tenants_with_due_credit
 from tenancy.idempotency import forget_expired
 from tenancy.ledger import due_holds, expire_credit
@@ -25,6 +27,9 @@ REAP_BATCH_MAX = 256  # holds settled in one round
 WATCH_INTERVAL_S = 0.5  # a suspended tenant's sequences end within a second
 KEY_USE_INTERVAL_S = 60.0
 FORGET_INTERVAL_S = 60.0
+WEBHOOK_INTERVAL_S = 1.0
+ERASE_INTERVAL_S = 2.0
+ERASE_TIMEOUT_S = 30.0  # a step may be under way
 
 
 class Housekeeping:
@@ -34,12 +39,17 @@ class Housekeeping:
         self._folders = folders
         self._keyring = keyring
         self._engine = engine
+        self._erased: tuple[str, set[str]] = ("", set())  # of the worker of this epoch
+        webhooks = Webhooks(services)
         self.loops = (
             Loop("sequencer", settings.checkpoint_interval_ms / 1_000, self.sequence),
             Loop("reaper", REAP_INTERVAL_S, self.reap),
             Loop("watch", WATCH_INTERVAL_S, self.watch),
             Loop("key uses", KEY_USE_INTERVAL_S, self.write_key_uses),
             Loop("credit", REAP_INTERVAL_S, self.expire_credit),
+            Loop("erasure", ERASE_INTERVAL_S, self.erase_deleted),
+            Loop("webhooks", WEBHOOK_INTERVAL_S, webhooks.round),
+            Loop("old deliveries", FORGET_INTERVAL_S, webhooks.forget),
             Loop("answers", FORGET_INTERVAL_S, self.forget_answers),
             Loop("heartbeat", float(settings.heartbeat_interval_s), engine.heartbeat),
         )
@@ -95,6 +105,25 @@ class Housekeeping:
         async with self._services.database.transaction() as conn:
             await forget_expired(conn, self._services.world.now_ns())
 
+    async def erase_deleted(self) -> None:
+        """A deleted tenant's numbers go from the engine's memory, and the log says so. A worker that was started after
+        the deletion has none."""
+        services = self._services
+        if services.engine.status.state != "ready":
+            return
+        client = services.engine.client()
+        epoch = client.ready.epoch
+        if self._erased[0] != epoch:
+            self._erased = epoch, set()
+        async with services.database.read() as conn:
+            tenant_ids = await deleted_tenants(conn)
+        for tenant_id in sorted(set(tenant_ids) - self._erased[1]):
+            async with asyncio.timeout(ERASE_TIMEOUT_S):
+                num_blocks = await client.erase(tenant_id)
+            if num_blocks:
+                await self._note("cache.erased", {"epoch": epoch, "num_blocks": num_blocks}, tenant_id)
+            self._erased[1].add(tenant_id)
+
     async def watch(self) -> None:
         """End what runs for tenants that are no longer active: looked at, not signalled, so none is missed."""
         running = self._services.running
@@ -107,7 +136,7 @@ class Housekeeping:
     async def write_key_uses(self) -> None:
         await self._services.key_uses.write(self._services.database)
 
-    async def _note(self, kind: str, body: dict[str, str | int | bool | list[str]]) -> None:
+    async def _note(self, kind: str, body: dict[str, str | int | bool | list[str]], tenant_id: str = "") -> None:
         services = self._services
         async with services.database.transaction() as conn:
-            await append(conn, Entry(kind, "", services.world.now_ns(), body), entropy=services.world.entropy)
+            await append(conn, Entry(kind, tenant_id, services.world.now_ns(), body), entropy=services.world.entropy)

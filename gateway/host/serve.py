@@ -123,6 +123,8 @@ async def _start(
         await asyncio.to_thread(migrate, settings.effective_database_url)
         database = Database(settings.effective_database_url)
         stack.push_async_callback(database.dispose)
+        if not database.is_sqlite and not await database.has_row_security():
+            log.warning("row-level security does not hold for this database role: use one without SUPERUSER, BYPASSRLS")
         link = EngineLink()
         engine = EngineHost(settings, world, folders, database, link)
         starts = [engine.child.start()]

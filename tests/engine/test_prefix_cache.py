@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from engine.core import EngineCore
 from engine.protocol import TokenOutput
+from gateway.audit_observer import AuditObserver
 from tests.engine.test_core_properties import Load, loads
 from tests.strategies.integer_model import Watcher, continuation, integer_core, submit
 
@@ -210,3 +211,61 @@ def test_a_hit_says_what_a_miss_would_have_said(load: Load) -> None:
             name = output.sequence_id
             num_tokens = output.num_prompt_tokens + output.num_completion_tokens - 1
             assert num_computed[name] == num_tokens - cached[name], "what is not cached is computed, once"
+
+
+@given(
+    load=loads().filter(lambda load: load.num_blocks >= 2),
+    leaver=st.sampled_from(["a", "b", "c"]),
+    at=st.integers(0, 12),
+)
+def test_who_leaves_leaves_nothing_behind(load: Load, leaver: str, at: int) -> None:
+    """Erased at any moment: its sequences end, no block has its numbers, the auditor has no objection, and what others
+    are told is what they would have been told anyway."""
+    observer = AuditObserver(load.num_blocks, load.block_size)
+    core, _ = integer_core(
+        num_blocks=load.num_blocks,
+        block_size=load.block_size,
+        observer=observer,
+        max_batched_tokens=load.max_batched_tokens,
+        max_num_seqs=load.max_num_seqs,
+    )
+    said: dict[str, list[int]] = {}
+    gone: set[str] = set()
+    for number, arrival in enumerate(load.arrivals):
+        core.add(submit(str(number), arrival.prompt, arrival.max_tokens, domain=arrival.domain))
+    for step in range(400):
+        if step == at:
+            outputs, num_blocks = core.erase_domain(leaver)
+            gone = {output.sequence_id for output in outputs}
+            dirty = [block for block in core.pool.blocks if leaver in (block.content_domain, block.domain)]
+            assert dirty == []
+            assert core.pool.num_cached_by_domain.get(leaver, 0) == 0
+            assert core.erase_domain(leaver) == ([], 0)
+            assert num_blocks <= load.num_blocks
+        if not core.has_work and step > at:
+            break
+        result = core.step()
+        assert result.incidents == []
+        for output in result.outputs:
+            said.setdefault(output.sequence_id, []).extend(output.token_ids)
+    assert observer.counters()["num_violations"] == 0
+    for number, arrival in enumerate(load.arrivals):
+        if str(number) in gone:
+            assert arrival.domain == leaver
+        elif str(number) in said:
+            assert said[str(number)] == continuation(arrival.prompt, len(said[str(number)]))
+
+
+def test_erasing_zeroes_the_cache_itself() -> None:
+    core, _ = integer_core(num_blocks=64)
+    run(core, "first", PROMPT)
+    run(core, "other", PROMPT, domain="b")
+    held = {block.block_id for block in core.pool.blocks if block.content_domain == "a"}
+    zeroed: list[int] = []
+    scrub = core.pool._scrub
+    core.pool._scrub = lambda block_ids: (zeroed.extend(block_ids), scrub(block_ids))[1]  # type: ignore[func-returns-value]
+    outputs, num_blocks = core.erase_domain("a")
+    assert (outputs, num_blocks) == ([], len(held))
+    assert set(zeroed) == held
+    assert run(core, "again", PROMPT)[-1].num_cached_tokens == 0
+    assert run(core, "other again", PROMPT, domain="b")[-1].num_cached_tokens == 8

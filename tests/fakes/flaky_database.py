@@ -18,18 +18,18 @@ class FlakyDatabase(Database):
         self.down = False  # every transaction and every read fails
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+    async def transaction(self, tenant_id: str = "") -> AsyncIterator[AsyncConnection]:
         fault = self.faults.pop(0) if self.faults else "none"
         if self.down or fault == "before":
             raise DatabaseUnavailableError("injected: not reachable")
-        async with super().transaction() as conn:
+        async with super().transaction(tenant_id) as conn:
             yield conn
         if fault == "after":
             raise DatabaseUnavailableError("injected: the reply to the commit was lost")
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
+    async def read(self, tenant_id: str = "") -> AsyncIterator[AsyncConnection]:
         if self.down:
             raise DatabaseUnavailableError("injected: not reachable")
-        async with super().read() as conn:
+        async with super().read(tenant_id) as conn:
             yield conn

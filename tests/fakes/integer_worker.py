@@ -17,6 +17,8 @@ from msgspec.structs import replace
 from engine.protocol import (
     PROTOCOL_VERSION,
     Abort,
+    Erase,
+    Erased,
     FrameReader,
     FromWorker,
     Ready,
@@ -101,6 +103,8 @@ class IntegerWorker:
     counts: dict[str, Counts] = field(default_factory=dict)
     submits: list[Submit] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    erased: list[str] = field(default_factory=list)
+    num_erased: int = 3  # blocks, pretended
     on_token: Callable[[str, int], None] | None = None
 
     def __post_init__(self) -> None:
@@ -143,6 +147,9 @@ class IntegerWorker:
                     message = decode_to_worker(body)
                     if isinstance(message, Submit):
                         self._begin(message, writer)
+                    elif isinstance(message, Erase):
+                        self.erased.append(message.domain)
+                        self._send(writer, Erased(message.domain, self.num_erased))
                     elif isinstance(message, Abort):
                         self._aborts[message.sequence_id].set()
         except ConnectionError:

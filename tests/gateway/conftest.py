@@ -1,8 +1,9 @@
 """One event loop and one Valkey for each module; a hall with an integer worker on request."""
 
 import asyncio
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from gateway.host.valkey import connect_redis, valkey_child
 from tests.fakes.byte_model import write_byte_model
 from tests.fakes.hall import Hall, open_hall, world
 from tests.fakes.integer_worker import IntegerWorker
-from tests.servers import postgres_server
+from tests.servers import PostgresServer, postgres_server
 
 __all__ = ["postgres_server"]
 
@@ -52,8 +53,16 @@ def redis(runner: asyncio.Runner, short_folder: Path) -> Iterator[Redis]:
 class Stage:
     """A worker and a hall that uses it; `make` may be called several times."""
 
-    def __init__(self, runner: asyncio.Runner, redis: Redis, folder: Path, short_folder: Path) -> None:
+    def __init__(
+        self,
+        runner: asyncio.Runner,
+        redis: Redis,
+        folder: Path,
+        short_folder: Path,
+        new_database: Callable[[], str] = lambda: "",
+    ) -> None:
         self._runner = runner
+        self._new_database = new_database
         self._redis = redis
         self._folder = folder
         self._short_folder = short_folder
@@ -61,6 +70,7 @@ class Stage:
         self._num = 0
 
     def make(self, *, context_max: int = 256, **settings: Any) -> tuple[Hall, IntegerWorker]:
+        settings.setdefault("database_url", self._new_database())
         return self._runner.run(self._make(context_max, settings))
 
     async def _make(self, context_max: int, settings: dict[str, Any]) -> tuple[Hall, IntegerWorker]:
@@ -82,17 +92,33 @@ class Stage:
         self._runner.run(self._stack.aclose())
 
 
+@pytest.fixture(scope="session")
+def new_database(request: pytest.FixtureRequest) -> Callable[[], str]:
+    """The URL of an empty database for each hall: SQLite in its folder (""), or PostgreSQL where
+    BULKHEAD_TEST_DATABASE=postgresql asks for it, as make test-all does in a second run."""
+    if os.environ.get("BULKHEAD_TEST_DATABASE") != "postgresql":
+        return lambda: ""
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    return server.new_database
+
+
 @pytest.fixture
-def stage(runner: asyncio.Runner, redis: Redis, tmp_path: Path, short_folder: Path) -> Iterator[Stage]:
-    one = Stage(runner, redis, tmp_path, short_folder)
+def stage(
+    runner: asyncio.Runner, redis: Redis, tmp_path: Path, short_folder: Path, new_database: Callable[[], str]
+) -> Iterator[Stage]:
+    one = Stage(runner, redis, tmp_path, short_folder, new_database)
     yield one
     one.close()
 
 
 @pytest.fixture(scope="module")
 def shared_stage(
-    runner: asyncio.Runner, redis: Redis, tmp_path_factory: pytest.TempPathFactory, short_folder: Path
+    runner: asyncio.Runner,
+    redis: Redis,
+    tmp_path_factory: pytest.TempPathFactory,
+    short_folder: Path,
+    new_database: Callable[[], str],
 ) -> Iterator[Stage]:
-    one = Stage(runner, redis, tmp_path_factory.mktemp("shared"), short_folder)
+    one = Stage(runner, redis, tmp_path_factory.mktemp("shared"), short_folder, new_database)
     yield one
     one.close()

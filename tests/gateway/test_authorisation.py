@@ -27,22 +27,50 @@ UNKNOWN = (
     "scraper",
     "operator",
 )
-CALLERS = (*UNKNOWN, "without inference", "acme")
+OFFICES = ("usage", "audit", "admin")  # keys with this one scope
+CALLERS = (*UNKNOWN, *OFFICES, "acme")
 
-# (method, path) -> status for (the unknown, a key without the scope, a good key). A new route fails until it is here.
-EXPECTED = {
-    ("POST", "/v1/chat/completions"): (401, 403, 200),
-    ("POST", "/v1/completions"): (401, 403, 200),
-    ("GET", "/v1/models"): (401, 403, 200),
-    ("GET", "/v1/models/{model_id:path}"): (401, 403, 200),
-    ("GET", "/healthz"): (200, 200, 200),
-    ("GET", "/readyz"): (200, 200, 200),
-    ("GET", "/metrics"): (401, 401, 401),
+ORGANIZATION = "/v1/organization"
+PROJECT = ORGANIZATION + "/projects/{project_id}"
+# (method, path) -> whose key is answered with 200; the other known ones get 403. A new route fails until it is here.
+OPEN_TO = {
+    ("POST", "/v1/chat/completions"): {"acme"},
+    ("POST", "/v1/completions"): {"acme"},
+    ("GET", "/v1/models"): {"acme"},
+    ("GET", "/v1/models/{model_id:path}"): {"acme"},
+    ("GET", f"{ORGANIZATION}/usage/completions"): {"usage"},
+    ("GET", f"{ORGANIZATION}/costs"): {"usage"},
+    ("GET", f"{ORGANIZATION}/audit_logs"): {"audit"},
+    ("GET", f"{ORGANIZATION}/projects"): {"admin"},
+    ("POST", f"{ORGANIZATION}/projects"): {"admin"},
+    ("GET", PROJECT): {"admin"},
+    ("GET", f"{PROJECT}/api_keys"): {"admin"},
+    ("GET", f"{PROJECT}/api_keys/{{key_id}}"): {"admin"},
+    ("DELETE", f"{PROJECT}/api_keys/{{key_id}}"): {"admin"},
+    ("POST", f"{PROJECT}/service_accounts"): {"admin"},
+    ("GET", f"{PROJECT}/rate_limits"): {"admin"},
+    ("POST", f"{PROJECT}/rate_limits/{{rate_limit_id}}"): {"admin"},
 }
+OPEN_TO_EVERYBODY = {("GET", "/healthz"), ("GET", "/readyz")}
+OPEN_TO_SCRAPERS = {("GET", "/metrics")}
+QUERIES = {f"{ORGANIZATION}/usage/completions": "?start_time=1", f"{ORGANIZATION}/costs": "?start_time=1"}
 BODIES = {
-    "/v1/chat/completions": chat_body("integer", max_tokens=1),
-    "/v1/completions": {"model": "integer", "prompt": "x", "max_tokens": 1, "seed": 5},
+    ("POST", "/v1/chat/completions"): chat_body("integer", max_tokens=1),
+    ("POST", "/v1/completions"): {"model": "integer", "prompt": "x", "max_tokens": 1, "seed": 5},
+    ("POST", f"{ORGANIZATION}/projects"): {"name": "another"},
+    ("POST", f"{PROJECT}/service_accounts"): {"name": "another"},
+    ("POST", f"{PROJECT}/rate_limits/{{rate_limit_id}}"): {"max_requests_per_1_minute": 60_000},
 }
+
+
+def expected_status(method: str, path: str, caller: str) -> int:
+    if (method, path) in OPEN_TO_EVERYBODY:
+        return 200
+    if (method, path) in OPEN_TO_SCRAPERS:
+        return 200 if caller == "scraper" else 401
+    if caller in UNKNOWN:
+        return 401
+    return 200 if caller in OPEN_TO[method, path] else 403
 
 
 async def headers_of_callers(hall: Hall) -> dict[str, dict[str, str]]:
@@ -64,7 +92,7 @@ async def headers_of_callers(hall: Hall) -> dict[str, dict[str, str]]:
         await clerk.set_tenant_status(hall.accounts["globex"].tenant_id, "suspended", "t")
     _, expired = await key(expires_ns=services.world.now_ns() - SECOND_NS)
     _, elsewhere = await key(rules=read_rules(networks=["192.0.2.0/24"]))
-    _, usage = await key(scopes=frozenset({"usage", "audit", "admin"}))
+    offices = {name: (await key(scopes=frozenset({name})))[1] for name in OFFICES}
     return {
         "nobody": {},
         "no key of ours": {"authorization": f"Bearer {account.secret[:-1]}"},
@@ -76,9 +104,17 @@ async def headers_of_callers(hall: Hall) -> dict[str, dict[str, str]]:
         "suspended": {"authorization": f"Bearer {hall.accounts['globex'].secret}"},
         "scraper": {"authorization": f"Bearer {metrics_token(services.secrets)}"},
         "operator": {"cookie": "__Host-bulkhead=" + "A" * 43},
-        "without inference": {"authorization": f"Bearer {usage}"},
+        **{name: {"authorization": f"Bearer {secret}"} for name, secret in offices.items()},
         "acme": {"authorization": f"Bearer {account.secret}"},
     }
+
+
+async def spare_key(hall: Hall) -> str:
+    services, account = hall.services, hall.accounts["acme"]
+    async with hall.database.transaction() as conn:
+        clerk = Clerk(conn, services.world.entropy, services.world.now_ns())
+        made = await clerk.create_key(account.tenant_id, account.project_id, "spare", services.secrets.key_pepper)
+    return made.key_id
 
 
 def test_every_route_for_every_caller(stage: Stage, runner: asyncio.Runner) -> None:
@@ -94,17 +130,25 @@ def test_every_route_for_every_caller(stage: Stage, runner: asyncio.Runner) -> N
             for method in route.methods or ()
             if method != "HEAD"
         }
-        assert routes == set(EXPECTED)
-        for (method, path), (unknown, scopeless, good) in EXPECTED.items():
-            asked = path.replace("{model_id:path}", "integer")
+        assert routes == {*OPEN_TO, *OPEN_TO_EVERYBODY, *OPEN_TO_SCRAPERS}
+        account = hall.accounts["acme"]
+        for method, path in sorted(routes):
+            asked = (
+                path.replace("{model_id:path}", "integer")
+                .replace("{project_id}", account.project_id)
+                .replace("{key_id}", await spare_key(hall))
+                .replace("{rate_limit_id}", f"rl_{account.project_id}")
+            )
             refused: dict[bytes, list[str]] = {}
             for caller in CALLERS:
-                answer = await hall.call(method, asked, BODIES.get(path), tenant=None, headers=headers[caller])
-                wanted = {"without inference": scopeless, "acme": good}.get(caller, unknown)
-                if (caller, path) == ("scraper", "/metrics"):
-                    assert answer.status == 200
-                    continue
-                assert answer.status == wanted, (caller, method, path)
+                answer = await hall.call(
+                    method,
+                    asked + QUERIES.get(path, ""),
+                    BODIES.get((method, path)),
+                    tenant=None,
+                    headers=headers[caller],
+                )
+                assert answer.status == expected_status(method, path, caller), (caller, method, path, answer.body)
                 if caller in UNKNOWN and answer.status == 401:
                     refused.setdefault(answer.body, []).append(caller)
             assert len(refused) <= 1, refused

@@ -1,7 +1,10 @@
 """Transactions: all or nothing, one writer at a time, and a lost database is one error."""
 
 import asyncio
+import threading
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -11,6 +14,20 @@ from gateway.database import Database, DatabaseUnavailableError
 
 def database(folder: Path) -> Database:
     return Database(f"sqlite+aiosqlite:///{folder / 'test.db'}")
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    """A connection that was given up in the middle ends in a thread of its own, which still wants to tell the loop."""
+
+    before = set(threading.enumerate())
+
+    async def to_the_end() -> None:
+        await scenario
+        async with asyncio.timeout(10):
+            while any("_connection_worker" in one.name for one in set(threading.enumerate()) - before):
+                await asyncio.sleep(0.01)
+
+    asyncio.run(to_the_end())
 
 
 def test_writers_never_interleave_and_failures_roll_back(tmp_path: Path) -> None:
@@ -34,7 +51,7 @@ def test_writers_never_interleave_and_failures_roll_back(tmp_path: Path) -> None
             assert (await conn.execute(text("SELECT n FROM counter"))).scalar_one() == 20
         await db.dispose()
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
 def test_a_cancelled_transaction_leaves_nothing_and_frees_the_lock(tmp_path: Path) -> None:
@@ -58,7 +75,7 @@ def test_a_cancelled_transaction_leaves_nothing_and_frees_the_lock(tmp_path: Pat
             assert (await conn.execute(text("SELECT count(*) FROM t"))).scalar_one() == 0
         await db.dispose()
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
 def test_a_lost_database_is_unavailable(tmp_path: Path) -> None:
@@ -74,7 +91,7 @@ def test_a_lost_database_is_unavailable(tmp_path: Path) -> None:
                 pass
         await gone.dispose()
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
 def test_a_full_disk_is_unavailable_and_keeps_what_was_there(tmp_path: Path) -> None:
@@ -98,4 +115,4 @@ def test_a_full_disk_is_unavailable_and_keeps_what_was_there(tmp_path: Path) -> 
             assert (await conn.execute(text("SELECT n FROM t"))).scalars().all() == ["kept"]
         await db.dispose()
 
-    asyncio.run(scenario())
+    run(scenario())

@@ -5,6 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from msgspec.structs import replace
+
 from engine.journal import Journal, JournalRecord
 from gateway.clerk import Clerk
 from gateway.host.folders import open_folders
@@ -14,7 +16,7 @@ from tenancy.key_rules import read_rules
 from tenancy.keys import get_key
 from tenancy.ledger import get_hold
 from tests.fakes.asgi import Answer
-from tests.fakes.hall import Account, Hall, chat_body
+from tests.fakes.hall import Account, Hall, chat_body, reconnect
 from tests.fakes.integer_worker import IntegerModel, Script
 from tests.gateway.conftest import Stage
 
@@ -182,3 +184,34 @@ def test_reaper_and_recovery_settle_a_hold_alike(stage: Stage, runner: asyncio.R
             ends.append(runner.run(outcome(settle, counted)))
         assert ends[0] == ends[1]
         assert (*ends[0][:3], ends[0][4]) == expected
+
+
+def test_what_a_deleted_tenant_left_in_the_engine_is_erased_once(
+    stage: Stage, runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    hall, worker = stage.make()
+
+    async def scenario() -> None:
+        keeper = house(hall, tmp_path)
+        account = hall.accounts["globex"]
+        await keeper.erase_deleted()
+        assert worker.erased == []
+        async with hall.database.transaction() as conn:
+            clerk = Clerk(conn, hall.services.world.entropy, hall.services.world.now_ns())
+            await clerk.delete_tenant(account.tenant_id, "test")
+        for _ in range(3):
+            await keeper.erase_deleted()
+        assert worker.erased == [account.tenant_id]
+        (entry,) = await hall.outbox("cache.erased")
+        assert entry["num_blocks"] == worker.num_erased
+        worker.drop()  # a new worker has nothing of it; being told again, it says so
+        await asyncio.sleep(0.05)
+        await keeper.erase_deleted()
+        worker.num_erased = 0
+        await reconnect(hall, worker.path)
+        hall.services.engine.client().ready = replace(hall.services.engine.client().ready, epoch="another")
+        await keeper.erase_deleted()
+        assert worker.erased == [account.tenant_id] * 2
+        assert len(await hall.outbox("cache.erased")) == 1
+
+    runner.run(scenario())

@@ -59,6 +59,7 @@ ROWS: list[tuple[Callable[[], Exception], int, str, str | None, str]] = [
     (lambda: out_of("credit", 1), 429, "insufficient_quota", "credit_on_hold", "later"),
     (lambda: out_of("project-day", 0), 429, "insufficient_quota", "insufficient_quota", "never"),
     (lambda: out_of("project-day", 1), 429, "insufficient_quota", "budget_on_hold", "later"),
+    (lambda: problems.NotThereError("project", "prj_x"), 404, "invalid_request_error", "not_found", "open"),
     (TenantInactiveError, 403, "invalid_request_error", "account_inactive", "never"),
     (problems.IdempotencyMismatchError, 422, "invalid_request_error", "idempotency_key_reused", "never"),
     (problems.ClaimTakenError, 409, "invalid_request_error", "idempotency_request_running", "later"),

@@ -1,3 +1,6 @@
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,3 +31,28 @@ def test_zeros_begin_at_a_huge_page() -> None:
     tensor[2] = 1
     assert tensor.sum() == 35
     assert zeros((0, 4), torch.bfloat16).shape == (0, 4)
+
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def test_huge_pages_are_really_used() -> None:
+    """A shared mapping asks for them as politely and gets none: it belongs to a file system that has them off."""
+    if not THP.exists() or "[never]" in THP.read_text():
+        pytest.skip("this system gives no huge pages to anybody")
+    tensor = zeros((4 * HUGE_PAGE,), torch.uint8)
+    tensor.fill_(1)
+    assert huge_bytes(tensor.data_ptr()) >= HUGE_PAGE
+
+
+def huge_bytes(address: int) -> int:
+    """Of the mapping that holds ``address``, from /proc/self/smaps."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split(maxsplit=1)[0]
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "AnonHugePages:":
+            return int(line.split()[1]) * 1024
+    return 0

@@ -30,6 +30,8 @@ def free_port() -> int:
 class Server:
     """Use as a context manager. `keys` maps tenant names to API keys (first start only; they survive `restart`)."""
 
+    module = "gateway"  # what is started: a test may plant a fault in a module of its own
+
     def __init__(self, data_dir: Path, model_dir: Path | None, **settings: str) -> None:
         self.data_dir = data_dir
         self.port = free_port()
@@ -58,7 +60,7 @@ class Server:
         started = time.monotonic()
         with (self.data_dir.parent / f"{self.data_dir.name}.stderr").open("a") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gateway", "serve"],
+                [sys.executable, "-m", self.module, "serve"],
                 cwd=ROOT,
                 env=self.env,
                 stdout=subprocess.PIPE,
@@ -134,7 +136,7 @@ class Server:
             found["worker" if "gateway.worker" in command else "valkey"] = child
         return found
 
-    def run(self, *command: str, expect: int = 0) -> str:
+    def run(self, *command: str, expect: int = 0, timeout_s: float = 120) -> str:
         """A bulkhead command beside the running server; its output."""
         done = subprocess.run(
             [sys.executable, "-m", "gateway", *command],
@@ -142,7 +144,7 @@ class Server:
             env=self.env,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=timeout_s,
         )
         assert done.returncode == expect, done.stdout + done.stderr
         return done.stdout + done.stderr

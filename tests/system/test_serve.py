@@ -4,19 +4,23 @@ import base64
 import json
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
+import httpx
 import pytest
 
 from engine.journal import read_journals
+from tests.fakes.tap import Tap, record_lengths
 from tests.system.server import ROOT, Server, open_database, wait_until
 
 pytestmark = pytest.mark.system
 MEMORY_BYTES_MAX = 200 * 1024 * 1024
+WORKER_BYTES_MAX = 700 * 1024 * 1024  # beside weights and KV cache
 
 
 def test_the_printed_curl_answers(server: Server) -> None:
@@ -98,6 +102,41 @@ def test_two_tenants_stream_at_once_and_all_records_agree(server: Server) -> Non
     assert "VERIFIED" in server.run("audit", "verify")
 
 
+def test_a_covered_stream_shows_one_length_on_the_wire(server: Server) -> None:
+    """The TLS records themselves, read between client and server: a token's length shows without cover only."""
+
+    def lengths(covered: bool) -> set[int]:
+        with Tap(server.port) as tap:
+            answer = httpx.Client(
+                base_url=f"https://127.0.0.1:{tap.port}", verify=ssl.create_default_context(cafile=str(server.ca))
+            )
+            with answer:
+                whole = answer.post(
+                    "/v1/chat/completions",
+                    headers={"authorization": f"Bearer {server.keys['acme']}"},
+                    json={
+                        "model": server.openai("acme").models.list().data[0].id,
+                        "messages": [{"role": "user", "content": "Count to ten in words."}],
+                        "max_tokens": 24,
+                        "stream": True,
+                        "stream_options": {"include_obfuscation": covered},
+                    },
+                    timeout=60,
+                )
+            assert whole.status_code == 200
+            assert whole.text.rstrip().endswith("data: [DONE]") or covered
+            return set(record_lengths(tap.heard))
+
+    shown, hidden = lengths(covered=False), lengths(covered=True)
+    assert len({length for length in shown if length > 200}) >= 5
+    # Head, pieces of one, two or three paddings; the last piece also ends the body.
+    pieces = sorted(length for length in hidden if length > 1_000)
+    assert pieces
+    rests = {length % 1_024 for length in pieces}
+    assert len(rests) <= 2, pieces
+    assert len(pieces) <= 4, pieces
+
+
 def count_waiting(server: Server) -> int:
     with closing(open_database(server)) as db:
         return int(db.execute("SELECT count(*) FROM outbox").fetchone()[0])
@@ -110,6 +149,14 @@ def test_the_http_process_is_small_and_has_no_torch(server: Server) -> None:
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     peak_bytes = int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024  # type: ignore[union-attr]
     assert peak_bytes < MEMORY_BYTES_MAX
+
+
+def test_the_worker_is_small_beside_its_weights(server: Server, model_dir: Path) -> None:
+    """Weights once, not twice: a view into the file would keep all of it beside the packed matrices. What these tests
+    have used of the KV cache counts here, too."""
+    rss = server.children()["worker"].memory_info().rss
+    weights = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
+    assert rss - weights < WORKER_BYTES_MAX
 
 
 def test_readiness_tells_the_isolation_mode(server: Server) -> None:
