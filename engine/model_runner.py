@@ -3,6 +3,7 @@ sampling needs lies in one stable row from admission to the end.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from engine.models.facts import Model
 from engine.models.load import load_model
 from engine.protocol import TokenLogprob
 from engine.sampling.row import Row
-from engine.sampling.sampler import Picks, pick, scored
+from engine.sampling.sampler import NOT_FINITE, Leaders, Picks, pick, scored
 from kernels.backend import Backend, StepTables
 from kernels.gpu.padding import pad, padded_size
 
@@ -129,29 +130,51 @@ class ModelRunner:
 
     def execute(self, batch: Batch) -> Picks:
         logits = self.logits(batch)
+        found = self._leaders(logits)
         num_sampled = len(batch.sampled_index)
-        scores, arrays = self._scores(batch, logits[num_sampled:]), self._arrays
+        scores, arrays = self._scores(batch, logits[num_sampled:], found[num_sampled:]), self._arrays
         picks = Picks(np.empty(num_sampled, dtype=np.int64), {}, scores, arrays)
         positions = batch.sampled_positions.tolist()
         for index, number in enumerate(batch.sampled_rows.tolist()):
             row = self._rows[number]
             assert row is not None
             assert len(row.token_ids) == positions[index], "the row holds another sequence's tokens"
-            picked = pick(logits[index], row, positions[index])
+            picked = pick(logits[index], row, positions[index], found[index])
             picks.token_ids[index] = picked.token_id
             if picked.logprob is not None:
                 picks.logprobs[index] = picked.logprob
         return picks
 
-    def _scores(self, batch: Batch, logits: NDArray[np.float32]) -> dict[int, tuple[TokenLogprob, ...] | None]:
+    def _leaders(self, logits: NDArray[np.float32]) -> list[Leaders]:
+        """The best of each row, found for all rows at once; who wants more of a row looks again."""
+        rows, top = torch.from_numpy(logits), self.model.backend.top
+        if not len(rows):
+            return []
+        best, finite = (found.numpy() for found in top(rows, 1))
+
+        def ranked(index: int, count: int) -> NDArray[np.int64]:
+            if count <= 0:
+                return np.empty(0, dtype=np.int64)
+            ids: NDArray[np.int64] = top(rows[index : index + 1], min(count, rows.shape[1]))[0][0].numpy()
+            return ids
+
+        first = np.where(finite, best[:, 0], NOT_FINITE).tolist()
+        return [Leaders(one, partial(ranked, index)) for index, one in enumerate(first)]
+
+    def _scores(
+        self, batch: Batch, logits: NDArray[np.float32], found: list[Leaders]
+    ) -> dict[int, tuple[TokenLogprob, ...] | None]:
         """``logits`` [P, V]. By batch row; None where a row's numbers broke."""
         scores: dict[int, tuple[TokenLogprob, ...] | None] = {}
-        places = iter(logits)
+        places = iter(zip(logits, found, strict=True))
         for part in batch.scored:
             row = self._rows[part.row]
             assert row is not None
             num_top = row.sampling.prompt_logprobs
-            told = [scored(next(places), token_id, num_top) for token_id in part.next_token_ids]
+            told = []
+            for token_id in part.next_token_ids:
+                place, best = next(places)
+                told.append(scored(place, token_id, num_top, best))
             whole = tuple(one for one in told if one is not None)
             scores[part.index] = whole if len(whole) == len(told) else None
         return scores

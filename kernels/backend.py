@@ -119,6 +119,10 @@ class Backend(Protocol):
         """
         ...
 
+    def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """See reference.top; the logits may lie on the CPU whatever ``device`` is."""
+        ...
+
     def check(self, plan: Any) -> None:
         """After the last layer, before any output leaves. Raises OwnershipError."""
         ...

@@ -145,6 +145,20 @@ class Bench:
                 [_applied(packed, x_wide)],
             )
 
+    def top(self, num_rows: int) -> None:
+        """The best of each row of logits, and a preselection."""
+        logits = torch.randn((num_rows, VOCAB)).mul(3)
+        for count in (1, 40, 512):
+            self.measure(
+                "top",
+                f"{num_rows} rows, {count} of {VOCAB}",
+                num_rows * (VOCAB * 4 + count * 8),
+                0.0,
+                [lambda c=count: self.ours.top(logits, c)],  # type: ignore[misc]
+                [lambda c=count: self.plain.top(logits, c)],  # type: ignore[misc]
+                [lambda c=count: logits.topk(c)],  # type: ignore[misc]
+            )
+
     def elementwise(self, rows: Sequence[int], dtype: torch.dtype) -> None:
         weight = torch.randn(HIDDEN).to(dtype)
         for num_rows in rows:
@@ -343,6 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for dtype in (torch.bfloat16, torch.float32):
             bench.products(rows, dtype)
         bench.head([number for number in rows if number <= max(32, rows[0])])
+        bench.top(min(32, rows[-1]))
         bench.elementwise(rows, torch.bfloat16)
         for num_rows in sorted({1, *(number for number in rows if number <= 32)}):
             bench.attention(num_rows, 1, asked.context, torch.bfloat16)

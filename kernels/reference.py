@@ -133,6 +133,14 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[:, :k], places[:, :k]
 
 
+def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest numbers of each row: logits float32 [S, V], 1 <= count <= V -> (columns int64 [S, count], the largest
+    first, the smallest column first among equals; whether all numbers of the row are finite, bool [S]). Of a row with a
+    NaN or an infinity, the columns mean nothing."""
+    order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    return order, logits.isfinite().all(dim=-1)
+
+
 def digest_blocks(key_cache: Tensor, value_cache: Tensor, block_ids: Tensor, key: tuple[int, int]) -> Tensor:
     """128 bits for the content of each block: caches [N, ...], block_ids int64 [B] -> int64 [B, 2].
 

@@ -30,6 +30,16 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate.float()).mul_(up).to(gate_up.dtype)
 
 
+def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """See reference.top."""
+    found = torch.zeros((len(logits), count), dtype=torch.int64)
+    finite = logits.isfinite().all(dim=-1)
+    for row in finite.nonzero().flatten().tolist():
+        columns = (logits[row] >= logits[row].topk(count).values[-1]).nonzero().flatten()
+        found[row] = columns[logits[row, columns].sort(descending=True, stable=True).indices[:count]]
+    return found, finite
+
+
 rope = reference.rope
 
 
@@ -270,6 +280,9 @@ class TorchBackend:
             soft_cap=soft_cap,
             sinks=sinks,
         )
+
+    def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return top(logits, count)
 
     def check(self, plan: TorchPlan) -> None:
         """Torch itself raises on a block out of range; owners are the auditor's business alone here."""

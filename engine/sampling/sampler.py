@@ -10,6 +10,7 @@ or preemption can shift them. Among equal logits the smallest id comes first.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from msgspec.structs import replace
@@ -19,10 +20,11 @@ from engine.events import KernelArrays
 from engine.protocol import TokenLogprob
 from engine.sampling.adjustments import adjusted
 from engine.sampling.row import Row
-from engine.sampling.truncation import Kept, largest, truncated
+from engine.sampling.truncation import Kept, Ranked, Values, cut, largest, truncated
 
 NOT_FINITE = -1  # in place of a token: this row's logits held NaN or infinity, or nothing was left to choose from
 GREEDY_BELOW = 1e-5  # a lower temperature is greedy: it would be anyway, but for overflows on the way
+ALL = slice(None)
 _WORD = 2**64
 
 
@@ -58,65 +60,100 @@ def uniform(seed: int, position: int) -> float:
     )
 
 
-def pick(logits: NDArray[np.float32], row: Row, position: int) -> Pick:
-    """logits [V] -> a token and, if asked for, its log probability and those of the likeliest."""
-    best = int(logits.argmax())
-    if not _finite(logits, best):
+@dataclass(frozen=True, slots=True)
+class Leaders:
+    """The largest of a row's logits, as the kernels or numpy find them. ``best``: the first, NOT_FINITE where the row
+    holds a NaN or an infinity; then ``ranked`` is not asked."""
+
+    best: int
+    ranked: Ranked
+
+
+def leaders(logits: NDArray[np.float32]) -> Leaders:
+    best = int(logits.argmax())  # stops at a NaN
+    finite = np.isfinite(logits[best]) and np.isfinite(logits.min())
+    return Leaders(best if finite else NOT_FINITE, partial(largest, logits))
+
+
+def pick(logits: NDArray[np.float32], row: Row, position: int, found: Leaders | None = None) -> Pick:
+    """logits [V] -> a token and, if asked for, its log probability and those of the likeliest. ``found`` None: looked
+    for here."""
+    if found is None:
+        found = leaders(logits)
+    best, ranked = found.best, found.ranked
+    if best == NOT_FINITE:
         return BROKEN
     sampling = row.sampling
     greedy = sampling.temperature < GREEDY_BELOW
     if greedy and row.plain and sampling.logprobs < 0:
         return Pick(best)
-    values: NDArray[np.float32] | NDArray[np.float64] = logits
+    values: Values = logits
     if not row.plain:
         changed = adjusted(logits, row)
         if changed is None:
             return BROKEN
-        values = changed
-        best = int(values.argmax())
-    scores = values.astype(np.float64)
-    scores -= float(values[best])
+        values, best, ranked = changed, int(changed.argmax()), partial(largest, changed)
+    scale = _Scale(values, best, 1.0 if greedy else sampling.temperature)
     if greedy:
         if sampling.logprobs < 0:
             return Pick(best)
-        return Pick(best, _logprob(best, values, scores, Kept(None, np.exp(scores).cumsum()), sampling.logprobs))
-    scores /= sampling.temperature
-    kept = truncated(values, np.exp(scores), top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
+        return Pick(best, _logprob(best, scale, _all(scale), ranked, sampling.logprobs))
+    if 0 < sampling.top_k < len(values) and sampling.min_p == 0.0:  # nobody else's weight matters
+        ids = ranked(sampling.top_k)
+        cumulative = cut(np.exp(scale.scores(ids)), sampling.top_p)
+        kept = Kept(ids[: len(cumulative)], cumulative)
+    else:
+        weights = np.exp(scale.scores())
+        how = {"top_p": sampling.top_p, "min_p": sampling.min_p}
+        kept = truncated(values, weights, top_k=sampling.top_k, ranked=ranked, **how)
     token_id = kept.at(uniform(sampling.seed, position))
     if sampling.logprobs < 0:
         return Pick(token_id)
-    return Pick(token_id, _logprob(token_id, values, scores, kept, sampling.logprobs))
+    return Pick(token_id, _logprob(token_id, scale, kept, ranked, sampling.logprobs))
 
 
-def scored(logits: NDArray[np.float32], token_id: int, num_top: int) -> TokenLogprob | None:
+def scored(
+    logits: NDArray[np.float32], token_id: int, num_top: int, found: Leaders | None = None
+) -> TokenLogprob | None:
     """logits [V] -> the log probability that the model gives this token, whatever it would sample; None where the
     numbers broke."""
-    best = int(logits.argmax())
-    if not _finite(logits, best):
+    if found is None:
+        found = leaders(logits)
+    if found.best == NOT_FINITE:
         return None
-    scores = logits.astype(np.float64)
-    scores -= float(logits[best])
-    told = _logprob(token_id, logits, scores, Kept(None, np.exp(scores).cumsum()), num_top)
+    scale = _Scale(logits, found.best, 1.0)
+    told = _logprob(token_id, scale, _all(scale), found.ranked, num_top)
     return replace(told, rank=1 + int(np.count_nonzero(logits > logits[token_id])))
 
 
-def _finite(logits: NDArray[np.float32], best: int) -> bool:
-    """``best``: the place of the largest, as argmax found it: argmax stops at a NaN."""
-    return bool(np.isfinite(logits[best]) and np.isfinite(logits.min()))
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """Logarithms of weights, the best token's 0, computed for as many tokens as are asked about."""
+
+    values: Values
+    best: int
+    temperature: float
+
+    def scores(self, ids: NDArray[np.int64] | slice = ALL) -> NDArray[np.float64]:
+        scores = self.values[ids].astype(np.float64)
+        scores -= float(self.values[self.best])
+        scores /= self.temperature
+        return scores
 
 
-def _logprob(
-    token_id: int,
-    values: NDArray[np.float32] | NDArray[np.float64],
-    scores: NDArray[np.float64],
-    kept: Kept,
-    num_top: int,
-) -> TokenLogprob:
-    """``scores`` [V]: logarithms of weights, of which ``kept`` are in the distribution."""
+def _all(scale: _Scale) -> Kept:
+    return Kept(None, np.exp(scale.scores()).cumsum())
+
+
+def _logprob(token_id: int, scale: _Scale, kept: Kept, ranked: Ranked, num_top: int) -> TokenLogprob:
+    """Of the distribution over ``kept``."""
     log_total = float(np.log(kept.cumulative[-1]))
-    top = largest(values, num_top) if kept.ids is None else kept.ids[largest(values[kept.ids], num_top)]
+    top = ranked(num_top) if kept.ids is None else kept.ids[largest(scale.values[kept.ids], num_top)]
+    scores = scale.scores(np.append(top, token_id)) - log_total
     return TokenLogprob(
         token_id=token_id,
-        logprob=float(scores[token_id]) - log_total,
-        top=tuple((int(other), float(scores[other]) - log_total) for other in top if np.isfinite(scores[other])),
+        logprob=float(scores[-1]),
+        top=tuple(
+            (int(other), float(score)) for other, score in zip(top, scores[:-1], strict=True) if np.isfinite(score)
+        ),
     )

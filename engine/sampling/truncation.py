@@ -4,14 +4,17 @@ The order among tokens is that of their logits, the smallest id first among equa
 of the row alone. The vocabulary is never sorted as a whole where a part of it will do.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-TOP_P_FIRST_TOKENS = 512  # top_p seldom needs more; sorting the whole vocabulary is slow
+TOP_P_TOKENS = (512, 4096)  # top_p seldom needs more; sorting the whole vocabulary is slow
 
 Values = NDArray[np.float32] | NDArray[np.float64]
+Ranked = Callable[[int], NDArray[np.int64]]  # count -> the ids of the count largest, as `largest` has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +33,17 @@ class Kept:
         return index if self.ids is None else int(self.ids[index])
 
 
-def truncated(values: Values, weights: NDArray[np.float64], *, top_k: int, top_p: float, min_p: float) -> Kept:
+def truncated(
+    values: Values,
+    weights: NDArray[np.float64],
+    *,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    ranked: Ranked | None = None,
+) -> Kept:
     """``values`` [V] give the order, ``weights`` [V] the shares; the largest weight is 1. ``top_k`` 0 keeps all.
+    ``ranked`` finds the largest of ``values`` where somebody can sooner than ``largest``.
 
     top_p keeps the fewest likeliest tokens that hold that much of the weight (arXiv 1904.09751); min_p those with at
     least that part of the largest weight (arXiv 2407.01082).
@@ -39,24 +51,30 @@ def truncated(values: Values, weights: NDArray[np.float64], *, top_k: int, top_p
     ids: NDArray[np.int64] | None = None
     if min_p > 0.0:
         ids = np.flatnonzero(weights >= min_p)
-        values, weights = values[ids], weights[ids]
+        values, weights, ranked = values[ids], weights[ids], None
+    if ranked is None:
+        ranked = partial(largest, values)
     if 0 < top_k < len(values):
-        order = largest(values, top_k)
-        ids = order if ids is None else ids[order]
-        cumulative = weights[order].cumsum()
-        if top_p < 1.0:
-            cumulative = cumulative[: _num_within(cumulative, top_p * cumulative[-1])]
-        return Kept(ids[: len(cumulative)], cumulative)
+        order = ranked(top_k)
+        kept = cut(weights[order], top_p)
+        order = order[: len(kept)]
+        return Kept(order if ids is None else ids[order], kept)
     if top_p >= 1.0:
         return Kept(ids, weights.cumsum())
     wanted = top_p * weights.sum()
-    for num_tokens in (TOP_P_FIRST_TOKENS, len(values)):
-        order = largest(values, num_tokens)
+    for num_tokens in (*TOP_P_TOKENS, len(values)):
+        order = ranked(min(num_tokens, len(values)))
         cumulative = weights[order].cumsum()
         if cumulative[-1] >= wanted:
             break
     order = order[: _num_within(cumulative, wanted)]
     return Kept(order if ids is None else ids[order], cumulative[: len(order)])
+
+
+def cut(weights: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
+    """Weights, the largest first, added up until they hold ``top_p`` of all of them."""
+    cumulative: NDArray[np.float64] = weights.cumsum()
+    return cumulative if top_p >= 1.0 else cumulative[: _num_within(cumulative, top_p * cumulative[-1])]
 
 
 def largest(values: Values, count: int) -> NDArray[np.int64]:

@@ -23,6 +23,7 @@ from kernels.cpu.library import (
     AttentionArgs,
     NormArgs,
     RopeArgs,
+    TopArgs,
     load,
     optional_pointer,
     pointer,
@@ -124,20 +125,20 @@ class NativeBackend:
     def rms_norm(
         self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        num_tokens, size = x.shape
-        total = torch.empty((num_tokens, size), dtype=torch.float32) if residual is None else residual
-        out = torch.empty((num_tokens, size), dtype=weight.dtype)
+        num_tokens, size = shape = x.shape
         assert x.dtype == weight.dtype
         assert weight.shape == (size,)
-        assert total.shape == x.shape
+        total = torch.empty(shape, dtype=torch.float32) if residual is None else residual
+        assert total.shape == shape
         assert total.dtype == torch.float32
+        out = torch.empty_like(x)
         at = pointer(total)
         args = NormArgs(  # by place: by name it takes as long as the op itself
             pointer(x),
             pointer(weight),
             None if residual is None else at,
             at,
-            pointer(out),
+            out.data_ptr(),
             num_tokens,
             size,
             epsilon,
@@ -223,6 +224,16 @@ class NativeBackend:
         args.num_heads, args.num_kv_heads, args.head_size = num_heads, key_cache.shape[2], key_cache.shape[3]
         args.dtype = DTYPES[qkv.dtype]
         self._library.rope_and_store(self._isa, ctypes.byref(args))
+
+    def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        num_rows, num_columns = logits.shape
+        assert logits.dtype == torch.float32
+        assert 1 <= count <= num_columns < 2**32
+        ids = torch.zeros((num_rows, count), dtype=torch.int64)
+        finite = torch.zeros(num_rows, dtype=torch.bool)
+        args = TopArgs(pointer(logits), pointer(ids), pointer(finite), num_rows, num_columns, count)
+        self._library.top(self._isa, ctypes.byref(args))
+        return ids, finite
 
     def check(self, plan: Plan) -> None:
         tokens = np.flatnonzero(plan.flags).tolist()

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.backend import KernelError
 
 PATH = Path(__file__).parent / "_native.so"
-ABI = 5
+ABI = 6
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -122,6 +122,17 @@ class BlocksArgs(Structure):
     )
 
 
+class TopArgs(Structure):
+    _fields_ = (
+        ("logits", c_void_p),
+        ("ids", c_void_p),
+        ("finite", c_void_p),
+        ("num_rows", c_int64),
+        ("num_columns", c_int64),
+        ("count", c_int64),
+    )
+
+
 class Library:
     """The functions, with their types."""
 
@@ -142,11 +153,13 @@ class Library:
         self.rope_and_store = loaded.bulkhead_rope_and_store
         self.attention = loaded.bulkhead_attention
         self.product = loaded.bulkhead_product
+        self.top = loaded.bulkhead_top
         for function, args in (
             (self.rms_norm, NormArgs),
             (self.activate_and_mul, ActivationArgs),
             (self.rope_and_store, RopeArgs),
             (self.attention, AttentionArgs),
+            (self.top, TopArgs),
         ):
             function.argtypes = (ctypes.c_int, POINTER(args))
             function.restype = None

@@ -18,6 +18,7 @@ from kernels.gpu.matmul import TritonProduct
 from kernels.gpu.rms_norm import rms_norm
 from kernels.gpu.rope_and_store_kv import rope_and_store_kv
 from kernels.gpu.silu_and_mul import silu_and_mul
+from kernels.torch_cpu import top
 
 CAPABILITY_MIN = 80  # bfloat16 in the matrix units
 
@@ -120,6 +121,9 @@ class TritonBackend:
         _, block_size, num_kv_heads, size = key_cache.shape
         ratio = num_heads // num_kv_heads
         return attention_shape(self.capability, size, ratio, block_size, qkv.dtype.itemsize, key_cache.dtype.itemsize)
+
+    def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return top(logits, count)
 
     def check(self, plan: Plan) -> None:
         """Waits for the device: what it refused must be known before anything leaves."""

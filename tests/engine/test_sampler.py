@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -13,8 +14,10 @@ from numpy.typing import NDArray
 from engine.protocol import BIAS_MAX, LOGPROBS_MAX, SamplingParams
 from engine.sampling.adjustments import adjusted
 from engine.sampling.row import Row
-from engine.sampling.sampler import NOT_FINITE, Pick, pick, uniform
+from engine.sampling.sampler import NOT_FINITE, Leaders, Pick, pick, uniform
 from engine.sampling.truncation import largest, truncated
+from kernels.cpu.backend import NativeBackend
+from tests.kernels.native import every_isa
 from tests.strategies import reference_sampler as reference
 
 SEEDS = st.integers(-(2**63), 2**63 - 1)
@@ -96,6 +99,32 @@ def test_it_is_the_function_that_the_specification_says(
         assert logprob <= 0
     if len(allowed) <= sampling.logprobs:
         assert math.fsum(math.exp(logprob) for logprob in told.values()) == pytest.approx(1)
+
+
+@every_isa
+@given(
+    st.integers(0, 2**20),
+    st.sampled_from([0.3, 1.0, 2.5]),
+    st.sampled_from([0, 1, 40, 1500, 6000]),
+    st.sampled_from([1.0, 0.999, 0.9, 0.3]),
+    st.sampled_from([0.0, 0.01]),
+    st.sampled_from([-1, 0, 5]),
+)
+def test_what_the_kernels_find_changes_no_bit(
+    isa: str, seed: int, temperature: float, top_k: int, top_p: float, min_p: float, num_top: int
+) -> None:
+    logits = logits_of(seed, 5003)
+    logits[::7] = logits[0]  # ties
+    top, rows = NativeBackend(isa).top, torch.from_numpy(logits)[None]
+
+    def ranked(count: int) -> NDArray[np.int64]:
+        return top(rows, min(count, len(logits)))[0][0].numpy() if count else np.empty(0, dtype=np.int64)
+
+    found = Leaders(int(top(rows, 1)[0]), ranked)
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "logprobs": num_top}
+    for temperate in (how, how | {"temperature": 0.0}):
+        row = Row(SamplingParams(max_tokens=1, seed=seed, **temperate), [0], 1)  # type: ignore[arg-type]
+        assert pick(logits, row, 1, found) == pick(logits, row, 1)
 
 
 @given(LOGITS, params(), TOKENS.filter(len), TOKENS)

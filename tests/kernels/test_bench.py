@@ -19,7 +19,7 @@ def test_every_op_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert (result["gpu"] is None) == (not torch.cuda.is_available())
     figures = result["figures"]
     assert {figure["op"].split()[0] for figure in figures} == {
-        *("qkv", "output", "gate_up", "down", "head"),
+        *("qkv", "output", "gate_up", "down", "head", "top"),
         *("rms_norm", "silu_and_mul", "gelu_and_mul", "rope_and_store", "attention", "digest_blocks", "fill_blocks"),
     }
     for figure in figures:

@@ -5,6 +5,8 @@
 //     softmax in absolute tiles of TILE keys from the sequence's start: maximum and sum over a tile's lanes in a fixed tree
 //     output  corrected once a tile, then one chain of multiply-adds over the keys that this token sees, in their order
 //
+// Where bfloat16 has an instruction of its own, a link of a score's chain is a pair of channels.
+//
 // Register blocks of several queries only put separate chains side by side. Keys that a token does not see are dropped from
 // its scores by selection and are no links of its chains: a NaN there cannot reach it.
 #pragma once
@@ -22,6 +24,81 @@ static_assert(TILE % W == 0 && PAD % W == 0, "a tile and a padded head are whole
 template <int R> constexpr int KEY_VECTORS = R <= 2 && TILE / W >= 4 ? 4 : 2;
 template <int R> constexpr int VALUE_VECTORS = R <= (W == 16 ? 6 : 3) ? 4 : 2;
 
+// What a link of a chain holds: `Word` as it lies in the scratch.
+template <class T> struct Link {
+    typedef float Word;
+    typedef vf Vector;
+    static constexpr int EACH = 1;  // channels
+
+    static vf add(vf sum, vf one, vf other) { return fma(one, other, sum); }
+};
+
+inline vf vector_at(const float* p) {
+    return load(p);
+}
+
+inline vf spread(float x) {
+    return splat(x);
+}
+
+#if defined(__AVX512BF16__)
+
+template <> struct Link<bf16> {
+    typedef uint32_t Word;  // the lower of a pair in the lower half
+    typedef vu Vector;
+    static constexpr int EACH = 2;
+
+    static vf add(vf sum, vu one, vu other) {
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)one, (__m512bh)other);
+    }
+};
+
+inline vu vector_at(const uint32_t* p) {
+    vu v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline vu spread(uint32_t x) {
+    return x - vu{};
+}
+
+#endif
+
+template <class T> constexpr bool IN_PAIRS = Link<T>::EACH == 2;
+
+// Outputs in the making lie in another order than in memory where values are bfloat16: of each whole 2 * W channels the even
+// ones come first, then the odd ones, because a shift and a mask part a word of two channels, and bringing them into their
+// order takes as long again. `store_output` undoes it.
+template <class T> inline int64_t num_parted(int64_t size) {
+    return sizeof(T) == 2 ? size / (2 * W) * (2 * W) : 0;
+}
+
+template <class T> inline void load_parted(const T* from, vf* even, vf* odd) {
+    vu words;
+    __builtin_memcpy(&words, from, sizeof words);
+    *even = (vf)(words << 16);
+    *odd = (vf)(words & 0xffff0000u);
+}
+
+template <int... I> inline vf merged(vf even, vf odd, Lanes<I...>, bool upper) {
+    return upper ? __builtin_shufflevector(even, odd, (W / 2 + I / 2 + (I % 2 ? W : 0))...)
+                 : __builtin_shufflevector(even, odd, (I / 2 + (I % 2 ? W : 0))...);
+}
+
+template <class T> inline void store_output(const float* from, float divisor, T* to, int size) {
+    int i = 0;
+    for (; i < num_parted<T>(size); i += 2 * W) {
+        const vf even = load(from + i) / divisor, odd = load(from + i + W) / divisor;
+        store(to + i, merged(even, odd, Count<W>::type(), false));
+        store(to + i + W, merged(even, odd, Count<W>::type(), true));
+    }
+    for (; i < size; i += W) {
+        const int n = upto(size - i);
+        store_upto(to + i, load_upto(from + i, n) / divisor, n);
+    }
+}
+
 inline int64_t padded(int64_t size) {
     return (size + PAD - 1) / PAD * PAD;
 }
@@ -37,16 +114,23 @@ inline int64_t attention_scratch(const AttentionArgs* a) {
     return stride * (2 * TILE + 1) + num * (2 * stride + TILE + 5);
 }
 
-template <class T> void widen(const T* from, float* to, int size) {
-    for (int i = 0; i < size; i += W) {
+template <class T> void widen(const T* from, float* to, int size, bool parted) {
+    int i = 0;
+    for (; parted && i < num_parted<T>(size); i += 2 * W) {
+        vf even, odd;
+        load_parted(from + i, &even, &odd);
+        store(to + i, even);
+        store(to + i + W, odd);
+    }
+    for (; i < size; i += W) {
         const int n = upto(size - i);
         store_upto(to + i, load_upto(from + i, n), n);
     }
 }
 
-// Scores [R, TILE] of keys begin..end, which are whole register blocks; query [R, stride], key [size, TILE].
-template <int R, int V>
-void score_block(const float* query, int64_t stride, const float* key, int size, int begin, int end, float* scores) {
+// Scores [R, TILE] of keys begin..end, which are whole register blocks; query [R, stride], key [num, TILE] links.
+template <int R, int V, class L, class Word>
+void score_block(const Word* query, int64_t stride, const Word* key, int num, int begin, int end, float* scores) {
     for (int first = begin; first < end; first += V * W) {
         vf sums[R][V];
 #pragma GCC unroll 16
@@ -54,17 +138,17 @@ void score_block(const float* query, int64_t stride, const float* key, int size,
 #pragma GCC unroll 16
             for (int v = 0; v < V; v++)
                 sums[r][v] = vf{};
-        for (int d = 0; d < size; d++) {
-            vf keys[V];
+        for (int d = 0; d < num; d++) {
+            typename L::Vector keys[V];
 #pragma GCC unroll 16
             for (int v = 0; v < V; v++)
-                keys[v] = load(key + d * TILE + first + v * W);
+                keys[v] = vector_at(key + d * TILE + first + v * W);
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
-                const vf one = splat(query[r * stride + d]);
+                const typename L::Vector one = spread(query[r * stride + d]);
 #pragma GCC unroll 16
                 for (int v = 0; v < V; v++)
-                    sums[r][v] = fma(one, keys[v], sums[r][v]);
+                    sums[r][v] = L::add(sums[r][v], one, keys[v]);
             }
         }
 #pragma GCC unroll 16
@@ -75,16 +159,16 @@ void score_block(const float* query, int64_t stride, const float* key, int size,
     }
 }
 
-template <int R = QUERIES_MAX>
-void score(int num, const float* query, int64_t stride, const float* key, int size, int low, int n, float* scores) {
+template <class L, int R = QUERIES_MAX, class Word>
+void score(int count, const Word* query, int64_t stride, const Word* key, int num, int low, int n, float* scores) {
     if constexpr (R > 1) {
-        if (num < R) {
-            score<R - 1>(num, query, stride, key, size, low, n, scores);
+        if (count < R) {
+            score<L, R - 1>(count, query, stride, key, num, low, n, scores);
             return;
         }
     }
     constexpr int V = KEY_VECTORS<R>, KEYS = V * W;
-    score_block<R, V>(query, stride, key, size, low / KEYS * KEYS, (n + KEYS - 1) / KEYS * KEYS, scores);
+    score_block<R, V, L>(query, stride, key, num, low / KEYS * KEYS, (n + KEYS - 1) / KEYS * KEYS, scores);
 }
 
 // Channels c..c+V*W of R outputs [R, stride] take the values of keys low..n, weighed.
@@ -99,9 +183,15 @@ void mix_block(const float* weights, const float* correction, const S* const* va
             sums[r][v] = load(out + r * stride + c + v * W) * correction[r];
     for (int j = low; j < n; j++) {
         vf value[V];
+        if constexpr (V > 1 && sizeof(S) == 2) {
 #pragma GCC unroll 16
-        for (int v = 0; v < V; v++)
-            value[v] = V == 1 ? load_upto(values[j] + c, last) : load(values[j] + c + v * W);
+            for (int v = 0; v < V; v += 2)
+                load_parted(values[j] + c + v * W, value + v, value + v + 1);
+        } else {
+#pragma GCC unroll 16
+            for (int v = 0; v < V; v++)
+                value[v] = V == 1 ? load_upto(values[j] + c, last) : load(values[j] + c + v * W);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
             const vf weight = splat(weights[r * TILE + j]);
@@ -130,6 +220,10 @@ void mix(int num, const float* weights, const float* correction, const S* const*
     int c = 0;
     for (; c + V * W <= size; c += V * W)
         mix_block<R, V>(weights, correction, values, low, n, c, W, out, stride);
+    if (V > 2 && c + 2 * W <= size) {
+        mix_block<R, 2>(weights, correction, values, low, n, c, W, out, stride);
+        c += 2 * W;
+    }
     for (; c < size; c += W)
         mix_block<R, 1>(weights, correction, values, low, n, c, upto(size - c), out, stride);
 }
@@ -192,8 +286,9 @@ inline bool resolve(const AttentionArgs* a, int64_t token, int row, int64_t firs
     return true;
 }
 
-// Words word..word+W, or the `num` that are left, of W keys -> floats [size, TILE].
-template <bool WHOLE, class T> inline void transpose_square(const T* const* rows, int word, int num, float* key) {
+// Words word..word+W, or the `num` that are left, of W keys -> links [.., TILE].
+template <bool WHOLE, class T, class Word>
+inline void transpose_square(const T* const* rows, int word, int num, Word* key) {
     constexpr int EACH = 4 / sizeof(T);
     vf v[W];
 #pragma GCC unroll 16
@@ -206,9 +301,9 @@ template <bool WHOLE, class T> inline void transpose_square(const T* const* rows
     for (int i = 0; i < W; i++) {
         if (!WHOLE && i >= num)
             break;
-        float* to = key + (word + i) * EACH * TILE;
-        if constexpr (EACH == 1) {
-            store(to, v[i]);
+        Word* to = key + (word + i) * (EACH / Link<T>::EACH) * TILE;
+        if constexpr (EACH == Link<T>::EACH) {
+            __builtin_memcpy(to, v + i, sizeof(vf));
         } else {
             store(to, (vf)((vu)v[i] << 16));
             store(to + TILE, (vf)((vu)v[i] & 0xffff0000u));
@@ -216,9 +311,9 @@ template <bool WHOLE, class T> inline void transpose_square(const T* const* rows
     }
 }
 
-// Keys [TILE rows of size] -> floats [size, TILE], through words of 32 bits: one float, or two bfloat16. All that a
-// register block of scores may touch is written.
-template <class T> void transpose_keys(const T* const* rows, int low, int n, int size, float* key) {
+// Keys [TILE rows of size] -> links [.., TILE], through words of 32 bits: one float, or two bfloat16. All that a register
+// block of scores may touch is written.
+template <class T, class Word> void transpose_keys(const T* const* rows, int low, int n, int size, Word* key) {
     constexpr int KEYS = KEY_VECTORS<1> * W;
     const int num_words = size * (int)sizeof(T) / 4, end = (n + KEYS - 1) / KEYS * KEYS;
     for (int first = low / KEYS * KEYS; first < end; first += W) {
@@ -263,11 +358,15 @@ template <class T> void attend(const AttentionArgs* a, const int32_t* item, int 
     const Reach reach{a->kv_lens[row] - (a->cu_seqlens[row + 1] - a->cu_seqlens[row]) + item[1] + 1, num_tokens, a->window};
     const int64_t seen_last = reach.seen_first + num_tokens - 1;
     const bool wide = sizeof(T) == 4 || per_head > QUERIES_MAX;  // values are widened once where several blocks use them
-    float* key = scratch;
-    float* value = key + TILE * stride;
+    typedef Link<T> L;
+    typedef typename L::Word Word;
+    static_assert(sizeof(Word) == sizeof(float), "one layout of the scratch");
+    const int num_links = size / L::EACH;
+    Word* key = (Word*)(void*)scratch;
+    float* value = scratch + TILE * stride;
     float* zeros = value + TILE * stride;
-    float* query = zeros + stride;
-    float* out = query + num * stride;
+    Word* query = (Word*)(void*)(zeros + stride);
+    float* out = zeros + stride + num * stride;
     float* scores = out + num * stride;
     float* m = scores + num * TILE;
     float* l = m + num;
@@ -294,7 +393,11 @@ template <class T> void attend(const AttentionArgs* a, const int32_t* item, int 
         }
     for (int q = 0; q < num_queries; q++) {
         const int64_t at = place(q), head = at % a->num_heads;
-        widen((const T*)a->query + at / a->num_heads * a->query_stride + head * size, query + q * stride, size);
+        const T* from = (const T*)a->query + at / a->num_heads * a->query_stride + head * size;
+        if constexpr (IN_PAIRS<T>)
+            __builtin_memcpy(query + q * stride, from, sizeof(T) * (size_t)size);
+        else
+            widen(from, query + q * stride, size, false);
         m[q] = a->sinks ? a->sinks[head] : -__builtin_inff();
         l[q] = a->sinks ? 1.0f : 0.0f;
     }
@@ -322,11 +425,11 @@ template <class T> void attend(const AttentionArgs* a, const int32_t* item, int 
             const int q_begin = (head - begin) * per_head + t_begin * group_size;
             const int q_end = (head - begin) * per_head + t_end * group_size;
             for (int q = q_begin; q < q_end; q += QUERIES_MAX)
-                score(q_end - q, query + q * stride, stride, key, size, low, n, scores + (int64_t)q * TILE);
+                score<L>(q_end - q, query + q * stride, stride, key, num_links, low, n, scores + (int64_t)q * TILE);
             for (int q = q_begin; q < q_end; q++) {
                 const int t = q % per_head / group_size;
-                weigh(scores + (int64_t)q * TILE, reach.low(first, t), reach.n(first, t), a->scale, a->soft_cap, m + q,
-                      change + q, sum + q);
+                weigh(scores + (int64_t)q * TILE, reach.low(first, t), reach.n(first, t), a->scale, a->soft_cap,
+                         m + q, change + q, sum + q);
             }
             for (int q = q_begin; q < q_end; q += W) {
                 const int count = upto(q_end - q);
@@ -342,7 +445,7 @@ template <class T> void attend(const AttentionArgs* a, const int32_t* item, int 
                     if constexpr (sizeof(T) == 4) {
                         wide_rows[j] = rows.value[j];
                     } else {
-                        widen(rows.value[j], value + j * stride, size);
+                        widen(rows.value[j], value + j * stride, size, true);
                         wide_rows[j] = value + j * stride;
                     }
                 }
@@ -365,10 +468,10 @@ template <class T> void attend(const AttentionArgs* a, const int32_t* item, int 
     }
     for (int q = 0; q < num_queries; q++) {
         T* to = (T*)a->out + place(q) * size;
-        for (int i = 0; i < size; i += W) {
-            const int count = upto(size - i);
-            store_upto(to + i, allowed ? load(out + q * stride + i) / l[q] : vf{}, count);
-        }
+        if (allowed)
+            store_output(out + q * stride, l[q], to, size);
+        else
+            __builtin_memset(to, 0, sizeof(T) * (size_t)size);
     }
 }
 

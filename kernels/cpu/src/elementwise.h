@@ -76,10 +76,27 @@ template <class T> void turn(const T* from, T* to, const float* cos, const float
     }
 }
 
+constexpr int64_t SLOTS_AHEAD = 4;  // asked for before they are written: each lies somewhere else, seldom in a cache
+
+// Asks for the memory of a token's slot, to write it.
+template <class T> inline void fetch_slot(const RopeArgs* a, int64_t token) {
+    const int64_t slot = a->slots[token], size = (int64_t)a->num_kv_heads * a->head_size;
+    if (slot < 0 || slot / a->block_size >= a->num_blocks)
+        return;
+    for (int64_t i = 0; i < size; i += 64 / (int64_t)sizeof(T)) {
+        __builtin_prefetch((T*)a->key_cache + slot * size + i, 1, 3);
+        __builtin_prefetch((T*)a->value_cache + slot * size + i, 1, 3);
+    }
+}
+
 template <class T> void rope_and_store(const RopeArgs* a, int64_t begin, int64_t end) {
     const int size = a->head_size, half = size / 2;
     const int64_t width = (int64_t)(a->num_heads + 2 * a->num_kv_heads) * size;
+    for (int64_t token = begin; token < end && token < begin + SLOTS_AHEAD; token++)
+        fetch_slot<T>(a, token);
     for (int64_t token = begin; token < end; token++) {
+        if (token + SLOTS_AHEAD < end)
+            fetch_slot<T>(a, token + SLOTS_AHEAD);
         T* query = (T*)a->qkv + token * width;
         const T* key = query + (int64_t)a->num_heads * size;
         const T* value = key + (int64_t)a->num_kv_heads * size;

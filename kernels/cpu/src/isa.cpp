@@ -5,9 +5,11 @@
 // that neither chunking nor company nor placement nor the number of threads can reorder a sum.
 #include "attention.h"
 #include "elementwise.h"
+#include "logits.h"
 #include "ops.h"
 #include "product.h"
 
 extern const Ops OPS;
 const Ops OPS = {rms_norm_any, activate_and_mul_any,    rope_and_store_any, attention_scratch, attention_any,
-                 ready_bytes,  bf16_weights::make_ready, product_any,        PANEL,             bf16_weights::INPUTS};
+                 ready_bytes,  bf16_weights::make_ready, product_any,        group_maxima,      at_least,
+                 W,            PANEL,                   bf16_weights::INPUTS};

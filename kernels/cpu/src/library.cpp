@@ -13,6 +13,7 @@
 #include "blocks.h"
 #include "ops.h"
 #include "pool.h"
+#include "top.h"
 
 // The sets that the compiler knew: setup.py defines BULKHEAD_<SET> for each.
 extern const Ops ops_portable, ops_avx2, ops_avx512, ops_avx512_bf16, ops_amx;
@@ -142,7 +143,7 @@ constexpr int64_t PANELS_PER_PIECE_MIN = 2;  // some microseconds of work
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int bulkhead_abi() {
-    return 5;
+    return 6;
 }
 
 // Name of the i-th instruction set that was built, best first; null beyond the last.
@@ -191,6 +192,22 @@ EXPORT void bulkhead_attention(int isa, const AttentionArgs* args) {
             j->ops->attention(j->args, begin, end < j->num ? end : j->num, scratch.at_least(j->scratch_floats));
         },
         &job, (job.num + chunk - 1) / chunk);
+}
+
+EXPORT void bulkhead_top(int isa, const TopArgs* args) {
+    struct Rows {
+        const TopArgs* args;
+        const Ops* ops;
+        size_t num_floats;
+    };
+    const Ops* ops = ISAS[isa].ops;
+    const Rows rows{args, ops, static_cast<size_t>(top_bytes(ops, args)) / sizeof(float) + 1};
+    pool().run(
+        [](const void* context, int64_t row) {
+            const auto* r = static_cast<const Rows*>(context);
+            top(r->ops, r->args, row, scratch.at_least(r->num_floats));
+        },
+        &rows, args->num_rows);
 }
 
 EXPORT int bulkhead_panel(int isa) {

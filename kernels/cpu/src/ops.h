@@ -85,6 +85,14 @@ struct BlocksArgs {
     int32_t fill;  // a byte
 };
 
+// Of logits, the largest of each row: largest first, the smallest column first among equals.
+struct TopArgs {
+    const float* logits;  // [S, V]
+    int64_t* ids;         // [S, count]; not written where a row is not finite
+    uint8_t* finite;      // [S] whether all of the row's numbers are
+    int64_t num_rows, num_columns, count;  // 1 <= count <= num_columns
+};
+
 // What one instruction set offers: each works on a range of independent pieces.
 struct Ops {
     void (*rms_norm)(const NormArgs*, int64_t begin, int64_t end);
@@ -95,6 +103,11 @@ struct Ops {
     int64_t (*ready_bytes)(const ProductArgs*);
     void (*make_ready)(const ProductArgs*, int64_t begin, int64_t end);  // rows
     void (*product)(const ProductArgs*, int64_t begin, int64_t end);     // panels
+    // Largest of each group of columns (src/top.h), [top_groups]; whether all numbers are finite.
+    bool (*group_maxima)(const float* row, int64_t num_columns, int64_t group_vectors, float* maxima);
+    // Sortable keys of the columns that are not below a threshold; their number.
+    int64_t (*at_least)(const float* row, int64_t num_columns, float threshold, uint64_t* keys);
+    int32_t lanes;          // of a vector
     int32_t panel;          // columns
     int32_t bf16_inputs;    // inputs in a step of a panel of bfloat16 weights: 1, or pairs filled up to this many
 };

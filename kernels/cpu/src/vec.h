@@ -68,13 +68,18 @@ inline void store(float* p, vf v) {
     __builtin_memcpy(p, &v, sizeof v);
 }
 
-// Round to nearest even, as torch does; a NaN stays a NaN.
+// Round to nearest even, as torch does; a NaN stays a NaN. (The instruction makes zeros of numbers below 2^-126.)
 inline void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__)
+    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+    __builtin_memcpy(p, &narrow, sizeof narrow);
+#else
     vu u = (vu)v;
     vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     vu quiet = (u >> 16) | 0x40u;
     vh h = __builtin_convertvector((v != v) ? quiet : rounded, vh);
     __builtin_memcpy(p, &h, sizeof h);
+#endif
 }
 
 // The first n lanes, 0 < n < W; the others are zero and are neither read nor written in memory.
@@ -162,7 +167,7 @@ template <int STEP = W / 2> inline void transpose(vf* v) {
         transpose<STEP / 2>(v);
 }
 
-// Cephes' expf, for numbers within -87.3 and 88.3 and NaN: within 2 units in the last place.
+// Cephes' expf, for numbers within -87.3 and 88.3 (with AVX-512: -200 and 200) and NaN: within 2 units in the last place.
 inline vf exp_within(vf x) {
     const vf magic = splat(12582912.f);
     const vf n = fma(x, splat(1.44269504088896341f), magic) - magic;
@@ -174,9 +179,36 @@ inline vf exp_within(vf x) {
     p = fma(p, r, splat(1.6666665459e-1f));
     p = fma(p, r, splat(5.0000001201e-1f));
     p = fma(p, r * r, r) + 1.0f;
+#if W == 16
+    return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);  // p * 2^n, also where that is 0, infinity or NaN
+#else
     const vi power = (__builtin_convertvector(n, vi) + 127) << 23;
     return x != x ? x : p * (vf)power;
+#endif
 }
+
+#if W == 16
+
+// Of a NaN and a number these instructions give the second.
+inline vf not_below(float low, vf x) {
+    return (vf)_mm512_maskz_max_ps(0xffff, (__m512)splat(low), (__m512)x);
+}
+
+inline vf not_above(float high, vf x) {
+    return (vf)_mm512_maskz_min_ps(0xffff, (__m512)splat(high), (__m512)x);
+}
+
+// 0 from -104 on down, infinity from 88.8 on, NaN for NaN.
+inline vf exp(vf x) {
+    return exp_within(not_above(200.0f, not_below(-200.0f, x)));
+}
+
+// The same for numbers that are not positive.
+inline vf exp_negative(vf x) {
+    return exp_within(not_below(-200.0f, x));
+}
+
+#else
 
 // Exactly 0 below -87.3, infinity above 88.3, NaN for NaN.
 inline vf exp(vf x0) {
@@ -192,6 +224,8 @@ inline vf exp_negative(vf x0) {
     const vf low = splat(-87.3f);
     return x0 < low ? vf{} : exp_within(x0 < low ? low : x0);
 }
+
+#endif
 
 // Cephes' tanhf: a polynomial near zero, so that small numbers keep their digits; NaN for NaN.
 inline vf tanh(vf x) {
