@@ -52,7 +52,7 @@ class Metrics:
         self._webhooks = counter("bulkhead_webhook_attempts", "Webhook deliveries tried, by outcome", "outcome")
         self._success = counter("vllm:request_success", "Requests that ended with an answer", "finished_reason")
         self._ttft = histogram("vllm:time_to_first_token_seconds", "Admission to first text", TTFT_BUCKETS_S)
-        self._gaps = histogram("vllm:inter_token_latency_seconds", "Between one text and the next", GAP_BUCKETS_S)
+        self._gaps = histogram("vllm:inter_token_latency_seconds", "Between one token and the next", GAP_BUCKETS_S)
         self._prompts = histogram("vllm:request_prompt_tokens", "Prompt tokens of each request", TOKEN_BUCKETS)
         self._answers = histogram("vllm:request_generation_tokens", "Tokens of each answer", TOKEN_BUCKETS)
         self._queries = counter("vllm:prefix_cache_queries", "Prompt tokens that the prefix cache was asked for")
@@ -84,9 +84,10 @@ class Metrics:
     def first_text(self, seconds: float) -> None:
         self._ttft.observe(seconds)
 
-    def next_text(self, seconds: float) -> None:
-        """So long after the same choice's text before it."""
-        self._gaps.observe(seconds)
+    def next_text(self, seconds: float, num_tokens: int) -> None:
+        """So long after the same choice's text before it; its tokens share the time."""
+        for _ in range(num_tokens):
+            self._gaps.observe(seconds / num_tokens)
 
     def ended(
         self,

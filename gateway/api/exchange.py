@@ -133,7 +133,7 @@ class Exchange:
         self._dismissed = asyncio.Event()
         self._dismissal: asyncio.Task[Any] | None = None
         self._started_ns = services.world.monotonic_ns()
-        self._text_at_s: dict[int, float] = {}  # by choice: when its last text came
+        self._last_text: dict[int, tuple[float, int]] = {}  # by choice: when it came, tokens until then
         self.answered = False  # wholly, and so settled
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()  # complete before anything of an answer
 
@@ -266,15 +266,17 @@ class Exchange:
         found, self._pull = self._pull.result(), None
         self._prompt_logprobs += found[1].prompt_logprobs
         if found[1].text:
-            self._time(found[0], self._elapsed_s())
+            self._time(*found)
         return found
 
-    def _time(self, index: int, at_s: float) -> None:
-        if index in self._text_at_s:
-            self._services.metrics.next_text(at_s - self._text_at_s[index])
-        elif not self._text_at_s:
+    def _time(self, index: int, output: TokenOutput) -> None:
+        at_s, num_tokens = self._elapsed_s(), output.num_completion_tokens
+        if index in self._last_text:
+            last_s, num_before = self._last_text[index]
+            self._services.metrics.next_text(at_s - last_s, num_tokens - num_before)
+        elif not self._last_text:
             self._services.metrics.first_text(at_s)
-        self._text_at_s[index] = at_s
+        self._last_text[index] = (at_s, num_tokens)
 
     def _elapsed_s(self) -> float:
         return (self._services.world.monotonic_ns() - self._started_ns) / 1e9
