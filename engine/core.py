@@ -31,7 +31,7 @@ from engine.cache.cache_shares import CacheShares
 from engine.contamination import contaminated
 from engine.endings import refusal, with_endings, withheld
 from engine.errors import GrammarError
-from engine.events import EngineEvent, Observer, Violation
+from engine.events import EngineEvent, Observer, Violation, begin_event
 from engine.model_runner import Runner
 from engine.protocol import Incident, Stats, Submit, TokenLogprob, TokenOutput
 from engine.sampling.matcher import Matcher
@@ -145,19 +145,7 @@ class EngineCore:
         self._sequences[sequence.sequence_id] = sequence
         self._answers[sequence.sequence_id] = Answer(self._decode, submit.sampling)
         self.scheduler.add(sequence)
-        self._events.append(
-            EngineEvent(
-                "begin",
-                self.step_number,
-                -1,
-                0,
-                submit.domain,
-                submit.sequence_id,
-                tuple(submit.prompt_token_ids),
-                submit.cache_salt,
-                submit.sampling,
-            )
-        )
+        self._events.append(begin_event(self.step_number, submit))
         return None
 
     def abort(self, sequence_id: str) -> TokenOutput | None:

@@ -53,6 +53,14 @@ class EngineEvent:
     sampling: SamplingParams | None = None
 
 
+def begin_event(step: int, submit: Submit) -> EngineEvent:
+    """A sequence is taken in."""
+    prompt = tuple(submit.prompt_token_ids)
+    return EngineEvent(
+        "begin", step, -1, 0, submit.domain, submit.sequence_id, prompt, submit.cache_salt, submit.sampling
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingState:
     """What lies in a stable row when it is about to be sampled from (engine/sampling/row.py): the very objects, not
