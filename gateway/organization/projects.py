@@ -98,6 +98,7 @@ class ProjectDesk(Desk):
                     self.services.secrets.key_pepper,
                     scopes=frozenset({INFERENCE_SCOPE}),
                     expires_ns=expires_ns,
+                    rules=caller.principal.rules,  # a key cannot make one that may do more than itself
                 )
         except InvalidNameError as error:
             raise InvalidRequestError(str(error), "name") from error

@@ -19,6 +19,7 @@ from gateway.clerk import Clerk
 from gateway.host.https import https_server
 from gateway.host.port import bind
 from gateway.host.tls import ensure_certificates
+from tenancy.key_rules import read_rules
 from tenancy.limits import PER_MINUTE_MAX
 from tests.fakes.hall import Account, Hall
 from tests.gateway.conftest import Stage
@@ -178,6 +179,31 @@ def test_projects_keys_and_limits(site: Site, runner: asyncio.Runner) -> None:
         assert logged["key.created"][-1]["scopes"] == ["inference"]
         assert logged["limits.changed"][0]["requests_per_minute"] == 1
         assert logged["key.revoked"][0]["key_id"] == account.id
+
+    runner.run(scenario())
+
+
+def test_a_restricted_office_makes_restricted_keys(site: Site, runner: asyncio.Runner) -> None:
+    hall = site.hall
+
+    async def scenario() -> None:
+        account = hall.accounts["acme"]
+        async with hall.database.transaction() as conn:
+            minted = await Clerk(conn, hall.services.world.entropy, hall.services.world.now_ns()).create_key(
+                account.tenant_id,
+                account.project_id,
+                "narrow",
+                hall.services.secrets.key_pepper,
+                scopes=SCOPES,
+                rules=read_rules(models=["another"]),
+            )
+        hall.accounts["narrow office"] = Account(
+            account.tenant_id, account.project_id, minted.key_id, minted.secret_text
+        )
+        path = f"/v1/organization/projects/{account.project_id}/service_accounts"
+        made = (await hall.call("POST", path, {"name": "x"}, tenant="narrow office")).json()
+        hall.accounts["narrow"] = Account(account.tenant_id, account.project_id, made["id"], made["api_key"]["value"])
+        assert (await hall.chat(tenant="narrow", max_tokens=2)).status == 404
 
     runner.run(scenario())
 
