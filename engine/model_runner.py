@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from engine.batch import Batch
 from engine.cache.kv_cache import KVCache, block_bytes, row_tags
-from engine.errors import ConfigError
+from engine.errors import BrokenOffError, ConfigError
 from engine.events import KernelArrays, SamplingState
 from engine.models.facts import Model
 from engine.models.load import load_model
 from engine.protocol import TokenLogprob
 from engine.sampling.row import Row
 from engine.sampling.sampler import NOT_FINITE, Leaders, Picks, pick, scored
+from engine.scheduling.break_off import GoOn
 from kernels.backend import Backend, StepTables
 from kernels.gpu.padding import pad, padded_size
 
@@ -47,9 +48,12 @@ class Runner(Protocol):
         """What lies in a stable row; an empty state where nothing does."""
         ...
 
-    def execute(self, batch: Batch) -> Picks:
+    def execute(self, batch: Batch, go_on: GoOn | None = None) -> Picks:
         """Compute the batch; one token id per sampled row, sampler.NOT_FINITE where its numbers broke; the prompt's log
-        probabilities of each row with scored places."""
+        probabilities of each row with scored places.
+
+        ``go_on`` may be asked between two layers, on devices where a layer is done when it returns; where it says no,
+        BrokenOffError is raised and no row's state has moved."""
         ...
 
     def scrub(self, block_ids: list[int]) -> None:
@@ -128,8 +132,12 @@ class ModelRunner:
     def scrub(self, block_ids: list[int]) -> None:
         self.cache.scrub(block_ids)
 
-    def execute(self, batch: Batch) -> Picks:
-        logits = self.logits(batch)
+    def execute(self, batch: Batch, go_on: GoOn | None = None) -> Picks:
+        try:
+            logits = self.logits(batch, go_on)
+        except BrokenOffError as broken:
+            broken.arrays = self._arrays
+            raise
         found = self._leaders(logits)
         num_sampled = len(batch.sampled_index)
         scores, arrays = self._scores(batch, logits[num_sampled:], found[num_sampled:]), self._arrays
@@ -180,7 +188,7 @@ class ModelRunner:
         return scores
 
     @torch.inference_mode()
-    def logits(self, batch: Batch) -> NDArray[np.float32]:
+    def logits(self, batch: Batch, go_on: GoOn | None = None) -> NDArray[np.float32]:
         """float32 [S + P, V]: of the rows that sample, then of the scored places."""
         evidence = batch.evidence
         tags = row_tags(evidence.domains)
@@ -218,6 +226,7 @@ class ModelRunner:
             cache=self.cache,
             plan=self.model.backend.plan(tables),
             wanted=torch.from_numpy(wanted).to(device),
+            go_on=go_on if device.type == "cpu" else None,  # elsewhere a layer that returns is not yet computed
         )
         values: NDArray[np.float32] = logits.cpu().numpy()
         return values

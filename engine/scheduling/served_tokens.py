@@ -12,7 +12,9 @@ admitted and have not ended, so what they are served over any time differs by at
 shared blocks and preemption M is the pool's slots. Where one enters past another without room
 (engine/scheduling/order.py), the counters may differ by 2 M; a rescue (engine/scheduling/rescue.py) may add one
 sequence's tokens. A domain that is owed first tokens (engine/scheduling/first_tokens.py) is not backlogged: it may pass
-one that is, and gets no further ahead of it than the most served domain is, and its own sequences' tokens.
+one that is, and gets no further ahead of it than the most served domain is, and its own sequences' tokens. Tokens that
+were thrown away for a domain (engine/scheduling/break_off.py) count as served to it, though it has nothing of them: who
+causes such losses gets that much less.
 """
 
 from collections.abc import Iterable
@@ -25,6 +27,7 @@ class ServedTokens:
         self.total = 0  # tokens of everybody
         self.last_domain = ""  # that was admitted last
         self._counters: dict[tuple[int, str], int] = {}  # by tier and domain
+        self._later: list[tuple[int, str, int, int]] = []
         self._left_at: dict[int, int] = {}  # by tier: counter of the domain whose last waiting one was admitted last
 
     def of(self, tier: int, domain: str) -> int:
@@ -36,12 +39,25 @@ class ServedTokens:
 
     def lift(self, tier: int, domain: str, waiting: Iterable[str]) -> None:
         """``domain``, which has nothing waiting in the tier, is about to have; ``waiting``: the domains that have."""
+        self._counters[tier, domain] = self.lifted(tier, domain, waiting)
+
+    def lifted(self, tier: int, domain: str, waiting: Iterable[str]) -> int:
+        """Where the counter would be then."""
         lowest = min((self.of(tier, other) for other in waiting), default=self._left_at.get(tier, 0))
-        self._counters[tier, domain] = max(self.of(tier, domain), lowest)
+        return max(self.of(tier, domain), lowest)
 
     def charge(self, tier: int, domain: str, num_tokens: int, weight: int) -> None:
         self.total += num_tokens
         self._counters[tier, domain] = self.of(tier, domain) + num_tokens * _UNIT // max(1, weight)
+
+    def charge_later(self, tier: int, domain: str, num_tokens: int, weight: int) -> None:
+        """With `settle`."""
+        self._later.append((tier, domain, num_tokens, weight))
+
+    def settle(self) -> None:
+        for charge in self._later:
+            self.charge(*charge)
+        self._later.clear()
 
     def admitted(self, tier: int, domain: str, *, last: bool) -> None:
         self.last_domain = domain
@@ -50,5 +66,6 @@ class ServedTokens:
 
     def forget(self) -> None:
         """Nobody is here any more: nobody is owed anything."""
+        self._later.clear()
         self._counters.clear()
         self._left_at.clear()

@@ -19,6 +19,7 @@ from engine.models.llama_config import ModelConfig
 from engine.models.load import DTYPES
 from engine.models.weights import load_weights
 from engine.protocol import SamplingParams, Submit, TokenOutput
+from engine.scheduling.break_off import GoOn
 from engine.scheduling.tiers import TIERS
 from engine.text.tokenizer import read_json
 from kernels.cpu.backend import NativeBackend
@@ -60,8 +61,8 @@ class Recording(ModelRunner):
         self.num_cached_tokens = 0
         self.seen: dict[tuple[str, int], NDArray[np.float32]] = {}
 
-    def logits(self, batch: Batch) -> NDArray[np.float32]:
-        logits = super().logits(batch)
+    def logits(self, batch: Batch, go_on: GoOn | None = None) -> NDArray[np.float32]:
+        logits = super().logits(batch, go_on)
         for row, index, position in zip(logits, batch.sampled_index, batch.sampled_positions.tolist(), strict=False):
             self.seen[batch.evidence.sequence_ids[index], position] = row.copy()
         rows = [part.index for part in batch.scored for _ in part.next_token_ids]

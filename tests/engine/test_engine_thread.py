@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from engine.engine_thread import Connection, EngineThread, Received
 from engine.journal import Journal, read_journals
 from engine.protocol import Drain, FrameReader, FromWorker, Incident, TokenOutput, decode_from_worker
+from engine.scheduling.break_off import Newcomers
 from engine.step_result import StepResult
 from tests.strategies.integer_model import IntegerRunner, Watcher, continuation, decode, integer_core, submit
 
@@ -96,14 +97,14 @@ def test_incidents_go_to_everybody_and_outputs_to_their_owner(harness: Harness) 
 def test_violations_in_too_many_steps_close_the_door(harness: Harness) -> None:
     steps = harness.core.step
 
-    def violating() -> StepResult:
+    def violating(newcomers: Newcomers | None = None) -> StepResult:
         number = harness.core.step_number
         if number < 3 and number != 1:  # steps 1 and 3
             harness.watcher.violations = [("foreign_block", (f"bad{number}",), ("a",), 0, "detail")]
         if number == 5:
             harness.thread.commands.put(Received(mine, submit("late", [1, 2], 2)))
             harness.thread.commands.put(Drain(60_000))
-        return steps()
+        return steps(newcomers)
 
     mine = connection()
     harness.core.step = violating  # type: ignore[method-assign]
@@ -127,8 +128,8 @@ def test_an_output_that_nobody_asked_for_is_dropped_and_everybody_else_goes_on(h
     if in_core:
         harness.core.add(submit("stranger", [7, 7], 9))
 
-    def crossed() -> StepResult:
-        result = step()
+    def crossed(newcomers: Newcomers | None = None) -> StepResult:
+        result = step(newcomers)
         if harness.core.step_number == 3 and not in_core:
             result.outputs.append(replace(result.outputs[0], sequence_id="stranger"))
         return result
