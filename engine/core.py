@@ -105,10 +105,8 @@ class EngineCore:
         self._forms: dict[str, Matcher] = {}  # of those that must have one
         self._rows: dict[str, Row] = {}  # of those that run
         self._num_arrived = 0
-        self._num_prompt_tokens = 0
-        self._num_completion_tokens = 0
-        self._num_batch_tokens = 0
-        self._num_batch_rows = 0
+        self._num_prompt_tokens = self._num_completion_tokens = 0
+        self._num_batch_tokens = self._num_batch_rows = 0
         self._max_num_seqs = max_num_seqs
 
     @property
@@ -250,6 +248,7 @@ class EngineCore:
             num_preemptions_kept=self.scheduler.num_preemptions_kept,
             num_rescued=self.scheduler.rescue.num_rescued,
             num_steps_broken_off=self.break_offs.num_broken_off,
+            num_tokens_lost=self.break_offs.num_tokens_lost,
         )
 
     def _audited_batch(self, rows: Line[ScheduledRow], result: StepResult) -> Batch | None:

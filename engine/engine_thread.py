@@ -207,9 +207,10 @@ class EngineThread:
         """Called while a step is under way: who is going to enter the core with commands that are obeyed after it, in
         their order."""
         commands = self._take_waiting()
-        gone = {
-            one.message.sequence_id for one in commands if isinstance(one, Received) and isinstance(one.message, Abort)
-        }
+        messages = [one.message if isinstance(one, Received) else one for one in commands]
+        if any(isinstance(message, Drain) for message in messages):
+            return []
+        gone = {message.sequence_id for message in messages if isinstance(message, Abort)}
         entering = [submit for command in commands if (submit := self._entering(command)) is not None]
         return [submit for submit in entering if submit.sequence_id not in gone]
 
