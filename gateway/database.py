@@ -23,6 +23,10 @@ SQLITE_POOL: dict[str, Any] = {"pool_timeout": 5}
 _BIND = text("SELECT set_config('bulkhead.tenant', :tenant_id, true)")  # true: until the transaction ends
 BUSY_TIMEOUT_MS = 5_000  # how long a SQLite writer waits for another process (a CLI command) to finish
 
+# SQLSTATE: connection lost, rolled back (deadlock, serialisation), out of resources, lock not available, cancelled or
+# going down, input or output failed, read-only.
+PASSING = ("08", "40", "53", "55P03", "57", "58", "25006")
+
 
 class DatabaseUnavailableError(Exception):
     """The database cannot be reached or refuses to write. The caller answers 503 and serves nothing unmetered."""
@@ -100,8 +104,13 @@ class _mapped_errors:
             raise DatabaseUnavailableError(_reason(error)) from error
         if isinstance(error, PoolTimeoutError):  # every connection is in use, and none came back in time
             raise DatabaseUnavailableError(_reason(error)) from error
-        if isinstance(error, DBAPIError) and error.connection_invalidated:
+        if isinstance(error, DBAPIError) and (error.connection_invalidated or _is_passing(error)):
             raise DatabaseUnavailableError(_reason(error)) from error
+
+
+def _is_passing(error: DBAPIError) -> bool:
+    """What PostgreSQL refuses now and may do later, although nothing is wrong with the statement."""
+    return str(getattr(error.orig, "sqlstate", None) or "").startswith(PASSING)
 
 
 def _reason(error: BaseException) -> str:
