@@ -38,6 +38,7 @@ class Database:
         self.is_sqlite = url.startswith("sqlite")
         # A write in WAL costs one fsync: FULL is kept because this file is a ledger.
         self._engine: AsyncEngine = create_async_engine(url, **(SQLITE_POOL if self.is_sqlite else POOL))
+        self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")  # the same pool
         self._write_lock = asyncio.Lock() if self.is_sqlite else None
         if self.is_sqlite:
             _prepare_sqlite(self._engine)
@@ -55,6 +56,17 @@ class Database:
                         yield conn
 
     @asynccontextmanager
+    async def glance(self) -> AsyncIterator[AsyncConnection]:
+        """For one statement that reads: nothing begins or ends around it on PostgreSQL. Not bound."""
+        if self.is_sqlite:
+            async with self.read() as conn:
+                yield conn
+            return
+        with _mapped_errors():
+            async with self._autocommit.connect() as conn:
+                yield conn
+
+    @asynccontextmanager
     async def read(self, tenant_id: str = "") -> AsyncIterator[AsyncConnection]:
         """A consistent snapshot for reading; always rolled back. ``tenant_id`` binds it."""
         with _mapped_errors():
@@ -66,6 +78,13 @@ class Database:
                     yield conn
                 finally:
                     await conn.rollback()
+
+    async def one_trip(self, text: str, arguments: tuple[object, ...]) -> Any:
+        """One statement that is a transaction of its own, on PostgreSQL; the value that it gives. No transaction is
+        begun and ended around it, so it binds itself where it has to (tenancy/one_trip.py)."""
+        with _mapped_errors():
+            async with self._autocommit.connect() as conn:
+                return (await conn.exec_driver_sql(text, arguments)).scalar_one()
 
     async def has_row_security(self) -> bool:
         """Whether bound transactions are: not on SQLite, and not for a role that the rules do not hold for."""

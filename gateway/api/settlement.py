@@ -26,12 +26,14 @@ from audit.entry import Entry
 from audit.outbox import append
 from gateway.api.admission import Admission, Claim
 from gateway.api.choices import NOTHING
+from gateway.api.one_trip import do_and_tell
 from gateway.api.problems import bug_report
 from gateway.budget_alerts import append_settled
-from gateway.database import DatabaseUnavailableError
+from gateway.database import Database, DatabaseUnavailableError
 from gateway.services import Services
 from tenancy.ledger import HoldSettledError, capture, get_hold, void
 from tenancy.meter import Usage, UsageConflictError, UsageRecord, get_usage, record_usage
+from tenancy.one_trip import settle_hold
 from tenancy.prices import charge_nano_usd
 from tenancy.quota import Lease, QuotaUnavailableError
 from tenancy.volume import lock_hold, take_volume
@@ -117,14 +119,19 @@ class Settler:
             return True
 
     async def _settle(self, admission: Admission, outcome: Outcome) -> bool:
-        await self._release(admission.lease, outcome.num_quota_tokens)
-        world = self._services.world
+        releasing = asyncio.create_task(self._release(admission.lease, outcome.num_quota_tokens))
+        database, entropy = self._services.database, self._services.world.entropy
 
         async def attempt() -> None:
-            async with self._services.database.transaction(admission.principal.tenant_id) as conn:
-                await write_settlement(conn, admission, outcome, entropy=world.entropy)
+            if not database.is_sqlite and await _settle_in_one_trip(database, admission, outcome, entropy=entropy):
+                return
+            async with database.transaction(admission.principal.tenant_id) as conn:
+                await write_settlement(conn, admission, outcome, entropy=entropy)
 
-        return await self._insist(attempt, admission.request_id, admission.expires_ns)
+        try:
+            return await self._insist(attempt, admission.request_id, admission.expires_ns)
+        finally:
+            await releasing
 
     async def _undo(self, claim: Claim, claiming: asyncio.Task[Admission]) -> bool:
         await asyncio.gather(claiming, return_exceptions=True)
@@ -173,6 +180,17 @@ class Settler:
                 await asyncio.sleep(FIRST_RETRY_S)
 
 
+async def _settle_in_one_trip(
+    database: Database, admission: Admission, outcome: Outcome, *, entropy: Callable[[int], bytes]
+) -> bool:
+    """T2 for the common case (one_trip.py). False: nothing has happened, and write_settlement decides."""
+    if admission.price.steps:
+        return False
+    record = _record(admission, outcome, 0)
+    statement = settle_hold(admission.hold_id, record, num_tokens=outcome.num_quota_tokens)
+    return await do_and_tell(database, statement, _entry_of(record), entropy=entropy)
+
+
 async def write_settlement(
     conn: AsyncConnection, admission: Admission, outcome: Outcome, *, entropy: Callable[[int], bytes]
 ) -> None:
@@ -181,13 +199,25 @@ async def write_settlement(
     Raises HoldSettledError or UsageConflictError when the hold's expiry has decided otherwise.
     """
     usage = outcome.usage
-    at_ns = max(outcome.finished_ns, admission.started_ns)  # a wall clock may step back
-    principal = admission.principal
-    amount_nano_usd = before = 0
-    if usage != NOTHING:
-        before = await _volume_before(conn, admission, usage)
-        amount_nano_usd = charge_nano_usd(admission.price, usage, admission.tier, before)
-    record = UsageRecord(
+    before = 0 if usage == NOTHING else await _volume_before(conn, admission, usage)
+    record = _record(admission, outcome, before)
+    at_ns, num_tokens = record.finished_ns, outcome.num_quota_tokens
+    # The hold first: whoever else settles it (host/overdue.py) takes the two in the same order.
+    if usage == NOTHING:
+        settled = await void(conn, admission.hold_id, at_ns, num_tokens=num_tokens)
+    else:
+        settled = await capture(conn, admission.hold_id, record.amount_nano_usd, at_ns, num_tokens=num_tokens)
+    if not await record_usage(conn, record):
+        return
+    await append_settled(conn, settled, at_ns, entropy=entropy)
+    await append(conn, _entry_of(record), entropy=entropy)
+
+
+def _record(admission: Admission, outcome: Outcome, before: int) -> UsageRecord:
+    """The request's usage row, with its charge."""
+    usage, principal = outcome.usage, admission.principal
+    charged = usage != NOTHING
+    return UsageRecord(
         request_id=admission.request_id,
         tenant_id=principal.tenant_id,
         project_id=principal.project_id,
@@ -195,32 +225,26 @@ async def write_settlement(
         model=admission.model,
         usage=usage,
         price_id=admission.price.price_id,
-        amount_nano_usd=amount_nano_usd,
+        amount_nano_usd=charge_nano_usd(admission.price, usage, admission.tier, before) if charged else 0,
         started_ns=admission.started_ns,
-        finished_ns=at_ns,
+        finished_ns=max(outcome.finished_ns, admission.started_ns),  # a wall clock may step back
         finish_reason=outcome.finish_reason,
         stream=admission.stream,
         tier=admission.tier,
         num_tokens_before=before,
     )
-    # The hold first: whoever else settles it (host/overdue.py) takes the two in the same order.
-    if usage == NOTHING:
-        settled = await void(conn, admission.hold_id, at_ns, num_tokens=outcome.num_quota_tokens)
-    else:
-        settled = await capture(conn, admission.hold_id, amount_nano_usd, at_ns, num_tokens=outcome.num_quota_tokens)
-    if not await record_usage(conn, record):
-        return
-    await append_settled(conn, settled, at_ns, entropy=entropy)
-    entry = settled_entry(
-        admission.request_id,
-        principal.tenant_id,
-        usage,
-        amount_nano_usd,
-        outcome.finish_reason,
-        "voided" if usage == NOTHING else "captured",
-        at_ns,
+
+
+def _entry_of(record: UsageRecord) -> Entry:
+    return settled_entry(
+        record.request_id,
+        record.tenant_id,
+        record.usage,
+        record.amount_nano_usd,
+        record.finish_reason,
+        "voided" if record.usage == NOTHING else "captured",
+        record.finished_ns,
     )
-    await append(conn, entry, entropy=entropy)
 
 
 async def _volume_before(conn: AsyncConnection, admission: Admission, usage: Usage) -> int:
