@@ -16,9 +16,11 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from gateway.trips import Trips
+
 # No ping before each use: three of them would be a tenth of a request. A connection that has died is noticed when it is
 # used; that request gets 503 and Retry-After, and the whole pool is made anew.
-POOL: dict[str, Any] = {"pool_size": 10, "max_overflow": 10, "pool_timeout": 5}
+POOL: dict[str, Any] = {"pool_size": 5, "max_overflow": 5, "pool_timeout": 5}  # beside trips.CONNECTIONS_MAX
 SQLITE_POOL: dict[str, Any] = {"pool_timeout": 5}
 _BIND = text("SELECT set_config('bulkhead.tenant', :tenant_id, true)")  # true: until the transaction ends
 BUSY_TIMEOUT_MS = 5_000  # how long a SQLite writer waits for another process (a CLI command) to finish
@@ -39,6 +41,7 @@ class Database:
         # A write in WAL costs one fsync: FULL is kept because this file is a ledger.
         self._engine: AsyncEngine = create_async_engine(url, **(SQLITE_POOL if self.is_sqlite else POOL))
         self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")  # the same pool
+        self._trips = None if self.is_sqlite else Trips(url)
         self._write_lock = asyncio.Lock() if self.is_sqlite else None
         if self.is_sqlite:
             _prepare_sqlite(self._engine)
@@ -82,9 +85,9 @@ class Database:
     async def one_trip(self, text: str, arguments: tuple[object, ...]) -> Any:
         """One statement that is a transaction of its own, on PostgreSQL; the value that it gives. No transaction is
         begun and ended around it, so it binds itself where it has to (tenancy/one_trip.py)."""
+        assert self._trips is not None, "SQLite has no server to spare trips to"
         with _mapped_errors():
-            async with self._autocommit.connect() as conn:
-                return (await conn.exec_driver_sql(text, arguments)).scalar_one()
+            return await self._trips.value(text, arguments)
 
     async def has_row_security(self) -> bool:
         """Whether bound transactions are: not on SQLite, and not for a role that the rules do not hold for."""
@@ -99,6 +102,8 @@ class Database:
             await conn.execute(_BIND, {"tenant_id": tenant_id})
 
     async def dispose(self) -> None:
+        if self._trips is not None:
+            await self._trips.close()
         await self._engine.dispose()
 
 
@@ -123,13 +128,16 @@ class _mapped_errors:
             raise DatabaseUnavailableError(_reason(error)) from error
         if isinstance(error, PoolTimeoutError):  # every connection is in use, and none came back in time
             raise DatabaseUnavailableError(_reason(error)) from error
-        if isinstance(error, DBAPIError) and (error.connection_invalidated or _is_passing(error)):
+        if isinstance(error, DBAPIError) and error.connection_invalidated:
+            raise DatabaseUnavailableError(_reason(error)) from error
+        if isinstance(error, Exception) and _is_passing(error):
             raise DatabaseUnavailableError(_reason(error)) from error
 
 
-def _is_passing(error: DBAPIError) -> bool:
+def _is_passing(error: Exception) -> bool:
     """What PostgreSQL refuses now and may do later, although nothing is wrong with the statement."""
-    return str(getattr(error.orig, "sqlstate", None) or "").startswith(PASSING)
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return str(getattr(cause, "sqlstate", None) or "").startswith(PASSING)
 
 
 def _reason(error: BaseException) -> str:

@@ -12,11 +12,11 @@ from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
+import asyncpg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select, update
-from sqlalchemy.exc import IntegrityError
 
 from audit import tables as audit_tables
 from engine.protocol import SamplingParams
@@ -413,7 +413,7 @@ def test_planted_bugs_are_seen(twins: Twins, plant: str) -> None:
 
     twins.runner.run(install(source.replace(right, wrong)))
     try:
-        with pytest.raises((AssertionError, IntegrityError)):
+        with pytest.raises((AssertionError, asyncpg.CheckViolationError)):
             run(twins, history)
     finally:
         twins.runner.run(install(source))

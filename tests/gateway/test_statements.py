@@ -11,6 +11,7 @@ import pytest
 from redis.asyncio import Redis
 from sqlalchemy import event
 
+from gateway.trips import Trips
 from tests.fakes.hall import Hall
 from tests.gateway.conftest import Stage
 from tests.servers import PostgresServer
@@ -40,6 +41,13 @@ def listen(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> Asked:
         asked.statements.append(statement)
 
     event.listen(engine, "before_cursor_execute", note)
+    value = Trips.value
+
+    async def valued(self: Trips, text: str, arguments: tuple[object, ...]) -> Any:
+        asked.statements.append(text)
+        return await value(self, text, arguments)
+
+    monkeypatch.setattr(Trips, "value", valued)
     begin = asyncpg.transaction.Transaction.start
 
     async def began(self: Any) -> None:
