@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 CONNECTIONS_MAX = 10
-WAIT_S = 5.0  # for one of them to be free
+WAIT_S = 5.0  # for one of them to be free, and for a new one to be made
 
 
 class Trips:
@@ -26,7 +26,8 @@ class Trips:
         async with asyncio.timeout(WAIT_S):
             await self._places.acquire()
         try:
-            wrapped = await self._take()
+            async with asyncio.timeout(WAIT_S):
+                wrapped = await self._take()
             driver = wrapped.driver_connection
             try:
                 value = await driver.fetchval(text, *arguments)

@@ -1,4 +1,5 @@
-"""How often a request asks the database and the store: counted, so that it does not creep up."""
+"""How often a request asks the database and the store: counted, so that it does not creep up. And what it does not ask
+again is not believed where it matters."""
 
 import asyncio
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from redis.asyncio import Redis
 from sqlalchemy import event
 
 from gateway.trips import Trips
-from tests.fakes.hall import Hall
+from tenancy.keys import revoke_key
+from tenancy.limits import set_limits
+from tests.fakes.hall import Hall, chat_body
 from tests.gateway.conftest import Stage
 from tests.servers import PostgresServer
 
@@ -96,6 +99,57 @@ def test_on_postgresql_a_request_is_two_statements(
         assert len(asked.statements) == 3
         assert asked.num_transactions == 0
         await hall.check_books()
+
+    runner.run(scenario())
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_key_is_dead_at_once_although_it_is_remembered(
+    postgres_stage: Stage, runner: asyncio.Runner, streamed: bool
+) -> None:
+    """Also for a request in the general way, as one with an idempotency key is."""
+    hall, _ = postgres_stage.make()
+    account = hall.accounts["acme"]
+
+    async def scenario() -> None:
+        for _ in range(2):
+            assert (await hall.chat(max_tokens=1)).status == 200
+        async with hall.database.transaction() as conn:
+            await revoke_key(conn, account.key_id, now_ns=hall.services.world.now_ns())
+        assert (await hall.chat(max_tokens=1, stream=streamed)).status == 401
+        body = chat_body("integer", max_tokens=1)
+        answer = await hall.call("POST", "/v1/chat/completions", body, tenant="acme", headers={"idempotency-key": "k"})
+        assert answer.status == 401
+        assert (await hall.chat(max_tokens=1, tenant="globex")).status == 200
+        await hall.check_books()
+        assert (await hall.num_rows())["hold"] == 3
+        assert await hall.leases() == 0
+
+    runner.run(scenario())
+
+
+def test_a_remembered_key_needs_its_secret(postgres_stage: Stage, runner: asyncio.Runner) -> None:
+    hall, _ = postgres_stage.make()
+    secret = hall.accounts["acme"].secret
+
+    async def scenario() -> None:
+        for text in (secret, secret[:-1] + ("A" if secret[-1] != "A" else "E"), secret):
+            body = chat_body("integer", max_tokens=1)
+            answer = await hall.call("POST", "/v1/chat/completions", body, headers={"authorization": f"Bearer {text}"})
+            assert answer.status == (200 if text == secret else 401)
+
+    runner.run(scenario())
+
+
+def test_a_limit_that_is_set_holds_within_a_second(postgres_stage: Stage, runner: asyncio.Runner) -> None:
+    hall, _ = postgres_stage.make()
+
+    async def scenario() -> None:
+        assert (await hall.chat(max_tokens=1)).status == 200
+        async with hall.database.transaction() as conn:
+            await set_limits(conn, "key", hall.accounts["acme"].key_id, requests_per_minute=0, now_ns=0)
+        await asyncio.sleep(1)
+        assert (await hall.chat(max_tokens=1)).status == 429
 
     runner.run(scenario())
 
