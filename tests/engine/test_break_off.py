@@ -218,22 +218,23 @@ def test_no_two_steps_in_a_row_are_broken_off() -> None:
 
 
 def test_no_more_is_thrown_away_for_a_domain_than_each_other_is_served() -> None:
-    """One domain comes again as soon as it has been served, late in a step. Nine others have always more waiting than
+    """One domain comes again as soon as it has been served, late in a step. Many others have always more waiting than
     their share; by the test's own books, each gets what is thrown away, but for what is in work."""
     house = House(percent=50, num_flood=0)
-    names = [f"flood{index}" for index in range(9)]
+    names = [f"flood{index}" for index in range(24)]
     num_refused = 0
-    for step in range(500):
+    for step in range(1_200):
         waiting = [sequence.domain for sequence in house.core.scheduler.waiting]
         for name in names:
             for _ in range(3 - waiting.count(name)):
-                house.add(house.new(name, num_prompt=9, max_tokens=9))
+                if len(house.core.scheduler.waiting) < 99:
+                    house.add(house.new(name, num_prompt=9, max_tokens=9))
         here = any(sequence.domain == "visitor" for sequence in house.core._sequences.values())
         before, lost = house.num_broken, house.core.break_offs.num_tokens_lost
         house.step(*([] if here or step < 50 else [house.new("visitor", 3, 1)]), layer=NUM_LAYERS)
         num_refused += not here and step >= 50 and house.num_broken == before
         if house.num_broken > before:
-            assert lost <= min(house.num_computed(name) for name in names) + 4 * BUDGET
+            assert lost <= min(house.num_computed(name) for name in names) + 2 * BUDGET
     assert house.num_broken > 10
     assert num_refused > 10
 
