@@ -118,21 +118,6 @@ def paged_attention(
     return out
 
 
-def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """logits float32 [R, V] -> (int64 [R] the first place of each row's largest number, bool [R] whether all of its
-    numbers are finite). Where they are not, the place means nothing."""
-    largest = logits == logits.amax(dim=-1, keepdim=True)
-    places = torch.arange(logits.shape[1], device=logits.device)
-    return places.where(largest, logits.shape[1]).amin(dim=-1), logits.isfinite().all(dim=-1)
-
-
-def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """logits float32 [R, V], all finite, k <= V -> (float32 [R, k] the largest numbers of each row, the largest first,
-    int64 [R, k] their places; of equal numbers the one in the lower place comes first)."""
-    values, places = logits.sort(dim=-1, descending=True, stable=True)
-    return values[:, :k], places[:, :k]
-
-
 def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest numbers of each row: logits float32 [S, V], 1 <= count <= V -> (columns int64 [S, count], the largest
     first, the smallest column first among equals; whether all numbers of the row are finite, bool [S]). Of a row with a
