@@ -126,6 +126,23 @@ def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return order, logits.isfinite().all(dim=-1)
 
 
+def scrub_blocks(memory: Tensor, block_ids: Tensor, block_tags: Tensor) -> None:
+    """Zeros for blocks in every layer, and nobody's tag on them, in place: memory [layers, 2, N, block_size, Hkv, D],
+    block_ids int64 [B], block_tags int64 [N]. Ids out of range are left alone."""
+    blocks = block_ids[(block_ids >= 0) & (block_ids < memory.shape[2])]
+    memory[:, :, blocks] = 0
+    block_tags[blocks] = 0
+
+
+def gather_tags(block_tables: Tensor, kv_lens: Tensor, block_tags: Tensor, block_size: int) -> Tensor:
+    """The owners of the blocks that rows read: block_tables int32 [R, B], kv_lens int32 [R], block_tags int64 [N] ->
+    int64 [R, B], 0 beyond a row's blocks, -1 where an id is out of range."""
+    is_read = torch.arange(block_tables.shape[1])[None, :] * block_size < kv_lens[:, None]
+    is_there = (block_tables >= 0) & (block_tables < len(block_tags))
+    tags = block_tags[torch.where(is_there, block_tables, 0).long()].where(is_there, -1)
+    return tags.where(is_read, 0)
+
+
 def digest_blocks(key_cache: Tensor, value_cache: Tensor, block_ids: Tensor, key: tuple[int, int]) -> Tensor:
     """128 bits for the content of each block: caches [N, ...], block_ids int64 [B] -> int64 [B, 2].
 

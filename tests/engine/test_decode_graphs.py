@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from engine.batch import Batch
+from engine.build import build, unobserved
+from engine.config import WorkerConfig
 from engine.core import EngineCore
 from engine.events import NullObserver
 from engine.model_runner import ModelRunner
@@ -14,6 +16,9 @@ from engine.models.llama import LlamaModel
 from engine.models.load import load_model
 from engine.protocol import SamplingParams, Submit
 from gateway.audit_observer import AuditObserver
+from gateway.host.engine_host import worker_config
+from gateway.host.folders import Folders
+from gateway.settings import load_settings
 from kernels.gpu.backend import TritonBackend
 from kernels.gpu.capture import Capture
 from kernels.gpu.launch import is_interpreted
@@ -158,3 +163,19 @@ def test_blocks_change_hands_scrubbed_on_the_device(model: LlamaModel) -> None:
     assert not runner.cache.block_tags.any()
     assert not runner.cache.device_tags.any()
     assert all(runner.cache.is_zero(block) for block in range(5))
+
+
+def test_the_setting_reaches_the_runner(tmp_path: Path) -> None:
+    shape = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "hidden_size": 16}
+    write_tiny_model(tmp_path, num_hidden_layers=1, intermediate_size=16, max_position_embeddings=32, **shape)
+    settings = load_settings(
+        {"BULKHEAD_CUDA_GRAPHS": "2,1", "BULKHEAD_KERNELS": "triton", "BULKHEAD_MAX_NUM_SEQS": "2"}
+    )
+    fields = worker_config(settings, Folders(tmp_path, tmp_path))
+    of_the_engine = {name: value for name, value in fields.items() if not name.startswith("audit_")}
+    changed = {"model_dir": tmp_path, "socket_path": tmp_path, "journal_dir": tmp_path, "num_blocks": 4}
+    core, _ = build(WorkerConfig(**{**of_the_engine, **changed}), unobserved)  # type: ignore[arg-type]
+    runner = core._runner
+    assert isinstance(runner, ModelRunner)
+    assert runner.graphs is not None
+    assert runner.graphs.sizes == (1, 2)
