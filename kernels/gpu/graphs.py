@@ -1,7 +1,7 @@
 """Batches of decode tokens as CUDA graphs: one launch of the whole step for a batch of one of a few sizes.
 
 A graph launches fixed kernels on fixed memory. So each size has arrays of its own, on the device, that its kernels
-read; a step is copied into them, filled up to the size (kernels/gpu/padding.py), every element of them each time:
+read; a step is copied into them, filled up to the size (kernels/padding.py), every element of them each time:
 nothing of an earlier batch is left. The number of splits of a row is fixed as well, SPLITS_MAX; what a shorter row does
 not have ends at once and changes no bit, and a batch with a longer row is launched as any other.
 
@@ -22,8 +22,8 @@ from kernels.backend import PADDING_SLOT, Launched, StepTables, check_tables
 from kernels.gpu.attention import AttentionPlan
 from kernels.gpu.capture import Capture, Compute
 from kernels.gpu.launch import NO_BLOCK
-from kernels.gpu.padding import NOBODY, pad, padded_size
 from kernels.gpu.plan import Plan, raise_refused
+from kernels.padding import NOBODY, pad, padded_size
 
 SPLITS_MAX = 16  # of a row: with splits of 512, 8192 keys. A program that has none costs little, a hundred thousand do
 ALIGNMENT = 256  # bytes: kernels are compiled for pointers that a power of two divides
