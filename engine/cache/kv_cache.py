@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.cache.device_words import DeviceWords, word_width
 from engine.events import Words
 from engine.models.facts import CacheLayer
-from kernels.backend import KernelError, OwnershipError
+from kernels.backend import DeviceBackend, KernelError, OwnershipError
 from kernels.cpu.blocks import digest_blocks
 from kernels.cpu.library import load
 from kernels.memory import zeros
@@ -44,7 +44,8 @@ def row_tags(domains: Sequence[str]) -> NDArray[np.int64]:
 
 
 class KVCache:
-    """Zeroed at the start; every later zero comes from `scrub`."""
+    """Zeroed at the start; every later zero comes from `scrub`. ``kept_by``: whose device the memory lies on; its
+    kernels keep tags of their own."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device = CPU,
+        kept_by: DeviceBackend | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -69,6 +71,8 @@ class KVCache:
             keys, values = self._memory[layer][counts[layer]]
             self._layers.insert(0, (keys, values))
         self.block_tags = np.zeros(num_blocks, dtype=np.int64)  # 0: nobody's
+        self._kept_by = kept_by
+        self.device_tags = None if kept_by is None else kept_by.new_tags(num_blocks)
 
     def claim(self, slot_mapping: NDArray[np.int64], token_tags: NDArray[np.int64]) -> None:
         """Tag the blocks of slots that are about to be written. Raises OwnershipError where they are somebody else's
@@ -122,8 +126,11 @@ class KVCache:
 
     def scrub(self, block_ids: list[int]) -> None:
         """Overwrite blocks with zeros, in every layer."""
-        for memory in self._memory.values():
-            memory[:, :, block_ids] = 0
+        if self._kept_by is not None and self.device_tags is not None:
+            self._kept_by.scrub(tuple(self._memory.values()), self.device_tags, block_ids)
+        else:
+            for memory in self._memory.values():
+                memory[:, :, block_ids] = 0
         self.block_tags[block_ids] = 0
 
     def is_zero(self, block_id: int) -> bool:
