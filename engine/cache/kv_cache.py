@@ -19,15 +19,9 @@ from torch import Tensor
 from engine.cache.device_words import DeviceWords, word_width
 from engine.events import Words
 from engine.models.facts import CacheLayer
-<<<<<<< HEAD
 from kernels.backend import DeviceBackend, KernelError, OwnershipError
-from kernels.cpu.blocks import digest_blocks
-from kernels.cpu.library import load
-=======
-from kernels.backend import KernelError, OwnershipError
 from kernels.cpu.blocks import digest_blocks, fill_blocks
 from kernels.cpu.library import Library, load
->>>>>>> w-native
 from kernels.memory import zeros
 
 CPU = torch.device("cpu")
@@ -77,13 +71,10 @@ class KVCache:
             keys, values = self._memory[layer][counts[layer]]
             self._layers.insert(0, (keys, values))
         self.block_tags = np.zeros(num_blocks, dtype=np.int64)  # 0: nobody's
-<<<<<<< HEAD
         self._kept_by = kept_by
         self.device_tags = None if kept_by is None else kept_by.new_tags(num_blocks)
-=======
         self._library = _library() if device.type == "cpu" else None
         self._flat = [_Flat(memory, num_blocks) for memory in self._memory.values()]
->>>>>>> w-native
 
     def claim(self, slot_mapping: NDArray[np.int64], token_tags: NDArray[np.int64]) -> None:
         """Tag the blocks of slots that are about to be written. Raises OwnershipError where they are somebody else's
@@ -125,24 +116,21 @@ class KVCache:
         return digest
 
     def scrub(self, block_ids: list[int]) -> None:
-<<<<<<< HEAD
-        """Overwrite blocks with zeros, in every layer."""
-        if self._kept_by is not None and self.device_tags is not None:
-            self._kept_by.scrub(tuple(self._memory.values()), self.device_tags, block_ids)
-        else:
-            for memory in self._memory.values():
-                memory[:, :, block_ids] = 0
-=======
         """Overwrite blocks with zeros, in every layer. Raises IndexError for a block that is not there: then none is
         touched."""
         at = self._checked(block_ids)
+        if self._kept_by is not None and self.device_tags is not None:
+            self._kept_by.scrub(tuple(self._memory.values()), self.device_tags, block_ids)
+        else:
+            self._fill_with_zeros(block_ids, at)
+        self.block_tags[block_ids] = 0
+
+    def _fill_with_zeros(self, block_ids: list[int], at: Tensor) -> None:
         for one in self._flat:
             if self._library is None:
                 one.memory[:, :, block_ids] = 0
             else:
                 fill_blocks(self._library, one.keys, one.values, one.places(at), 0)
->>>>>>> w-native
-        self.block_tags[block_ids] = 0
 
     def _checked(self, block_ids: list[int]) -> Tensor:
         """int64 [B]. A number beyond the last block is a place of another layer."""
