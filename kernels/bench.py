@@ -2,7 +2,7 @@
 
 Every case exists in enough copies that they do not fit the caches together, as a model's layers do not; a figure is
 the best of several rounds over all copies, ours and the others' in turn, so that a busy neighbour hits them alike.
-The shapes are one layer of SmolLM2-135M.
+The shapes are one layer of SmolLM2-135M. Norms and activations take numbers that lie in the caches.
 
 `bytes` is what must be read and written at least. `copy_share` compares with this machine's own copy of a large
 tensor in the same run; an op that mostly reads may exceed 1. `library_us` is the part of `ours_us` inside the native
@@ -104,8 +104,10 @@ class Bench:
         ours: Sequence[Call],
         twin: Sequence[Call],
         plain: Sequence[Call],
+        repeats: int = 1,
     ) -> None:
-        """Of each, one call for each copy of the case."""
+        """Of each, one call for each copy of the case, so many times."""
+        ours, twin, plain = (list(calls) * repeats for calls in (ours, twin, plain))
         ours_us, twin_us, torch_us = self._best_us((ours, twin, plain))
         speed = num_bytes / ours_us / 1e3
         self.figures.append(
@@ -149,14 +151,12 @@ class Bench:
         return bench_step.measure(self.ours, shape, tables, copies, self._num_rounds)
 
     def chunk(self, num_tokens: int) -> dict[str, float]:
-        """Of figures that are there already."""
         attention = [one for one in self.figures if one.op == "attention"][-1]
-        products = [one for one in self.figures if one.case == f"{num_tokens} rows bfloat16"]
-        products_us = sum(one.ours_us for one in products)
+        products_us = round(sum(one.ours_us for one in self.figures if one.case == f"{num_tokens} rows bfloat16"), 1)
         return {
             "tokens": num_tokens,
             "attention_us": attention.ours_us,
-            "products_us": round(products_us, 1),
+            "products_us": products_us,
             "share": round(attention.ours_us / products_us, 3),
         }
 
@@ -193,6 +193,7 @@ class Bench:
             )
 
     def elementwise(self, rows: Sequence[int], dtype: torch.dtype) -> None:
+        """Called as often as there are layers: one call after a rest finds the code itself cold."""
         weight = torch.randn(HIDDEN).to(dtype)
         for num_rows in rows:
             case = f"{num_rows} rows"
@@ -206,6 +207,7 @@ class Bench:
                 [lambda x=x, r=residual: self.ours.rms_norm(x, weight, 1e-5, r)],  # type: ignore[misc]
                 [lambda x=x, r=residual: self.plain.rms_norm(x, weight, 1e-5, r)],  # type: ignore[misc]
                 [lambda x=x: F.rms_norm(x, (HIDDEN,), weight, 1e-5)],  # type: ignore[misc]
+                repeats=COPIES_MAX,
             )
             for tanh in (True, False):
                 self.measure(
@@ -220,6 +222,7 @@ class Bench:
                             F.gelu(g[:, :INTERMEDIATE], approximate=t) * g[:, INTERMEDIATE:]
                         )
                     ],
+                    repeats=COPIES_MAX,
                 )
             self.measure(
                 "silu_and_mul",
@@ -229,6 +232,7 @@ class Bench:
                 [lambda g=gate_up: self.ours.silu_and_mul(g)],  # type: ignore[misc]
                 [lambda g=gate_up: self.plain.silu_and_mul(g)],  # type: ignore[misc]
                 [lambda g=gate_up: F.silu(g[:, :INTERMEDIATE]) * g[:, INTERMEDIATE:]],  # type: ignore[misc]
+                repeats=COPIES_MAX,
             )
 
     def blocks(self, num_blocks: int, dtype: torch.dtype) -> None:
