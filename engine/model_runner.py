@@ -21,7 +21,7 @@ from engine.protocol import TokenLogprob
 from engine.sampling.row import Row
 from engine.sampling.sampler import NOT_FINITE, Leaders, Picks, pick, scored
 from kernels.backend import Backend, StepTables
-from kernels.gpu.padding import pad, padded_size
+from kernels.padding import pad, padded_size
 
 
 def cache_dtype(model: Model, kv_cache_dtype: str) -> torch.dtype:
@@ -59,7 +59,7 @@ class Runner(Protocol):
 class ModelRunner:
     """``num_blocks`` 0 takes as many as fit into ``kv_cache_bytes``. ``kv_cache_dtype``: "auto" keeps keys and values
     as the weights are, "fp8_e4m3" in bytes, with kernels that take them. ``pad_to``: sizes to which batches of decode
-    tokens are filled up, with kernels that know such rows (kernels/gpu/padding.py); none: no batch is."""
+    tokens are filled up, with kernels that know such rows (kernels/padding.py); none: no batch is."""
 
     def __init__(
         self,

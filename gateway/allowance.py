@@ -69,6 +69,7 @@ class Allowance:
         self, quota: Quota, redis: Redis, database: Database, world: World, metrics: Metrics, lease_ttl_s: int
     ) -> None:
         self._quota = quota
+        self._redis = redis
         self._database = database
         self._world = world
         self._metrics = metrics
@@ -101,6 +102,11 @@ class Allowance:
         if principal.policy.mode == "lease" and isinstance(found, Lease):
             self._note_sliced(principal, scopes)
         return found
+
+    async def is_there(self) -> bool:
+        """Whether the store answers, as the next request would find it. Raises what the client raises."""
+        await self._redis.ping()
+        return self._breaker.allows()
 
     async def renew(self, lease: Lease) -> bool:
         """False if it had expired. Raises QuotaUnavailableError."""

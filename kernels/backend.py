@@ -54,7 +54,7 @@ class StepTables:
 
 def check_tables(tables: StepTables, *, may_pad: bool = False) -> None:
     """Raises ValueError on tables that cannot be. ``may_pad``: rows of one token and no key at all may be among them
-    (kernels/gpu/padding.py)."""
+    (kernels/padding.py)."""
     num_new = np.diff(tables.cu_seqlens)
     too_short = tables.kv_lens < num_new
     if may_pad:

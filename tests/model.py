@@ -8,8 +8,7 @@ import pytest
 MODEL_DIR = Path(__file__).parents[1] / "data" / "models" / "smollm2-135m-instruct"
 
 
-@pytest.fixture(scope="session")
-def model_dir() -> Path:
+def demo_model_dir() -> Path:
     """BULKHEAD_TEST_MODEL_DIR where set, else the demo model, fetched by the same function that serves it."""
     if folder := os.environ.get("BULKHEAD_TEST_MODEL_DIR"):
         return Path(folder)
@@ -17,3 +16,8 @@ def model_dir() -> Path:
 
     ensure_demo_model(MODEL_DIR)
     return MODEL_DIR
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    return demo_model_dir()

@@ -45,8 +45,7 @@ class Readiness:
         return {"ok": True}
 
     async def _redis(self) -> Json:
-        await self._services.redis.ping()
-        return {"ok": True}
+        return {"ok": await self._services.allowance.is_there()}
 
     async def _audit(self) -> Json:
         async with self._services.database.read() as conn:

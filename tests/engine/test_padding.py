@@ -14,10 +14,10 @@ from engine.core import EngineCore
 from engine.models.llama import LlamaModel
 from engine.models.load import load_model
 from gateway.audit_observer import AuditObserver
+from kernels import padding
 from kernels.backend import PADDING_SLOT, StepTables, check_tables
-from kernels.gpu import padding
 from kernels.gpu.backend import TritonBackend
-from kernels.gpu.padding import pad, padded_size
+from kernels.padding import pad, padded_size
 from tests.engine.test_gpu_runner import SPLIT, Recording, core_of, play, work
 from tests.strategies.tiny_model import write_tiny_model
 

@@ -7,8 +7,9 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 from starlette.applications import Starlette
@@ -37,6 +38,7 @@ from tenancy.price_book import add_price
 from tenancy.prices import Price, charge_nano_usd, worst_case_nano_usd
 from tenancy.quota import Quota
 from tenancy.tables import metadata as tenancy_metadata
+from tests.model import demo_model_dir
 
 NS_PER_S = 10**9
 NOON_NS = 1_795_435_200 * NS_PER_S  # 2026-11-23 12:00:00 UTC
@@ -245,7 +247,7 @@ async def build_house(
         redis=redis,
         quota=Quota(redis),
         engine=engine,
-        tokenizer=cast(Tokenizer, None),  # the admin page counts no tokens
+        tokenizer=_tokenizer(),
         secrets=Secrets(os.urandom(32), os.urandom(32), os.urandom(32)),
     )
     async with database.transaction() as conn:
@@ -278,3 +280,8 @@ def csrf_token(page: httpx.Response) -> str:
     found = CSRF.search(page.text)
     assert found is not None, "the page has no form of this session"
     return found.group(1)
+
+
+@cache
+def _tokenizer() -> Tokenizer:
+    return Tokenizer.load(demo_model_dir())
