@@ -5,9 +5,9 @@ the best of several rounds over all copies, ours and the others' in turn, so tha
 The shapes are one layer of SmolLM2-135M. Norms and activations take numbers that lie in the caches.
 
 `bytes` is what must be read and written at least. `copy_share` compares with this machine's own copy of a large
-tensor in the same run; an op that mostly reads may exceed 1. `library_us` is the part of `ours_us` inside the native
-library. `steps` are norms, rope and activation within whole steps (kernels/bench_step.py); `chunk` sets the attention
-of a prefill chunk beside the chunk's products, in one layer.
+tensor in the same run, in huge pages like the cache; an op that mostly reads may exceed 1. `library_us` is the part of
+`ours_us` inside the library. `steps` are norms, rope and activation within whole steps (kernels/bench_step.py); `chunk`
+sets the attention of a prefill chunk beside the chunk's products, in one layer.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels import bench_step, reference, torch_cpu
 from kernels.backend import KernelError
-from kernels.bench_step import BLOCK_SIZE, scattered
+from kernels.bench_step import BLOCK_SIZE, in_huge_pages, scattered
 from kernels.call_times import inside
 from kernels.cpu.backend import NativeBackend
 from kernels.cpu.blocks import digest_blocks, fill_blocks
@@ -64,8 +64,7 @@ class Bench:
         self.plain = TorchBackend()
         self._num_rounds = num_rounds
         self._working_set_bytes = working_set_bytes
-        large = torch.zeros(max(1, working_set_bytes // 4), dtype=torch.float32)
-        target = large.clone()
+        large, target = (in_huge_pages(torch.ones(max(1, working_set_bytes // 4))) for _ in range(2))
         self.copy_gb_per_s = 2 * 4 * len(large) / self._best_us([[lambda: target.copy_(large)]])[0] / 1e3
         self.figures: list[Figure] = []
 
@@ -241,7 +240,8 @@ class Bench:
         shape = (num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_SIZE)
         num_bytes = 2 * prod(shape) * dtype.itemsize
         caches = [
-            (torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in range(self.num_copies(num_bytes))
+            tuple(in_huge_pages(torch.randn(shape).to(dtype)) for _ in range(2))
+            for _ in range(self.num_copies(num_bytes))
         ]
         ids, one = torch.randperm(num_blocks), torch.zeros(1, dtype=torch.int64)
         one_block = [lambda k=k, v=v: reference.digest_blocks(k, v, one, (1, 2)) for k, v in caches[:1]]
@@ -272,7 +272,7 @@ class Bench:
         shape = (len(tables.block_tags), BLOCK_SIZE, KV_HEADS, HEAD_SIZE)
         num_bytes = 2 * num_rows * kv_len * KV_HEADS * HEAD_SIZE * dtype.itemsize
         copies = self.num_copies(num_bytes)
-        caches = [(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in range(copies)]
+        caches = [tuple(in_huge_pages(torch.randn(shape).to(dtype)) for _ in range(2)) for _ in range(copies)]
         qkv = torch.randn((num_tokens, HEADS + 2 * KV_HEADS, HEAD_SIZE)).to(dtype)
         angles = torch.randn((num_tokens, HEAD_SIZE // 2))
         cos, sin = angles.cos(), angles.sin()
