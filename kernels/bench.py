@@ -2,12 +2,12 @@
 
 Every case exists in enough copies that they do not fit the caches together, as a model's layers do not; a figure is
 the best of several rounds over all copies, ours and the others' in turn, so that a busy neighbour hits them alike.
-The shapes are one layer of SmolLM2-135M.
+The shapes are one layer of SmolLM2-135M. Norms and activations take numbers that lie in the caches.
 
 `bytes` is what must be read and written at least. `copy_share` compares with this machine's own copy of a large
-tensor in the same run; an op that mostly reads may exceed 1. `library_us` is the part of `ours_us` inside the native
-library. `steps` are norms, rope and activation within whole steps (kernels/bench_step.py); `chunk` sets the attention
-of a prefill chunk beside the chunk's products, in one layer.
+tensor in the same run, in huge pages like the cache; an op that mostly reads may exceed 1. `library_us` is the part of
+`ours_us` inside the library. `steps` are norms, rope and activation within whole steps (kernels/bench_step.py); `chunk`
+sets the attention of a prefill chunk beside the chunk's products, in one layer.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels import bench_step, reference, torch_cpu
 from kernels.backend import KernelError
-from kernels.bench_step import BLOCK_SIZE, scattered
+from kernels.bench_step import BLOCK_SIZE, in_huge_pages, scattered
 from kernels.call_times import inside
 from kernels.cpu.backend import NativeBackend
 from kernels.cpu.blocks import digest_blocks, fill_blocks
@@ -64,8 +64,7 @@ class Bench:
         self.plain = TorchBackend()
         self._num_rounds = num_rounds
         self._working_set_bytes = working_set_bytes
-        large = torch.zeros(max(1, working_set_bytes // 4), dtype=torch.float32)
-        target = large.clone()
+        large, target = (in_huge_pages(torch.ones(max(1, working_set_bytes // 4))) for _ in range(2))
         self.copy_gb_per_s = 2 * 4 * len(large) / self._best_us([[lambda: target.copy_(large)]])[0] / 1e3
         self.figures: list[Figure] = []
 
@@ -104,8 +103,10 @@ class Bench:
         ours: Sequence[Call],
         twin: Sequence[Call],
         plain: Sequence[Call],
+        repeats: int = 1,
     ) -> None:
-        """Of each, one call for each copy of the case."""
+        """Of each, one call for each copy of the case, so many times."""
+        ours, twin, plain = (list(calls) * repeats for calls in (ours, twin, plain))
         ours_us, twin_us, torch_us = self._best_us((ours, twin, plain))
         speed = num_bytes / ours_us / 1e3
         self.figures.append(
@@ -149,14 +150,12 @@ class Bench:
         return bench_step.measure(self.ours, shape, tables, copies, self._num_rounds)
 
     def chunk(self, num_tokens: int) -> dict[str, float]:
-        """Of figures that are there already."""
         attention = [one for one in self.figures if one.op == "attention"][-1]
-        products = [one for one in self.figures if one.case == f"{num_tokens} rows bfloat16"]
-        products_us = sum(one.ours_us for one in products)
+        products_us = round(sum(one.ours_us for one in self.figures if one.case == f"{num_tokens} rows bfloat16"), 1)
         return {
             "tokens": num_tokens,
             "attention_us": attention.ours_us,
-            "products_us": round(products_us, 1),
+            "products_us": products_us,
             "share": round(attention.ours_us / products_us, 3),
         }
 
@@ -193,6 +192,7 @@ class Bench:
             )
 
     def elementwise(self, rows: Sequence[int], dtype: torch.dtype) -> None:
+        """Called as often as there are layers: one call after a rest finds the code itself cold."""
         weight = torch.randn(HIDDEN).to(dtype)
         for num_rows in rows:
             case = f"{num_rows} rows"
@@ -206,6 +206,7 @@ class Bench:
                 [lambda x=x, r=residual: self.ours.rms_norm(x, weight, 1e-5, r)],  # type: ignore[misc]
                 [lambda x=x, r=residual: self.plain.rms_norm(x, weight, 1e-5, r)],  # type: ignore[misc]
                 [lambda x=x: F.rms_norm(x, (HIDDEN,), weight, 1e-5)],  # type: ignore[misc]
+                repeats=COPIES_MAX,
             )
             for tanh in (True, False):
                 self.measure(
@@ -220,6 +221,7 @@ class Bench:
                             F.gelu(g[:, :INTERMEDIATE], approximate=t) * g[:, INTERMEDIATE:]
                         )
                     ],
+                    repeats=COPIES_MAX,
                 )
             self.measure(
                 "silu_and_mul",
@@ -229,6 +231,7 @@ class Bench:
                 [lambda g=gate_up: self.ours.silu_and_mul(g)],  # type: ignore[misc]
                 [lambda g=gate_up: self.plain.silu_and_mul(g)],  # type: ignore[misc]
                 [lambda g=gate_up: F.silu(g[:, :INTERMEDIATE]) * g[:, INTERMEDIATE:]],  # type: ignore[misc]
+                repeats=COPIES_MAX,
             )
 
     def blocks(self, num_blocks: int, dtype: torch.dtype) -> None:
@@ -237,7 +240,8 @@ class Bench:
         shape = (num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_SIZE)
         num_bytes = 2 * prod(shape) * dtype.itemsize
         caches = [
-            (torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in range(self.num_copies(num_bytes))
+            tuple(in_huge_pages(torch.randn(shape).to(dtype)) for _ in range(2))
+            for _ in range(self.num_copies(num_bytes))
         ]
         ids, one = torch.randperm(num_blocks), torch.zeros(1, dtype=torch.int64)
         one_block = [lambda k=k, v=v: reference.digest_blocks(k, v, one, (1, 2)) for k, v in caches[:1]]
@@ -268,7 +272,7 @@ class Bench:
         shape = (len(tables.block_tags), BLOCK_SIZE, KV_HEADS, HEAD_SIZE)
         num_bytes = 2 * num_rows * kv_len * KV_HEADS * HEAD_SIZE * dtype.itemsize
         copies = self.num_copies(num_bytes)
-        caches = [(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in range(copies)]
+        caches = [tuple(in_huge_pages(torch.randn(shape).to(dtype)) for _ in range(2)) for _ in range(copies)]
         qkv = torch.randn((num_tokens, HEADS + 2 * KV_HEADS, HEAD_SIZE)).to(dtype)
         angles = torch.randn((num_tokens, HEAD_SIZE // 2))
         cos, sin = angles.cos(), angles.sin()

@@ -41,10 +41,10 @@ def bench_kernels(
     )
     console.print(table_of(result["figures"]))
     console.print(steps_table(result["steps"]))
-    chunk = result["chunk"]
+    prefill = result["chunk"]
     console.print(
-        f"one layer of a chunk of {chunk['tokens']} tokens: "
-        f"attention {chunk['attention_us']:,.0f} us, products {chunk['products_us']:,.0f} us"
+        f"one layer of a chunk of {prefill['tokens']} tokens: "
+        f"attention {prefill['attention_us']:,.0f} us, products {prefill['products_us']:,.0f} us"
     )
     if result["gpu"] is not None:
         console.print(result["gpu"]["device"])
