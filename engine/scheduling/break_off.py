@@ -10,8 +10,9 @@ What that may cost, whoever comes how often:
 2. After a break the next step that is not for owed first tokens alone runs to its end: there is always progress.
 3. Tokens thrown away (a step's tokens, times the share of its layers that were computed) are at most ``percent`` of the
    tokens of the steps that ran to their ends. Little of it can be saved up: SAVED_STEPS_MAX full steps.
-4. They are charged to the domain that caused it, whatever becomes of the newcomer. So whoever comes often is soon
-   served more than the others, and owed nothing (engine/scheduling/first_tokens.py).
+4. They are charged to the domain that caused it, whatever becomes of the newcomer: about as many tokens as each other
+   domain is served can be thrown away for one, in the same time. Its ordinary service does not suffer
+   (engine/scheduling/served_tokens.py).
 5. At most NEWCOMERS_MAX are looked at in a step: the others wait for its end, as all do without this.
 
 The decision is made on what is known while the step runs: the newcomer has not been added yet, so that commands keep

@@ -100,7 +100,8 @@ def would_be_owed(
     shares: RowShares,
     outlook: Outlook,
 ) -> bool:
-    """Whether one that is not waiting yet would be next, once it is."""
+    """Whether one that is not waiting yet would be next, once it is, and what was thrown away for its domain is made
+    up for."""
     tier, domain, served = newcomer.tier, newcomer.domain, outlook.served
     shares = shares.with_one(newcomer)
     over = most_served_over(tier, running, shares, outlook)
@@ -108,7 +109,7 @@ def would_be_owed(
         return False
     if next_owed(tier, waiting, waiting_domains, over, shares, outlook) is not None:
         return False  # somebody who found no room
-    return served.lifted(tier, domain, waiting_domains) <= served.of(tier, over)
+    return served.with_losses(tier, domain, waiting_domains) <= served.of(tier, over)
 
 
 def rank_before_rescued(everybody: Line[Sequence]) -> int | None:

@@ -126,10 +126,9 @@ class Scheduler:
         return first_tokens.would_be_owed(sequence, self.waiting, domains, self.running, self._shares, self.outlook)
 
     def charge_domain(self, sequence: Sequence, num_tokens: int) -> None:
-        """The domain of one that has just come, and is not added yet, has cost others these tokens. It counts once the
-        next step is planned, whatever becomes of the sequence: they were lost for its place in that step."""
-        self._lift(sequence.tier, sequence.domain)
-        self.served.charge_later(sequence.tier, sequence.domain, num_tokens, sequence.weight)
+        """For the first token of one that has just come, and is not added yet, these tokens were thrown away."""
+        tier = sequence.tier
+        self.served.lose(tier, sequence.domain, num_tokens, sequence.weight, self._domains_waiting(tier))
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that has just finished, wherever it is, and give its blocks and row back."""
@@ -169,7 +168,6 @@ class Scheduler:
             self._advance([s for s in prompts if s.rank == rank and not s.owed], plan)
             self._admit_rank(rank, plan)
         self._num_alone = self._num_alone + 1 if plan.alone else 0
-        self.served.settle()
         if not self.running and (self.preempted or self.waiting):
             self._insist(plan)
         for row in plan.rows:

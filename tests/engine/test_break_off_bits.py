@@ -90,7 +90,7 @@ def test_every_kind_of_model_can_be_stopped_between_its_layers(family: str, tmp_
 
 @needs_native
 def test_what_a_kernel_has_refused_is_not_forgotten_by_breaking_off(tiny_model_dir: Path) -> None:
-    core, _ = start(tiny_model_dir, "write", ["victim", "intruder"])
+    core, _ = start(tiny_model_dir, "read", ["victim", "intruder"])
     execute = core._runner.execute
     asked: list[float] = []
 
@@ -100,5 +100,6 @@ def test_what_a_kernel_has_refused_is_not_forgotten_by_breaking_off(tiny_model_d
     core._runner.execute = stop_once  # type: ignore[method-assign]
     _, results = finish(core)
     assert asked, "the launch of step 3 was to be broken off"
+    assert not any(one.failure for one in results)
     kinds = [(incident.kind, incident.step, incident.sequence_ids) for one in results for incident in one.incidents]
     assert kinds == [("kernel_ownership", 3, ["intruder"])]
