@@ -56,6 +56,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         num_blocks=config.num_blocks,
         kv_cache_bytes=config.kv_cache_bytes,
         kv_cache_dtype=config.kv_cache_dtype,
+        graph_sizes=config.graph_sizes,
         backend=backend,
         log=log,
     )

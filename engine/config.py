@@ -8,6 +8,7 @@ from engine.errors import ConfigError
 
 DTYPES = ("bfloat16", "float32")
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
+GRAPHS_MAX = 32  # each keeps arrays of its own on the device
 KERNELS = ("auto", "torch", "portable", "avx2", "avx512", "avx512_bf16", "amx", "triton")
 
 
@@ -33,6 +34,7 @@ class WorkerConfig:
     num_threads: int = 0
     dtype: str = "bfloat16"
     kv_cache_dtype: str = "auto"  # the weights', or fp8_e4m3 where the kernels take it
+    cuda_graphs: str = ""  # sizes of decode batches, separated by commas: kernels/gpu/graphs.py; none: no graphs
     kernels: str = "auto"  # kernels/choice.py: auto, torch, triton, or an instruction set of the native library
     max_waiting: int = 256  # further submits are refused with "busy"
     scheduling: str = "fair"  # engine/scheduling/order.py
@@ -76,6 +78,19 @@ class WorkerConfig:
             )
         if self.kernels not in KERNELS:
             raise ConfigError(f"kernels must be one of {', '.join(KERNELS)}, not {self.kernels!r}")
+        if len(self.graph_sizes) > GRAPHS_MAX:
+            raise ConfigError(f"cuda_graphs must be {GRAPHS_MAX} sizes or fewer, not {len(self.graph_sizes)}")
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Rows of a decode batch that is launched as one graph, the least first. Raises ConfigError."""
+        names = [name.strip() for name in self.cuda_graphs.split(",")] if self.cuda_graphs.strip() else []
+        if not all(name.isdecimal() and 0 < int(name) <= self.max_num_seqs for name in names):
+            raise ConfigError(
+                f"cuda_graphs must be numbers of rows from 1 to {self.max_num_seqs} (max_num_seqs), commas between, "
+                f"not {self.cuda_graphs!r}"
+            )
+        return tuple(sorted({int(name) for name in names}))
 
     @property
     def effective_num_threads(self) -> int:

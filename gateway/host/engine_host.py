@@ -182,6 +182,7 @@ def worker_config(settings: Settings, folders: Folders) -> dict[str, str | int]:
         "break_off_percent": settings.break_off_percent,
         "kernels": settings.kernels,
         "kv_cache_dtype": settings.kv_cache_dtype,
+        "cuda_graphs": settings.cuda_graphs,
         "prefix_cache": settings.prefix_cache,
         "cache_floor_percent": settings.cache_floor_percent,
         "cache_ceiling_percent": settings.cache_ceiling_percent,
