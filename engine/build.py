@@ -83,6 +83,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         scheduling=config.scheduling,
         wait_max_tokens=config.wait_max_tokens,
         max_prompt_tokens=config.max_prompt_tokens,
+        break_off_percent=config.break_off_percent,
         prefix_cache=config.prefix_cache,
         cache_floor_percent=config.cache_floor_percent,
         cache_ceiling_percent=config.cache_ceiling_percent,

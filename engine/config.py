@@ -27,6 +27,7 @@ class WorkerConfig:
     max_batched_tokens: int = 256  # the token budget of one step
     max_num_seqs: int = 32  # rows in one step
     max_prompt_tokens: int = 0  # of prompts in a step that also generates; 0: all that the budget leaves
+    break_off_percent: int = 3  # of the tokens computed, for breaking off steps: engine/scheduling/break_off.py
     num_blocks: int = 0
     kv_cache_bytes: int = 512 * 1024 * 1024
     block_size: int = 32  # tokens per KV block
@@ -61,6 +62,8 @@ class WorkerConfig:
         for name in ("num_blocks", "num_threads", "max_waiting", "drain_timeout_ms", "max_prompt_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or greater, not {getattr(self, name)}")
+        if not 0 <= self.break_off_percent <= 50:
+            raise ConfigError(f"break_off_percent must be between 0 and 50, not {self.break_off_percent}")
         if not 0 <= self.cache_floor_percent <= 50:
             raise ConfigError(f"cache_floor_percent must be between 0 and 50, not {self.cache_floor_percent}")
         if not 1 <= self.cache_ceiling_percent <= 100:

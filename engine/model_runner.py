@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.cache.kv_cache import KVCache, block_bytes, row_tags
-from engine.errors import ConfigError
+from engine.errors import BrokenOffError, ConfigError
 from engine.events import KernelArrays, SamplingState
 from engine.models.facts import Model
 from engine.models.load import load_model
@@ -21,6 +21,7 @@ from engine.protocol import TokenLogprob
 from engine.sampling.numbers import Numbers, fetched, numbers_of
 from engine.sampling.row import Row
 from engine.sampling.sampler import WHOLE, Picks, asks_for, pick, scored
+from engine.scheduling.break_off import GoOn
 from kernels.backend import Backend, DeviceBackend, Graphs, StepTables
 
 
@@ -53,9 +54,12 @@ class Runner(Protocol):
         """What lies in a stable row; an empty state where nothing does."""
         ...
 
-    def execute(self, batch: Batch) -> Picks:
+    def execute(self, batch: Batch, go_on: GoOn | None = None) -> Picks:
         """Compute the batch; one token id per sampled row, sampler.NOT_FINITE where its numbers broke; the prompt's log
-        probabilities of each row with scored places."""
+        probabilities of each row with scored places.
+
+        ``go_on`` may be asked between two layers, on devices where a layer is done when it returns; where it says no,
+        BrokenOffError is raised and no row's state has moved."""
         ...
 
     def scrub(self, block_ids: list[int]) -> None:
@@ -153,8 +157,12 @@ class ModelRunner:
     def scrub(self, block_ids: list[int]) -> None:
         self.cache.scrub(block_ids)
 
-    def execute(self, batch: Batch) -> Picks:
-        numbers = self._numbers(batch)
+    def execute(self, batch: Batch, go_on: GoOn | None = None) -> Picks:
+        try:
+            numbers = self._numbers(batch, go_on)
+        except BrokenOffError as broken:
+            broken.arrays = self._arrays
+            raise
         num_sampled = len(batch.sampled_index)
         scores, arrays = self._scores(batch, numbers[num_sampled:]), self._arrays
         picks = Picks(np.empty(num_sampled, dtype=np.int64), {}, scores, arrays)
@@ -169,12 +177,12 @@ class ModelRunner:
                 picks.logprobs[index] = picked.logprob
         return picks
 
-    def _numbers(self, batch: Batch) -> list[Numbers]:
+    def _numbers(self, batch: Batch, go_on: GoOn | None) -> list[Numbers]:
         """Of the rows that sample, then of the scored places."""
         top = self.model.backend.top
         if self._on_device is None:
-            return numbers_of(self.logits(batch), top)
-        logits, top_max = self.launch(batch), self._on_device.top_max
+            return numbers_of(self.logits(batch, go_on), top)
+        logits, top_max = self.launch(batch, go_on), self._on_device.top_max
         asked = [self._asks_for(number, logits.shape[1], top_max) for number in batch.sampled_rows.tolist()]
         return fetched(logits, asked + [WHOLE] * len(batch.scored_tokens), top)
 
@@ -200,14 +208,14 @@ class ModelRunner:
             scores[part.index] = whole if len(whole) == len(told) else None
         return scores
 
-    def logits(self, batch: Batch) -> NDArray[np.float32]:
+    def logits(self, batch: Batch, go_on: GoOn | None = None) -> NDArray[np.float32]:
         """float32 [S + P, V]: of the rows that sample, then of the scored places."""
-        values: NDArray[np.float32] = self.launch(batch).cpu().numpy()
+        values: NDArray[np.float32] = self.launch(batch, go_on).cpu().numpy()
         return values
 
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> Tensor:
-        """The same on the device. Raises OwnershipError."""
+    def launch(self, batch: Batch, go_on: GoOn | None = None) -> Tensor:
+        """The same on the device. Raises OwnershipError, BrokenOffError."""
         tables = self._tables(batch)
         wanted = np.concatenate((batch.sampled_tokens, batch.scored_tokens))
         device = self.model.backend.device
@@ -222,6 +230,7 @@ class ModelRunner:
             cache=self.cache,
             plan=self.model.backend.plan(tables),
             wanted=torch.from_numpy(wanted).to(device),
+            go_on=go_on if device.type == "cpu" else None,  # elsewhere a layer that returns is not yet computed
         )
 
     def _tables(self, batch: Batch) -> StepTables:

@@ -179,6 +179,7 @@ def worker_config(settings: Settings, folders: Folders) -> dict[str, str | int]:
         "scheduling": settings.scheduling,
         "wait_max_tokens": settings.wait_max_tokens,
         "max_prompt_tokens": settings.max_prompt_tokens,
+        "break_off_percent": settings.break_off_percent,
         "kernels": settings.kernels,
         "kv_cache_dtype": settings.kv_cache_dtype,
         "cuda_graphs": settings.cuda_graphs,

@@ -19,6 +19,7 @@ from engine.model_runner import ModelRunner
 from engine.models.llama import LlamaModel
 from engine.models.load import load_model
 from engine.protocol import SamplingParams, Submit
+from engine.scheduling.break_off import GoOn
 from gateway.audit_observer import AuditObserver
 from gateway.host.engine_host import worker_config
 from gateway.host.folders import Folders
@@ -65,9 +66,9 @@ class Counting(Recording):
         super().__init__(model, graph_sizes=graph_sizes)
         self.num_replays = 0
 
-    def launch(self, batch: Batch) -> torch.Tensor:
+    def launch(self, batch: Batch, go_on: GoOn | None = None) -> torch.Tensor:
         self.num_replays += self.graphs is not None and self.graphs.fits(self._tables(batch))
-        return super().launch(batch)
+        return super().launch(batch, go_on)
 
 
 def submits() -> list[Submit]:

@@ -16,6 +16,7 @@ from engine.model_runner import ModelRunner
 from engine.models.llama import LlamaModel
 from engine.models.load import load_model
 from engine.protocol import SamplingParams, Submit
+from engine.scheduling.break_off import GoOn
 from gateway.audit_observer import AuditObserver
 from kernels.gpu.backend import TritonBackend
 from tests.engine.test_kernel_ownership import Saboteur
@@ -47,8 +48,8 @@ class Recording(ModelRunner):
         self.seen: dict[tuple[str, int], NDArray[np.float32]] = {}
         self.num_rows: list[int] = []
 
-    def launch(self, batch: Batch) -> Tensor:
-        logits = super().launch(batch)
+    def launch(self, batch: Batch, go_on: GoOn | None = None) -> Tensor:
+        logits = super().launch(batch, go_on)
         assert self._arrays is not None
         self.num_rows.append(len(self._arrays.kv_lens))
         rows = logits.cpu().numpy()
