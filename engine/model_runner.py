@@ -84,6 +84,7 @@ class ModelRunner:
         graph_sizes: Sequence[int] = (),
     ) -> None:
         dtype = cache_dtype(model, kv_cache_dtype)
+        self._on_device = model.backend if isinstance(model.backend, DeviceBackend) else None
         per_block = block_bytes(model.cache_layers, block_size, dtype)
         self.model = model
         self.block_size = block_size
@@ -96,7 +97,7 @@ class ModelRunner:
             block_size=block_size,
             dtype=dtype,
             device=model.backend.device,
-            kept_by=model.backend if isinstance(model.backend, DeviceBackend) else None,
+            kept_by=self._on_device,
         )
         self._rows: list[Row | None] = [None] * max_num_seqs
         self._arrays: KernelArrays | None = None  # of the last launch
@@ -135,11 +136,11 @@ class ModelRunner:
     @torch.inference_mode()
     def _captured(self, sizes: tuple[int, ...]) -> Graphs | None:
         check_graphs(self.model, sizes)
-        backend, tags = self.model.backend, self.cache.device_tags
-        if not sizes or not isinstance(backend, DeviceBackend) or tags is None:
+        tags = self.cache.device_tags
+        if not sizes or self._on_device is None or tags is None:
             return None
         context_max = self.model.config.context_max
-        return backend.graphs(
+        return self._on_device.graphs(
             self._forward, sizes, device_tags=tags, block_size=self.block_size, context_max=context_max
         )
 
@@ -178,12 +179,12 @@ class ModelRunner:
 
     def _numbers(self, batch: Batch, go_on: GoOn | None) -> list[Numbers]:
         """Of the rows that sample, then of the scored places."""
-        backend = self.model.backend
-        if not isinstance(backend, DeviceBackend):
-            return numbers_of(self.logits(batch, go_on), backend.top)
-        logits = self.launch(batch, go_on)
-        asked = [self._asks_for(number, logits.shape[1], backend.top_max) for number in batch.sampled_rows.tolist()]
-        return fetched(logits, asked + [WHOLE] * len(batch.scored_tokens), backend.top)
+        top = self.model.backend.top
+        if self._on_device is None:
+            return numbers_of(self.logits(batch, go_on), top)
+        logits, top_max = self.launch(batch, go_on), self._on_device.top_max
+        asked = [self._asks_for(number, logits.shape[1], top_max) for number in batch.sampled_rows.tolist()]
+        return fetched(logits, asked + [WHOLE] * len(batch.scored_tokens), top)
 
     def _asks_for(self, number: int, size: int, top_max: int) -> int:
         row = self._rows[number]
