@@ -49,6 +49,3 @@ class Remembered:
         if len(self._prices) >= ENTRIES_MAX:
             self._prices.clear()
         self._prices[tenant_id, model, tier] = price
-
-    def forget_price(self, tenant_id: str, model: str, tier: str) -> None:
-        self._prices.pop((tenant_id, model, tier), None)
