@@ -16,12 +16,18 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from gateway.trips import Trips
+
 # No ping before each use: three of them would be a tenth of a request. A connection that has died is noticed when it is
 # used; that request gets 503 and Retry-After, and the whole pool is made anew.
-POOL: dict[str, Any] = {"pool_size": 10, "max_overflow": 10, "pool_timeout": 5}
+POOL: dict[str, Any] = {"pool_size": 5, "max_overflow": 5, "pool_timeout": 5}  # beside trips.CONNECTIONS_MAX
 SQLITE_POOL: dict[str, Any] = {"pool_timeout": 5}
 _BIND = text("SELECT set_config('bulkhead.tenant', :tenant_id, true)")  # true: until the transaction ends
 BUSY_TIMEOUT_MS = 5_000  # how long a SQLite writer waits for another process (a CLI command) to finish
+
+# SQLSTATE: connection lost, rolled back (deadlock, serialisation), out of resources, lock not available, cancelled or
+# going down, input or output failed, read-only.
+PASSING = ("08", "40", "53", "55P03", "57", "58", "25006")
 
 
 class DatabaseUnavailableError(Exception):
@@ -34,6 +40,8 @@ class Database:
         self.is_sqlite = url.startswith("sqlite")
         # A write in WAL costs one fsync: FULL is kept because this file is a ledger.
         self._engine: AsyncEngine = create_async_engine(url, **(SQLITE_POOL if self.is_sqlite else POOL))
+        self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")  # the same pool
+        self._trips = None if self.is_sqlite else Trips(url)
         self._write_lock = asyncio.Lock() if self.is_sqlite else None
         if self.is_sqlite:
             _prepare_sqlite(self._engine)
@@ -51,6 +59,17 @@ class Database:
                         yield conn
 
     @asynccontextmanager
+    async def glance(self) -> AsyncIterator[AsyncConnection]:
+        """For one statement that reads: nothing begins or ends around it on PostgreSQL. Not bound."""
+        if self.is_sqlite:
+            async with self.read() as conn:
+                yield conn
+            return
+        with _mapped_errors():
+            async with self._autocommit.connect() as conn:
+                yield conn
+
+    @asynccontextmanager
     async def read(self, tenant_id: str = "") -> AsyncIterator[AsyncConnection]:
         """A consistent snapshot for reading; always rolled back. ``tenant_id`` binds it."""
         with _mapped_errors():
@@ -62,6 +81,13 @@ class Database:
                     yield conn
                 finally:
                     await conn.rollback()
+
+    async def one_trip(self, text: str, arguments: tuple[object, ...]) -> Any:
+        """One statement that is a transaction of its own, on PostgreSQL; the value that it gives. No transaction is
+        begun and ended around it, so it binds itself where it has to (tenancy/one_trip.py)."""
+        assert self._trips is not None, "SQLite has no server to spare trips to"
+        with _mapped_errors():
+            return await self._trips.value(text, arguments)
 
     async def has_row_security(self) -> bool:
         """Whether bound transactions are: not on SQLite, and not for a role that the rules do not hold for."""
@@ -76,6 +102,8 @@ class Database:
             await conn.execute(_BIND, {"tenant_id": tenant_id})
 
     async def dispose(self) -> None:
+        if self._trips is not None:
+            await self._trips.close()
         await self._engine.dispose()
 
 
@@ -102,6 +130,14 @@ class _mapped_errors:
             raise DatabaseUnavailableError(_reason(error)) from error
         if isinstance(error, DBAPIError) and error.connection_invalidated:
             raise DatabaseUnavailableError(_reason(error)) from error
+        if isinstance(error, Exception) and _is_passing(error):
+            raise DatabaseUnavailableError(_reason(error)) from error
+
+
+def _is_passing(error: Exception) -> bool:
+    """What PostgreSQL refuses now and may do later, although nothing is wrong with the statement."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return str(getattr(cause, "sqlstate", None) or "").startswith(PASSING)
 
 
 def _reason(error: BaseException) -> str:

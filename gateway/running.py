@@ -2,6 +2,9 @@
 
 The house looks twice a second whether a tenant with running exchanges is still active (gateway/host/housekeeping.py);
 with the read and the abort of the sequences they have ended within a second, on every replica.
+
+Also the requests that are open here, from before their admission until they are settled: their holds are nobody
+else's to settle while this process lives (gateway/host/housekeeping.py).
 """
 
 from typing import Protocol
@@ -15,6 +18,7 @@ class Dismissable(Protocol):
 class Running:
     def __init__(self) -> None:
         self._by_tenant: dict[str, set[Dismissable]] = {}
+        self.open_requests: set[str] = set()
 
     def add(self, tenant_id: str, exchange: Dismissable) -> None:
         self._by_tenant.setdefault(tenant_id, set()).add(exchange)

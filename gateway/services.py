@@ -10,6 +10,7 @@ from gateway.database import Database
 from gateway.engine_link import EngineLink
 from gateway.key_uses import KeyUses
 from gateway.metrics import Metrics
+from gateway.remembered import Remembered
 from gateway.running import Running
 from gateway.secrets import Secrets
 from gateway.settings import Settings
@@ -29,6 +30,7 @@ class Services:
     secrets: Secrets
     key_uses: KeyUses = field(default_factory=KeyUses)
     running: Running = field(default_factory=Running)
+    remembered: Remembered = field(default_factory=Remembered)
     metrics: Metrics = field(default_factory=Metrics)
     gateway_id: str = ""  # of this data folder, whose journal counts what its requests produced
     allowance: Allowance = field(init=False)

@@ -122,6 +122,7 @@ class Settings:
     header_bytes_max: int = _setting(32 * 1024, _positive)
     max_tokens_default: int = _setting(256, _positive)  # where the client names none
     hold_ttl_s: int = _setting(600, _positive)
+    gateway_return_s: int = _setting(300, _positive)  # gateway/host/overdue.py
     lease_ttl_s: int = _setting(60, _positive)
     idempotency_ttl_s: int = _setting(86_400, _positive)
     idempotency_bytes_max: int = _setting(1024 * 1024, _positive)  # of one answer; a larger one is not retained

@@ -138,6 +138,20 @@ async def mint_key(
     return MintedKey(key_id, f"bk-{public_id}-{secret}")
 
 
+@dataclass(frozen=True, slots=True)
+class PresentedKey:
+    """A key text as a client sent it, without its secret: where its row is, and what must stand there."""
+
+    public_id: str
+    secret_hmac: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, presented: str, pepper: bytes) -> "PresentedKey":
+        match = KEY_PATTERN.fullmatch(presented)
+        public_id, secret = match.groups() if match else (_NO_PUBLIC_ID, _NO_SECRET)
+        return cls(public_id, _secret_hmac(pepper, public_id, secret))
+
+
 async def authenticate(
     conn: AsyncConnection, presented: str, *, pepper: bytes, now_ns: int, peer: str | None = None
 ) -> Principal:
@@ -145,12 +159,15 @@ async def authenticate(
 
     `peer` is the address of the client's connection, None where there is none to know.
     """
-    match = KEY_PATTERN.fullmatch(presented)
-    public_id, secret = match.groups() if match else (_NO_PUBLIC_ID, _NO_SECRET)
-    computed = _secret_hmac(pepper, public_id, secret)
-    row = (await conn.execute(_BY_PUBLIC_ID, {"public_id": public_id})).first()
+    key = PresentedKey.of(presented, pepper)
+    row = (await conn.execute(_BY_PUBLIC_ID, {"public_id": key.public_id})).first()
+    return principal_of(key, row, now_ns, peer)
+
+
+def principal_of(key: PresentedKey, row: Any, now_ns: int, peer: str | None) -> Principal:
+    """`row`: of by_public_id, or None. Raises InvalidApiKeyError."""
     stored = _NO_HMAC if row is None else row.secret_hmac
-    matches = hmac.compare_digest(stored, computed)
+    matches = hmac.compare_digest(stored, key.secret_hmac)
     if row is None or not matches or row.status != "active" or not _alive(row.expires_ns, row.revoked_ns, now_ns):
         raise InvalidApiKeyError
     rules = loaded(row.models, row.networks, row.tiers)
@@ -167,6 +184,14 @@ async def authenticate(
         weight=row.weight or 1,
         policy=policy_of(row),
     )
+
+
+async def require_alive(conn: AsyncConnection, key_id: str, now_ns: int) -> None:
+    """Raises InvalidApiKeyError for a key that has been revoked or has expired since it was authenticated."""
+    query = select(tables.api_key.c.expires_ns, tables.api_key.c.revoked_ns).where(tables.api_key.c.id == key_id)
+    row = (await conn.execute(query)).first()
+    if row is None or not _alive(row.expires_ns, row.revoked_ns, now_ns):
+        raise InvalidApiKeyError
 
 
 async def revoke_key(conn: AsyncConnection, key_id: str, *, now_ns: int) -> bool:
@@ -239,7 +264,8 @@ def _secret_hmac(pepper: bytes, public_id: str, secret: str) -> bytes:
     return hmac.new(pepper, message, hashlib.sha256).digest()
 
 
-def _by_public_id() -> Select[Any]:
+def by_public_id() -> Select[Any]:
+    """A key with all that makes its principal, by the parameter `public_id`."""
     key, project, tenant, limit = tables.api_key, tables.project, tables.tenant, tables.scope_limit
     policy = quota_tables.failure_policy
     return (
@@ -272,4 +298,4 @@ def _by_public_id() -> Select[Any]:
     )
 
 
-_BY_PUBLIC_ID: Final = _by_public_id()
+_BY_PUBLIC_ID: Final = by_public_id()

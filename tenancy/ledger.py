@@ -38,7 +38,7 @@ from tenancy import budget_use, credits, tables
 from tenancy.budget_use import BudgetAlert, BudgetUse, Spender
 from tenancy.credits import CreditKind, ExpiredCredit
 from tenancy.money import MoneyRangeError, require_amount, require_int
-from tenancy.posting import Balances, lock_accounts, post, read_accounts
+from tenancy.posting import Balances, find_transaction, lock_accounts, post, read_accounts
 from tenancy.tables import ExactInteger
 
 HoldState = Literal["pending", "captured", "voided", "expired"]
@@ -143,7 +143,7 @@ async def grant_credit(
     require_amount(amount_nano_usd, "amount_nano_usd", minimum=1)
     require_int(now_ns, "now_ns")
     balances = await lock_accounts(conn, tenant_id)
-    earlier = await _find_transaction(conn, transfer_id)
+    earlier = await find_transaction(conn, transfer_id)
     if earlier is not None:
         if earlier != ("grant", tenant_id, memo, amount_nano_usd, kind, expires_ns):
             raise LedgerConflictError(f"transfer {transfer_id!r} was already made with other arguments")
@@ -246,20 +246,26 @@ async def expire_credit(conn: AsyncConnection, tenant_id: str, now_ns: int) -> t
     return expired
 
 
-async def due_holds(conn: AsyncConnection, now_ns: int, limit: int) -> list[Hold]:
-    """Up to `limit` pending holds whose expires_ns <= now_ns, oldest first; settling them is the caller's part."""
-    rows = await conn.execute(
-        _HOLDS.where(_HOLD.c.state == "pending", _HOLD.c.expires_ns <= require_int(now_ns, "now_ns"))
-        .order_by(_HOLD.c.expires_ns, _HOLD.c.id)
-        .limit(limit)
-    )
+async def due_holds(
+    conn: AsyncConnection, now_ns: int, limit: int, *, gateway_id: str | None = None, others_ns: int | None = None
+) -> list[Hold]:
+    """Up to `limit` pending holds whose expires_ns <= now_ns, oldest first; settling them is the caller's part.
+
+    With `gateway_id`, only that gateway's, those that name none, and others' whose expires_ns <= others_ns.
+    """
+    due = _HOLDS.where(_HOLD.c.state == "pending", _HOLD.c.expires_ns <= require_int(now_ns, "now_ns"))
+    if gateway_id is not None:
+        mine = _HOLD.c.gateway_id.is_(None) | (_HOLD.c.gateway_id == gateway_id)
+        due = due.where(mine | (_HOLD.c.expires_ns <= require_int(others_ns, "others_ns")))
+    rows = await conn.execute(due.order_by(_HOLD.c.expires_ns, _HOLD.c.id).limit(limit))
     return [Hold(*row) for row in rows]
 
 
-async def claim_pending(conn: AsyncConnection, hold_id: str) -> bool:
-    """Whether the hold is still pending and from now on ours to settle; False also where another one is at it."""
+async def claim_pending(conn: AsyncConnection, hold_id: str, *, wait: bool = False) -> bool:
+    """Whether the hold is still pending and from now on ours to settle. Where another one is at it: False, or, with
+    `wait`, what is so when that one has ended."""
     mine = select(_HOLD.c.id).where(_HOLD.c.id == hold_id, _HOLD.c.state == "pending")
-    return await conn.scalar(mine.with_for_update(skip_locked=True)) is not None
+    return await conn.scalar(mine.with_for_update(skip_locked=not wait)) is not None
 
 
 async def get_hold(conn: AsyncConnection, hold_id: str) -> Hold | None:
@@ -320,21 +326,6 @@ async def _settle(
 
 def _limiter(use: BudgetUse) -> Limiter:
     return Limiter(use.budget.name, use.left_nano_usd, use.held_nano_usd, use.period_end_ns)
-
-
-async def _find_transaction(conn: AsyncConnection, transaction_id: str) -> tuple[Any, ...] | None:
-    """(kind, tenant id, memo, credited amount; of a grant also its credit's kind and end) of a transaction, or None."""
-    table, entry, of = tables.ledger_transaction, tables.ledger_entry, tables.credit
-    row = (
-        await conn.execute(
-            select(table.c.kind, table.c.tenant_id, table.c.memo, entry.c.amount_nano_usd, of.c.kind, of.c.expires_ns)
-            .join(entry, entry.c.transaction_id == table.c.id)
-            .outerjoin(of, of.c.id == table.c.id)
-            .where(table.c.id == transaction_id, entry.c.amount_nano_usd > 0)
-        )
-    ).first()
-    # A grant from before there were credits (0006) is paid and has no end.
-    return None if row is None else (*row[:4], row[4] or "paid", row[5])
 
 
 async def _require_hold(conn: AsyncConnection, hold_id: str) -> Hold:

@@ -5,7 +5,7 @@ Beside them stands a tenant's weight: not a limit but its share of the engine wh
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from sqlalchemy import bindparam, delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -110,18 +110,20 @@ async def set_limits(
 async def get_limits(conn: AsyncConnection, scope_ids: list[str]) -> Mapping[str, ScopeLimits]:
     """The limits of those scopes that have any, by scope id."""
     rows = await conn.execute(_OF_SCOPES, {"of": scope_ids})
-    return {
-        row.scope_id: ScopeLimits(
-            row.scope_id,
-            row.requests_per_minute,
-            row.tokens_per_minute,
-            row.concurrency_max,
-            weight=1 if row.weight is None else row.weight,
-            tokens_per_day=row.tokens_per_day,
-            shadow=limit_names(row.shadow),
-        )
-        for row in rows
-    }
+    return {row.scope_id: limits_of(row) for row in rows}
+
+
+def limits_of(row: Any) -> ScopeLimits:
+    """From a row with the columns of scope_limit."""
+    return ScopeLimits(
+        row.scope_id,
+        row.requests_per_minute,
+        row.tokens_per_minute,
+        row.concurrency_max,
+        weight=1 if row.weight is None else row.weight,
+        tokens_per_day=row.tokens_per_day,
+        shadow=limit_names(row.shadow),
+    )
 
 
 def limit_names(text: str | None) -> frozenset[LimitName]:
@@ -131,13 +133,18 @@ def limit_names(text: str | None) -> frozenset[LimitName]:
 
 async def load_scopes(conn: AsyncConnection, principal: Principal) -> list[ScopeLimits]:
     """The four scopes that a request of this principal is counted in: organisation, tenant, project, key."""
-    ids = [principal.organisation_id, principal.tenant_id, principal.project_id, principal.key_id]
-    found = await get_limits(conn, ids)
-    return [_in_organisation(found.get(id_, ScopeLimits(id_)), principal.organisation_id) for id_ in ids]
+    return chain_of(principal, await get_limits(conn, scope_ids_of(principal)))
 
 
-def _in_organisation(limits: ScopeLimits, organisation_id: str) -> ScopeLimits:
-    return replace(limits, organisation_id=organisation_id)
+def scope_ids_of(principal: Principal) -> list[str]:
+    return [principal.organisation_id, principal.tenant_id, principal.project_id, principal.key_id]
+
+
+def chain_of(principal: Principal, found: Mapping[str, ScopeLimits]) -> list[ScopeLimits]:
+    """The four scopes of a principal; `found`: those that have limits."""
+    organisation_id = principal.organisation_id
+    every = (found.get(id_, ScopeLimits(id_)) for id_ in scope_ids_of(principal))
+    return [replace(limits, organisation_id=organisation_id) for limits in every]
 
 
 # Built once, as in posting.py.

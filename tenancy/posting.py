@@ -141,6 +141,21 @@ async def lock_all_accounts(conn: AsyncConnection, tenant_id: str) -> Balances:
     return found
 
 
+async def find_transaction(conn: AsyncConnection, transaction_id: str) -> tuple[Any, ...] | None:
+    """(kind, tenant id, memo, credited amount; of a grant also its credit's kind and end) of a transaction, or None."""
+    table, entry, of = tables.ledger_transaction, tables.ledger_entry, tables.credit
+    row = (
+        await conn.execute(
+            select(table.c.kind, table.c.tenant_id, table.c.memo, entry.c.amount_nano_usd, of.c.kind, of.c.expires_ns)
+            .join(entry, entry.c.transaction_id == table.c.id)
+            .outerjoin(of, of.c.id == table.c.id)
+            .where(table.c.id == transaction_id, entry.c.amount_nano_usd > 0)
+        )
+    ).first()
+    # A grant from before there were credits (0006) is paid and has no end.
+    return None if row is None else (*row[:4], row[4] or "paid", row[5])
+
+
 async def currency_of(conn: AsyncConnection, tenant_id: str) -> str:
     """The currency of the tenant's accounts. Raises UnknownAccountError."""
     account = tables.account

@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from audit.entry import Entry
 from audit.outbox import append
 from gateway.api.auth import Caller
+from gateway.api.one_trip import do_and_tell
 from gateway.api.problems import ClaimTakenError, CreditExhaustedError, Headers, NeverFitsError, RateLimitedError
 from gateway.api.translation import Work
 from gateway.budget_alerts import append_expired
@@ -28,8 +29,9 @@ from gateway.world import new_id
 from tenancy.closing import TenantInactiveError, require_active
 from tenancy.idempotency import IdempotencyKey, TooManyKeysError
 from tenancy.idempotency import claim as take_key
-from tenancy.keys import Principal
+from tenancy.keys import InvalidApiKeyError, Principal, require_alive
 from tenancy.ledger import Hold, InsufficientCredit, place_hold
+from tenancy.one_trip import place_hold as place_in_one_trip
 from tenancy.price_book import price_at
 from tenancy.prices import Price, PriceMissingError, affordable_tokens, worst_case_nano_usd
 from tenancy.quota import Lease, QuotaSnapshot, QuotaUnavailableError, Refused
@@ -114,6 +116,8 @@ async def _hold(services: Services, caller: Caller, work: Work, claim: Claim) ->
     assert claim.lease is not None
     claim.hold_id = new_id("hold", services.world.entropy)
     try:
+        if (quick := await _hold_in_one_trip(services, caller, work, claim)) is not None:
+            return quick
         async with services.database.transaction(claim.tenant_id) as conn:
             admission = await write_admission(
                 conn, services, caller, work, claim.request_id, claim.lease, claim.hold_id
@@ -122,6 +126,7 @@ async def _hold(services: Services, caller: Caller, work: Work, claim: Claim) ->
                 await _claim_key(conn, services, claim.key, admission)
     except (
         CreditExhaustedError,
+        InvalidApiKeyError,
         PriceMissingError,
         TenantInactiveError,
         ClaimTakenError,
@@ -130,7 +135,39 @@ async def _hold(services: Services, caller: Caller, work: Work, claim: Claim) ->
     ):
         claim.hold_id = None  # refused before anything was held
         raise
+    services.remembered.keep_price(claim.tenant_id, work.model, work.tier, admission.price)
     return admission
+
+
+async def _hold_in_one_trip(services: Services, caller: Caller, work: Work, claim: Claim) -> Admission | None:
+    """T1 for the common case (one_trip.py). None: nothing has happened, and write_admission decides."""
+    lease, price = claim.lease, services.remembered.price(claim.tenant_id, work.model, work.tier)
+    assert lease is not None
+    assert claim.hold_id is not None
+    plain = claim.key is None and lease.mode == "store" and not lease.would_refuse
+    if services.database.is_sqlite or not plain or price is None or price.steps:
+        return None
+    admission = _admission(services, caller, work, claim.request_id, lease, claim.hold_id, price, 0)
+    principal = caller.principal
+    statement = place_in_one_trip(
+        hold_id=admission.hold_id,
+        tenant_id=principal.tenant_id,
+        project_id=principal.project_id,
+        key_id=principal.key_id,
+        request_id=admission.request_id,
+        gateway_id=services.gateway_id,
+        epoch=lease.epoch,
+        price_id=price.price_id,
+        model=work.model,
+        tier=work.tier,
+        amount_nano_usd=admission.hold_nano_usd,
+        num_tokens=lease.num_tokens,
+        now_ns=admission.started_ns,
+        expires_ns=admission.expires_ns,
+    )
+    entry = admitted_entry(admission)
+    done = await do_and_tell(services.database, statement, entry, entropy=services.world.entropy)
+    return admission if done else None
 
 
 async def _claim_key(conn: AsyncConnection, services: Services, key: IdempotencyKey, admission: Admission) -> None:
@@ -172,7 +209,48 @@ async def write_admission(
     tenant_id = caller.principal.tenant_id
     price = await price_at(conn, work.model, started_ns, work.tier, tenant_id=tenant_id)
     before = await volume_of(conn, tenant_id, price, started_ns)
-    admission = Admission(
+    admission = _admission(services, caller, work, request_id, lease, hold_id, price, before, started_ns)
+    held = await _place(conn, admission, services.gateway_id)
+    expired = held.expired
+    if isinstance(held, InsufficientCredit):
+        admission = _lowered(admission, held)
+        held = await _place(conn, admission, services.gateway_id)
+        assert not isinstance(held, InsufficientCredit), "the refused hold had locked the tenant's accounts"
+    await append_expired(conn, expired, started_ns, entropy=services.world.entropy)
+    if await require_active(conn, tenant_id) != lease.epoch:  # after the hold: see tenancy/closing.py
+        raise StaleLeaseError
+    if lease.mode != "store":
+        await mark_strayed(conn, caller.principal.organisation_id)
+    if caller.remembered:
+        await require_alive(conn, caller.principal.key_id, started_ns)
+    await append(conn, admitted_entry(admission), entropy=services.world.entropy)
+    for scope_id, limit_name in lease.would_refuse:
+        services.metrics.would_refuse(admission.principal.tenant_name, limit_name)
+        shadow: dict[str, str | int | bool | list[str]] = {
+            "request_id": request_id,
+            "scope_id": scope_id,
+            "limit_name": limit_name,
+        }
+        entry = Entry("limit.would_refuse", tenant_id, started_ns, shadow)
+        await append(conn, entry, entropy=services.world.entropy)
+    return admission
+
+
+def _admission(
+    services: Services,
+    caller: Caller,
+    work: Work,
+    request_id: str,
+    lease: Lease,
+    hold_id: str,
+    price: Price,
+    before: int,
+    started_ns: int | None = None,
+) -> Admission:
+    """With all the tokens that were asked for."""
+    if started_ns is None:
+        started_ns = services.world.now_ns()
+    return Admission(
         request_id=request_id,
         principal=caller.principal,
         lease=lease,
@@ -188,17 +266,9 @@ async def write_admission(
         tier=work.tier,
         num_tokens_before=before,
     )
-    held = await _place(conn, admission, services.gateway_id)
-    expired = held.expired
-    if isinstance(held, InsufficientCredit):
-        admission = _lowered(admission, held)
-        held = await _place(conn, admission, services.gateway_id)
-        assert not isinstance(held, InsufficientCredit), "the refused hold had locked the tenant's accounts"
-    await append_expired(conn, expired, started_ns, entropy=services.world.entropy)
-    if await require_active(conn, tenant_id) != lease.epoch:  # after the hold: see tenancy/closing.py
-        raise StaleLeaseError
-    if lease.mode != "store":
-        await mark_strayed(conn, caller.principal.organisation_id)
+
+
+def admitted_entry(admission: Admission) -> Entry:
     body: dict[str, str | int | bool | list[str]] = {
         "request_id": admission.request_id,
         "key_id": admission.principal.key_id,
@@ -208,18 +278,7 @@ async def write_admission(
         "max_tokens": admission.max_tokens,
         "hold_nano_usd": admission.hold_nano_usd,
     }
-    entry = Entry("request.admitted", tenant_id, admission.started_ns, body)
-    await append(conn, entry, entropy=services.world.entropy)
-    for scope_id, limit_name in lease.would_refuse:
-        services.metrics.would_refuse(admission.principal.tenant_name, limit_name)
-        shadow: dict[str, str | int | bool | list[str]] = {
-            "request_id": request_id,
-            "scope_id": scope_id,
-            "limit_name": limit_name,
-        }
-        entry = Entry("limit.would_refuse", tenant_id, started_ns, shadow)
-        await append(conn, entry, entropy=services.world.entropy)
-    return admission
+    return Entry("request.admitted", admission.principal.tenant_id, admission.started_ns, body)
 
 
 async def _place(conn: AsyncConnection, admission: Admission, gateway_id: str) -> Hold | InsufficientCredit:

@@ -1,17 +1,19 @@
 """Who is asking: the bearer key of a request, turned into a Principal and the limits that apply to it.
 
-One read of the database for each request, so a revoked key is refused at once on every replica. Whatever is wrong with
-a key, the client gets the same answer after the same work.
+One read of the database; on PostgreSQL none for less than a second after it where T1 looks at the key again
+(gateway/remembered.py). So a revoked key is refused at once on every replica. Whatever is wrong with a key, the client
+gets the same answer after the same work.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.types import Scope
 
 from gateway.api.problems import MissingScopeError
 from gateway.services import Services
-from tenancy.keys import Principal, authenticate
-from tenancy.limits import ScopeLimits, load_scopes
+from tenancy.callers import identify
+from tenancy.keys import PresentedKey, Principal
+from tenancy.limits import ScopeLimits
 
 INFERENCE_SCOPE = "inference"
 KEY_CHARS_MAX = 512
@@ -21,23 +23,29 @@ KEY_CHARS_MAX = 512
 class Caller:
     principal: Principal
     limits: tuple[ScopeLimits, ...]
+    remembered: bool = False  # as of a moment ago: whoever admits it looks at its key again
 
 
-async def authenticated(services: Services, scope: Scope, required: str = INFERENCE_SCOPE) -> Caller:
-    """The caller, whose key has the scope `required` of the route.
+async def authenticated(
+    services: Services, scope: Scope, required: str = INFERENCE_SCOPE, *, may_remember: bool = False
+) -> Caller:
+    """The caller, whose key has the scope `required` of the route. `may_remember`: its key is looked at again.
 
     Raises InvalidApiKeyError (401), MissingScopeError (403), DatabaseUnavailableError (503)."""
-    presented = bearer_key(scope)
-    now_ns = services.world.now_ns()
-    async with services.database.read() as conn:
-        principal = await authenticate(
-            conn, presented, pepper=services.secrets.key_pepper, now_ns=now_ns, peer=peer_address(scope)
-        )
-        limits = await load_scopes(conn, principal)
-    services.key_uses.note(principal.key_id, now_ns)
-    if required not in principal.scopes:
+    now_ns, peer = services.world.now_ns(), peer_address(scope)
+    key = PresentedKey.of(bearer_key(scope), services.secrets.key_pepper)
+    may_remember = may_remember and not services.database.is_sqlite
+    caller = services.remembered.caller(services.world, key, peer) if may_remember else None
+    if caller is None:
+        asked_ns = services.world.monotonic_ns()
+        async with services.database.glance() as conn:
+            caller = Caller(*await identify(conn, key, now_ns=now_ns, peer=peer))
+        if may_remember:
+            services.remembered.keep_caller(key, replace(caller, remembered=True), asked_ns)
+    services.key_uses.note(caller.principal.key_id, now_ns)
+    if required not in caller.principal.scopes:
         raise MissingScopeError(required)
-    return Caller(principal, tuple(limits))
+    return caller
 
 
 def peer_address(scope: Scope) -> str | None:

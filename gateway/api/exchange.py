@@ -15,7 +15,6 @@ How a request ends -> what is charged:
 """
 
 import asyncio
-from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -30,6 +29,8 @@ from gateway.api.admission import Admission, Claim, admit
 from gateway.api.auth import Caller
 from gateway.api.choices import NOTHING, Choices
 from gateway.api.cover import Cover
+from gateway.api.endings import COMPLETE, REASON_OF_ERROR, checked_reason, reason_of_all
+from gateway.api.life import Life
 from gateway.api.problems import (
     DeadlineExceededError,
     EngineRefusedError,
@@ -47,18 +48,8 @@ from tenancy.idempotency import IdempotencyKey
 from tenancy.meter import Usage
 from tenancy.quota import QuotaUnavailableError
 
-FINAL_COUNTS_S = 5.0  # how long an aborted sequence's last frame is awaited
+FINAL_COUNTS_S = 30.0  # how long an aborted sequence's last frame is awaited: nobody but its place waits for it
 SETTLE_WAIT_S = 2.0  # how long the last frame waits for T2; then it is settled behind the client's back
-DEADLINE_MARGIN = 0.1  # of the hold's life, kept for settling before it expires
-COMPLETE = frozenset({"stop", "length"})
-# The engine's error codes as a usage row's finish reason (at most 16 characters).
-REASON_OF_ERROR = {
-    "isolation_violation": "isolation",
-    "closed": "isolation",
-    "busy": "busy",
-    "draining": "draining",
-    "abort": "draining",
-}
 
 log = structlog.get_logger("gateway.api.exchange")
 
@@ -81,7 +72,7 @@ async def serve(
 ) -> bool:
     """Admit, run, settle; whether the answer was whole. Raises what problems.py knows, as long as nothing was sent."""
     request_id: str = scope["state"]["request_id"]
-    settler.opened()
+    settler.opened(request_id)
     claim = Claim(request_id, key=key)
     claiming = asyncio.create_task(admit(services, caller, work, claim, scope["state"]))
     try:
@@ -129,23 +120,24 @@ class Exchange:
         self._choices = Choices(client, submits)
         self._pull: asyncio.Task[tuple[int, TokenOutput]] | None = None
         self._gone: asyncio.Task[None] | None = None
-        self._settlement: asyncio.Task[None] | None = None
+        self._settlement: asyncio.Task[bool] | None = None
         self._dismissed = asyncio.Event()
         self._dismissal: asyncio.Task[Any] | None = None
         self._started_ns = services.world.monotonic_ns()
+        self._life = Life(services.world, admission.expires_ns, services.settings.hold_ttl_s)
         self._last_text: dict[int, tuple[float, int]] = {}  # by choice: when it came, tokens until then
         self.answered = False  # wholly, and so settled
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()  # complete before anything of an answer
 
     async def run(self) -> None:
-        life_s = self._services.settings.hold_ttl_s * (1 - DEADLINE_MARGIN)
         self._gone = asyncio.create_task(self._until_gone())
         self._dismissal = asyncio.create_task(self._dismissed.wait())
         renewing = asyncio.create_task(self._renew_lease())
         tenant_id, running = self._admission.principal.tenant_id, self._services.running
         running.add(tenant_id, self)
         try:
-            async with asyncio.timeout(life_s):
+            self._life.require()
+            async with asyncio.timeout(self._life.left_s):
                 await self._answer()
             self.answered = True
         except ClientGoneError:
@@ -154,14 +146,14 @@ class Exchange:
             await self._client_left("client_slow")
         except TenantInactiveError as error:
             await self._broken(error, "tenant_inactive")
-        except TimeoutError:
+        except (TimeoutError, DeadlineExceededError):
             await self._broken(DeadlineExceededError(), "deadline")
         except EngineGoneError as error:
             await self._broken(error, "engine_gone")
         except EngineRefusedError as error:
             await self._broken(error, REASON_OF_ERROR.get(error.code, "engine_error"))
         except asyncio.CancelledError:
-            self._stop_engine()
+            self._choices.abort()
             self._settle(self._choices.delivered, "shutdown")
             raise
         except Exception as error:
@@ -175,7 +167,7 @@ class Exchange:
     def dismiss(self) -> None:
         """The tenant is no longer active: free the engine at once; the answer ends when it next looks."""
         self._dismissed.set()
-        self._stop_engine()
+        self._choices.abort()
 
     # --- the answer ---------------------------------------------------------------------------------------------------
 
@@ -194,14 +186,15 @@ class Exchange:
             assert found is not None
             index, output = found
             outputs[index].append(output)
-            if reason := _checked_reason(output):
+            if reason := checked_reason(output):
                 reasons[index] = reason
         choices = [
             Choice("".join(one.text for one in parts), tuple(x for one in parts for x in one.logprobs), reasons[index])
             for index, parts in enumerate(outputs)
         ]
         usage = self._choices.produced
-        await self._settled_soon(usage, _reason_of_all(reasons.values()))
+        await self._settled_soon(usage, reason_of_all(reasons.values()))
+        self._require_billed()
         content = msgspec.json.encode(self._shape.whole(choices, self._prompt_logprobs, usage))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
         timeout_s = self._services.settings.send_timeout_s
@@ -221,7 +214,7 @@ class Exchange:
                 frames.append(HEARTBEAT)
             else:
                 index, output = found
-                reason = _checked_reason(output)
+                reason = checked_reason(output)
                 if output.text or output.logprobs:
                     frames += map(event, shape.delta(index, output.text, output.logprobs))
                 shown = bool(frames)
@@ -234,6 +227,7 @@ class Exchange:
                     begun = True
                     frames[:0] = [event(opening) for opening in shape.opening(self._prompt_logprobs)]
             if frames:
+                self._life.require()
                 await events.open()
                 await events.write(*frames)
             if found is not None and shown:
@@ -241,7 +235,7 @@ class Exchange:
         usage = self._choices.produced
         if self._work.include_usage:
             await events.write(event(shape.usage_chunk(usage)))
-        await self._settled_soon(usage, _reason_of_all(reasons.values()))
+        await self._settled_soon(usage, reason_of_all(reasons.values()))
         await events.close()
 
     async def _next(self, timeout_s: float | None) -> tuple[int, TokenOutput] | None:
@@ -250,9 +244,9 @@ class Exchange:
         Raises ClientGoneError, TenantInactiveError or EngineGoneError.
         """
         assert self._gone is not None
+        assert self._dismissal is not None
         if self._pull is None:
             self._pull = asyncio.create_task(self._choices.next())
-        assert self._dismissal is not None
         awaited = {self._pull, self._gone, self._dismissal}
         await asyncio.wait(awaited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if self._gone.done():
@@ -287,7 +281,7 @@ class Exchange:
         """The client's doing: stop the engine, learn the exact counts, charge what was produced."""
         complete: str | None = None
         try:
-            self._stop_engine()
+            self._choices.abort()
             with suppress(TimeoutError, EngineGoneError):
                 async with asyncio.timeout(FINAL_COUNTS_S):
                     complete = await self._last_outputs()
@@ -306,11 +300,11 @@ class Exchange:
             if output.finish_reason is not None:
                 reasons.append(output.finish_reason)
         complete = bool(reasons) and COMPLETE.issuperset(reasons) and not self._choices.cut
-        return _reason_of_all(reasons) if complete else None
+        return reason_of_all(reasons) if complete else None
 
     async def _broken(self, error: Exception, reason: str) -> None:
         """Our doing: charge only what was delivered, and tell the client in the way that is still open."""
-        self._stop_engine()
+        self._choices.abort()
         await self._settled_soon(self._choices.delivered, reason)
         if not self._events.opened:
             raise error
@@ -322,10 +316,7 @@ class Exchange:
             await self._events.write(event(problem.error()))
             await self._events.close()
 
-    def _stop_engine(self) -> None:
-        self._choices.abort()
-
-    def _settle(self, usage: Usage, reason: str) -> asyncio.Task[None]:
+    def _settle(self, usage: Usage, reason: str) -> asyncio.Task[bool]:
         """Start the settlement; only the first call counts."""
         if self._settlement is not None:
             return self._settlement
@@ -337,8 +328,9 @@ class Exchange:
             num_quota_tokens = max(num_quota_tokens, self._admission.num_prompt_tokens)
         outcome = Outcome(usage, reason, self._services.world.now_ns(), num_quota_tokens)
         self._settlement = self._settler.settle(self._admission, outcome)
+        principal = self._admission.principal
         self._services.metrics.ended(
-            self._admission.principal.tenant_name,
+            principal.tenant_name,
             reason,
             self._elapsed_s(),
             num_prompt_tokens=usage.num_prompt_tokens,
@@ -348,7 +340,7 @@ class Exchange:
         log.info(
             "exchange.ended",
             request_id=self._admission.request_id,
-            tenant_id=self._admission.principal.tenant_id,
+            tenant_id=principal.tenant_id,
             finish_reason=reason,
             num_prompt_tokens=usage.num_prompt_tokens,
             num_cached_tokens=usage.num_cached_tokens,
@@ -359,6 +351,11 @@ class Exchange:
 
     async def _settled_soon(self, usage: Usage, reason: str) -> None:
         await asyncio.wait({self._settle(usage, reason)}, timeout=SETTLE_WAIT_S)
+
+    def _require_billed(self) -> None:
+        """Nothing has been sent yet, and nothing is where the hold was over. Raises DeadlineExceededError."""
+        if self._settlement is not None and self._settlement.done() and not self._settlement.result():
+            raise DeadlineExceededError
 
     # --- beside the answer --------------------------------------------------------------------------------------------
 
@@ -376,18 +373,6 @@ class Exchange:
                     log.warning("lease.expired", request_id=self._admission.request_id)
             except QuotaUnavailableError as error:
                 log.warning("lease.not_renewed", request_id=self._admission.request_id, error=str(error))
-
-
-def _checked_reason(output: TokenOutput) -> str | None:
-    """The output's finish reason. Raises EngineRefusedError for an ending that is not a complete answer."""
-    if output.finish_reason is None or output.finish_reason in COMPLETE:
-        return output.finish_reason
-    raise EngineRefusedError(output.error or output.finish_reason)
-
-
-def _reason_of_all(reasons: Collection[str | None]) -> str:
-    """Of a request whose answers are all complete: `length` if one was cut there."""
-    return "length" if "length" in reasons else "stop"
 
 
 async def _cancel(*tasks: asyncio.Task[Any] | None) -> None:

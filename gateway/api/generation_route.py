@@ -46,7 +46,7 @@ class GenerationRoute(Generic[RequestT]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         services = self._services
-        caller = await authenticated(services, scope)  # before a byte of the body is read
+        caller = await authenticated(services, scope, may_remember=True)  # before a byte of the body is read
         try:
             body = await Request(scope, receive).body()
             key = idempotency_key(scope, caller.principal.tenant_id, body)

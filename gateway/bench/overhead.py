@@ -41,7 +41,7 @@ Send = Callable[[], Awaitable[bool]]
 class Plan:
     rates: tuple[int, ...] = (50, 200)
     seconds: float = 8.0  # of one row
-    ledger_rows: int = 0  # of history that lies in the ledger beforehand
+    ledger_rows: tuple[int, ...] = (0,)  # of history that lies in the ledger: measured at each, the least first
     postgres: bool = True
     rate_max: int = 2_000
 
@@ -64,7 +64,8 @@ class Run:
 
 
 async def measure_overhead(world: World, plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
-    """`overhead`: a row for each rate, for half the highest sustained one, and for that. Raises CommandError."""
+    """`overhead`: a row for each rate, for half the highest sustained one, and for that, with each history in the
+    ledger. The highest is that with the shortest one. Raises CommandError."""
     async with place(world, postgres=plan.postgres) as here:
         await asyncio.to_thread(migrate, here.database_url)
         database = Database(here.database_url)
@@ -72,45 +73,56 @@ async def measure_overhead(world: World, plan: Plan, say: Callable[[str], None])
             pepper = load_secrets(here.secrets, world.entropy).key_pepper
             async with database.transaction() as conn:
                 accounts = await open_accounts(conn, world, pepper, NUM_TENANTS, budget_tokens=10**12)
-            if plan.ledger_rows:
-                say(f"writing {plan.ledger_rows:,} ledger rows")
-            await write_history(database, plan.ledger_rows, say)
+            script: dict[str, str | int] = {"step_ms": 0, "tokens_per_step": MAX_TOKENS}
+            gateway = await here.start_gateway(0, script)
+            return await _rows(here, database, gateway, accounts, plan, say)
         finally:
             await database.dispose()
-        script: dict[str, str | int] = {"step_ms": 0, "tokens_per_step": MAX_TOKENS}
-        gateway = await here.start_gateway(0, script)
-        return await _rows(here, gateway, accounts, plan, say)
 
 
 async def _rows(
-    here: Place, gateway: GatewayProcess, accounts: list[Account], plan: Plan, say: Callable[[str], None]
+    here: Place,
+    database: Database,
+    gateway: GatewayProcess,
+    accounts: list[Account],
+    plan: Plan,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     folders = open_folders(gateway.folder)
     engine = await EngineClient.connect(folders.engine_socket, timeout_s=10)
     clients = Clients(gateway, accounts)
+    rows: list[dict[str, Any]] = []
+    highest = written_rows = 0
     try:
         await open_loop(clients.chat, 20, WARM_UP_S)
-        highest = await _highest(clients.chat, plan, say)
-        rows = []
-        for rate in sorted({*(rate for rate in plan.rates if rate <= highest), max(1, highest // 2), highest}):
-            bare = await open_loop(bare_sender(engine), rate, plan.seconds)
-            https = await open_loop(clients.health, rate, plan.seconds / 2)
-            full = await open_loop(clients.chat, rate, plan.seconds)
-            row = {
-                "rate_rps": rate,
-                "added_p50_ms": round(full.percentile(50) - bare.percentile(50), 2),
-                "added_p99_ms": round(full.percentile(99) - bare.percentile(99), 2),
-                "https_p50_ms": round(https.percentile(50), 2),
-                "https_p99_ms": round(https.percentile(99), 2),
-                "ledger_rows": plan.ledger_rows,
-                "num_failed": full.num_failed,
-            }
-            say(str(row))
-            rows.append(row)
+        for ledger_rows in sorted(set(plan.ledger_rows)):
+            if ledger_rows:
+                say(f"writing {ledger_rows:,} ledger rows")
+                await write_history(database, ledger_rows, say, written_rows=written_rows)
+                await open_loop(clients.chat, 20, WARM_UP_S)
+            written_rows = ledger_rows
+            highest = highest or await _highest(clients.chat, plan, say)
+            for rate in sorted({*(rate for rate in plan.rates if rate <= highest), max(1, highest // 2), highest}):
+                rows.append({**await _row(engine, clients, rate, plan.seconds), "ledger_rows": ledger_rows})
+                say(str(rows[-1]))
         return {"overhead": rows, "highest_rps": highest, "database": here.database_url.partition("+")[0]}
     finally:
         await engine.close()
         clients.close()
+
+
+async def _row(engine: EngineClient, clients: "Clients", rate: int, seconds: float) -> dict[str, Any]:
+    bare = await open_loop(bare_sender(engine), rate, seconds)
+    https = await open_loop(clients.health, rate, seconds / 2)
+    full = await open_loop(clients.chat, rate, seconds)
+    return {
+        "rate_rps": rate,
+        "added_p50_ms": round(full.percentile(50) - bare.percentile(50), 2),
+        "added_p99_ms": round(full.percentile(99) - bare.percentile(99), 2),
+        "https_p50_ms": round(https.percentile(50), 2),
+        "https_p99_ms": round(https.percentile(99), 2),
+        "num_failed": full.num_failed,
+    }
 
 
 async def _highest(send: Send, plan: Plan, say: Callable[[str], None]) -> int:

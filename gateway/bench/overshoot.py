@@ -59,7 +59,7 @@ async def _run(here: Place, database: Database, plan: Plan, accounts: list[Accou
         "answer_tokens_min": plan.max_tokens // 8,
         "answer_tokens_max": plan.max_tokens + plan.max_tokens // 8,
     }
-    settings = {"hold_ttl_s": "240", "lease_ttl_s": "5", "max_num_seqs": "1024"}
+    settings = {"hold_ttl_s": "120", "lease_ttl_s": "5", "max_num_seqs": "1024"}
     first = await here.start_gateway(0, script, **settings)  # makes the log's keys, which the others read
     others = await asyncio.gather(
         *(here.start_gateway(number, script, **settings) for number in range(1, NUM_GATEWAYS))

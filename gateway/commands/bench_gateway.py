@@ -49,14 +49,18 @@ def bench_overshoot(
 def bench_overhead(
     rate: Annotated[list[int] | None, typer.Option(help="requests per second; repeatable")] = None,
     seconds: Annotated[float, typer.Option(min=1, max=60, help="of each measurement")] = 8.0,
-    ledger_rows: Annotated[int, typer.Option(min=0, max=20_000_000, help="written into the ledger first")] = 0,
+    ledger_rows: Annotated[
+        list[int] | None,
+        typer.Option(min=0, max=20_000_000, help="written into the ledger first; repeatable: measured with each"),
+    ] = None,
     sqlite: Annotated[bool, typer.Option("--sqlite", help="SQLite instead of PostgreSQL")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """What authentication, quota, hold, capture, outbox and HTTPS add to the engine's own latency; open loop."""
     from gateway.bench.overhead import Plan, measure_overhead
 
-    plan = Plan(rates=tuple(rate or (50, 200)), seconds=seconds, ledger_rows=ledger_rows, postgres=not sqlite)
+    histories = tuple(ledger_rows or (0,))
+    plan = Plan(rates=tuple(rate or (50, 200)), seconds=seconds, ledger_rows=histories, postgres=not sqlite)
     say = Console(stderr=True).print
     found = _run(measure_overhead(real_world(), plan, say))
     _write(found, json_file)

@@ -16,7 +16,7 @@ from gateway.budget_alerts import append_expired
 from gateway.host.background import Loop
 from gateway.host.engine_host import EngineHost
 from gateway.host.folders import Folders
-from gateway.host.overdue import settle_abandoned
+from gateway.host.overdue import abandoned_holds, settle_abandoned
 from gateway.sequences import usage_by_request
 from gateway.services import Services
 from gateway.webhooks.delivery import Webhooks
@@ -24,14 +24,11 @@ from tenancy.closing import deleted_tenants, inactive_among
 from tenancy.credits import tenants_with_due_credit
 from tenancy.idempotency import forget_expired
 from tenancy.invoices import SETTLE_NS
-from tenancy.ledger import due_holds, expire_credit
+from tenancy.ledger import expire_credit
 from tenancy.periods import DAY_NS, SECOND_NS, period_start_ns
 
 REAP_INTERVAL_S = 5.0
 REAP_BATCH_MAX = 256  # holds settled in one round
-OTHERS_GRACE_NS = (
-    3 * int(REAP_INTERVAL_S) * 10**9
-)  # another gateway's holds are its own for so long: it has the journal
 WATCH_INTERVAL_S = 0.5  # a suspended tenant's sequences end within a second
 KEY_USE_INTERVAL_S = 60.0
 FORGET_INTERVAL_S = 60.0
@@ -98,9 +95,7 @@ class Housekeeping:
         """Settle holds whose time is over. A hold outlives its request only when a gateway or its database died."""
         services = self._services
         async with services.database.read() as conn:
-            due = await due_holds(conn, services.world.now_ns(), REAP_BATCH_MAX)
-        others_ns, own = services.world.now_ns() - OTHERS_GRACE_NS, (None, services.gateway_id)
-        holds = [hold for hold in due if hold.gateway_id in own or hold.expires_ns <= others_ns]
+            holds = await abandoned_holds(conn, services, REAP_BATCH_MAX)
         if not holds:
             return
         journals = usage_by_request(await asyncio.to_thread(read_journals, self._folders.journal))
@@ -127,7 +122,7 @@ class Housekeeping:
         """Once a day, when the day before is settled: compare all books of it, and log what they say."""
         services, now_ns = self._services, self._services.world.now_ns()
         today_ns = period_start_ns("day", now_ns)
-        settled_ns = services.settings.hold_ttl_s * SECOND_NS + SETTLE_NS
+        settled_ns = (services.settings.hold_ttl_s + services.settings.gateway_return_s) * SECOND_NS + SETTLE_NS
         if now_ns < today_ns + settled_ns:
             return
         async with services.database.read() as conn:

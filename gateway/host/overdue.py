@@ -5,6 +5,12 @@
     it does not, and the hold is younger    all of it returns: "voided" (only at start, when nobody works on it)
 
 There is no other outcome, whichever of the two comes first.
+
+Whose it is to settle (`abandoned_holds`):
+
+    open in this process      nobody else's, overdue or not: its settlement is on its way (api/settlement.py)
+    this gateway's            ours: it is the only one on its data folder, with the only journal that counts it
+    another gateway's         ours when that one has not come back BULKHEAD_GATEWAY_RETURN_S after the hold's end
 """
 
 import json
@@ -18,8 +24,9 @@ from audit.tables import log_leaf, log_opening, outbox
 from gateway.budget_alerts import append_settled
 from gateway.services import Services
 from tenancy.keys import get_key
-from tenancy.ledger import Hold, capture, claim_pending, expire, void
+from tenancy.ledger import Hold, capture, claim_pending, due_holds, expire, void
 from tenancy.meter import Usage, UsageRecord, record_usage
+from tenancy.periods import SECOND_NS
 from tenancy.price_book import get_price
 from tenancy.prices import charge_nano_usd
 from tenancy.volume import take_volume
@@ -27,24 +34,37 @@ from tenancy.volume import take_volume
 FINISH_REASON = "gateway_lost"
 
 
-async def settle_abandoned(conn: AsyncConnection, services: Services, hold: Hold, counted: Usage | None) -> int:
+async def abandoned_holds(conn: AsyncConnection, services: Services, limit: int) -> list[Hold]:
+    """Overdue holds that are ours to settle now."""
+    now_ns = services.world.now_ns()
+    others_ns = now_ns - services.settings.gateway_return_s * SECOND_NS
+    due = await due_holds(conn, now_ns, limit, gateway_id=services.gateway_id, others_ns=others_ns)
+    return [hold for hold in due if hold.request_id not in services.running.open_requests]
+
+
+async def settle_abandoned(
+    conn: AsyncConnection, services: Services, hold: Hold, counted: Usage | None, *, wait: bool = False
+) -> int:
     """Settle one hold, with its usage row and log entry, unless another was quicker; the nano-USD charged here.
 
-    ``counted``: what the journals say of its request.
+    ``counted``: what the journals say of its request. ``wait``: also where another is at it, until it is known whether
+    that one has settled it; else such a hold is left for the next round.
     """
-    if not await claim_pending(conn, hold.hold_id):
+    if not await claim_pending(conn, hold.hold_id, wait=wait):
         return 0
     now_ns = services.world.now_ns()
-    admitted = await _admitted(conn, hold)
     usage, amount, outcome = Usage(0, 0, 0), 0, "voided"
-    if counted is not None and counted.num_completion_tokens > 0 and admitted is not None:
+    whose = None
+    if counted is not None and counted.num_completion_tokens > 0:
+        whose = await _whose(conn, hold)
+    if counted is not None and whose is not None:
         usage, outcome = counted, "recovered"
         price = await get_price(conn, hold.price_id)
         num_tokens = usage.num_prompt_tokens + usage.num_completion_tokens
         before = await take_volume(conn, hold.tenant_id, price, hold.created_ns, num_tokens)
         amount = charge_nano_usd(price, usage, hold.tier, before)
         settled = await capture(conn, hold.hold_id, amount, now_ns, num_tokens=num_tokens)
-        await record_usage(conn, await _usage_record(conn, hold, admitted, usage, amount, before, now_ns))
+        await record_usage(conn, _usage_record(hold, whose, price.model, usage, amount, before, now_ns))
     elif hold.expires_ns <= now_ns:
         outcome = "expired"
         settled = await expire(conn, hold.hold_id, now_ns)
@@ -64,8 +84,11 @@ async def settle_abandoned(conn: AsyncConnection, services: Services, hold: Hold
     return amount
 
 
-async def _admitted(conn: AsyncConnection, hold: Hold) -> dict[str, str] | None:
-    """The body of the hold's request.admitted entry, written in the hold's own transaction at the same instant."""
+async def _whose(conn: AsyncConnection, hold: Hold) -> tuple[str, str] | None:
+    """Project and key. A hold of before there were budgets does not name them; its request.admitted entry, written in
+    its own transaction at the same instant, does."""
+    if hold.project_id is not None and hold.key_id is not None:
+        return hold.project_id, hold.key_id
     waiting = select(outbox.c.body).where(outbox.c.kind == "request.admitted", outbox.c.at_ns == hold.created_ns)
     sequenced = (
         select(log_opening.c.body)
@@ -76,25 +99,20 @@ async def _admitted(conn: AsyncConnection, hold: Hold) -> dict[str, str] | None:
         for body in (await conn.execute(query)).scalars():
             fields: dict[str, str] = json.loads(body)
             if fields["request_id"] == hold.request_id:
-                return fields
+                return (await get_key(conn, fields["key_id"])).project_id, fields["key_id"]
     return None
 
 
-async def _usage_record(
-    conn: AsyncConnection,
-    hold: Hold,
-    admitted: dict[str, str],
-    usage: Usage,
-    amount: int,
-    before: int,
-    now_ns: int,
+def _usage_record(
+    hold: Hold, whose: tuple[str, str], model: str, usage: Usage, amount: int, before: int, now_ns: int
 ) -> UsageRecord:
+    project_id, key_id = whose
     return UsageRecord(
         request_id=hold.request_id,
         tenant_id=hold.tenant_id,
-        project_id=(await get_key(conn, admitted["key_id"])).project_id,
-        key_id=admitted["key_id"],
-        model=admitted["model"],
+        project_id=project_id,
+        key_id=key_id,
+        model=model,
         usage=usage,
         price_id=hold.price_id,
         amount_nano_usd=amount,

@@ -29,7 +29,9 @@ class Recovered:
 async def recover(services: Services, folders: Folders, epoch: str) -> Recovered:
     """Settle this gateway's pending holds from the journals, then delete the journals of workers before `epoch`.
 
-    One transaction per hold, so that a crash in here only leaves work for the next start.
+    One transaction per hold, so that a crash in here only leaves work for the next start. PostgreSQL may still be at
+    what the earlier process asked for last, with a lock on the hold, long after that process has been killed: each
+    hold's end is awaited, because the journals that count it are deleted after this.
     """
     journals = usage_by_request(read_journals(folders.journal))
     async with services.database.read() as conn:
@@ -40,7 +42,7 @@ async def recover(services: Services, folders: Folders, epoch: str) -> Recovered
     for hold in holds:
         counted = journals.get(hold.request_id)
         async with services.database.transaction() as conn:
-            charged = await settle_abandoned(conn, services, hold, counted)
+            charged = await settle_abandoned(conn, services, hold, counted, wait=True)
         amount += charged
         num_captured += charged > 0
         num_voided += charged == 0

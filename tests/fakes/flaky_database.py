@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -32,4 +32,20 @@ class FlakyDatabase(Database):
         if self.down:
             raise DatabaseUnavailableError("injected: not reachable")
         async with super().read(tenant_id) as conn:
+            yield conn
+
+    async def one_trip(self, text: str, arguments: tuple[object, ...]) -> Any:
+        fault = self.faults.pop(0) if self.faults else "none"
+        if self.down or fault == "before":
+            raise DatabaseUnavailableError("injected: not reachable")
+        value = await super().one_trip(text, arguments)
+        if fault == "after":
+            raise DatabaseUnavailableError("injected: the reply to the commit was lost")
+        return value
+
+    @asynccontextmanager
+    async def glance(self) -> AsyncIterator[AsyncConnection]:
+        if self.down:
+            raise DatabaseUnavailableError("injected: not reachable")
+        async with super().glance() as conn:
             yield conn

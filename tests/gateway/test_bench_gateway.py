@@ -108,12 +108,14 @@ def test_a_full_run_finds_no_token_over_any_budget() -> None:
 
 @pytest.mark.deep
 def test_overhead_is_measured() -> None:
-    plan = OverheadPlan(rates=(5,), seconds=2, ledger_rows=1_000, rate_max=45)
+    plan = OverheadPlan(rates=(5,), seconds=2, ledger_rows=(0, 1_000), rate_max=45)
     found = asyncio.run(measure_overhead(real_world(), plan, lambda _: None))
     assert found["overhead"][0]["rate_rps"] == 5
     for row in found["overhead"]:
         assert 0 < row["added_p50_ms"] <= row["added_p99_ms"]
-        assert row["ledger_rows"] == 1_000
+    measured = [(row["ledger_rows"], row["rate_rps"]) for row in found["overhead"]]
+    highest = found["highest_rps"]
+    assert measured == [(rows, rate) for rows in (0, 1_000) for rate in (5, highest // 2, highest)]
 
 
 def test_an_open_loop_does_not_wait_for_slow_answers(runner: asyncio.Runner) -> None:
@@ -145,7 +147,8 @@ def test_a_history_is_a_ledger(stage: Stage, runner: asyncio.Runner) -> None:
     hall, _ = stage.make()
 
     async def scenario() -> None:
-        await write_history(hall.database, 4_000, lambda _: None)
+        await write_history(hall.database, 1_000, lambda _: None)
+        await write_history(hall.database, 4_000, lambda _: None, written_rows=1_000)
         async with hall.database.read() as conn:
             checked = await check_ledger(conn)
         assert checked.unbalanced == []

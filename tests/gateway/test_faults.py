@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.api import exchange
 from gateway.api.edge import Edge
+from gateway.api.endings import COMPLETE
 from gateway.api.settlement import NOTHING
 from gateway.host.valkey import connect_redis
 from tests.fakes.asgi import Answer
@@ -133,7 +134,7 @@ async def _play(hall: Hall, worker: IntegerWorker, plans: list[Plan], faults: li
     for request_id, counts in worker.counts.items():
         row = rows[request_id]
         told = counts.finish_reason and not cut  # else the last counts may have been lost on their way
-        if row.finish_reason in exchange.COMPLETE or (row.finish_reason == "client_gone" and told):
+        if row.finish_reason in COMPLETE or (row.finish_reason == "client_gone" and told):
             assert row.num_completion_tokens == counts.num_completion_tokens
         assert row.num_completion_tokens <= counts.num_completion_tokens
         if row.num_completion_tokens:
@@ -158,7 +159,7 @@ async def _play(hall: Hall, worker: IntegerWorker, plans: list[Plan], faults: li
             assert row.num_completion_tokens >= num_received  # withheld text may be paid for with what follows it
             assert row.num_completion_tokens - num_received <= max(p.script.withhold for p in plans)
         else:
-            assert row.finish_reason in exchange.COMPLETE
+            assert row.finish_reason in COMPLETE
         if plan.stream:
             assert answer.events()[-1] == "[DONE]"
 

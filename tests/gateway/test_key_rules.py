@@ -152,7 +152,7 @@ def test_reaper_and_recovery_settle_a_hold_alike(stage: Stage, runner: asyncio.R
         hall, _ = stage_make(hold_ttl_s=1)
         folders = open_folders(tmp_path / f"{settle}-{counted}" / "data")
         # The gateway dies: nobody settles.
-        hall.settler._settle = lambda *_: asyncio.sleep(0)  # type: ignore[method-assign]
+        hall.settler._settle = lambda *_: asyncio.sleep(0, True)  # type: ignore[method-assign]
         answer = await hall.chat(max_tokens=5, seed=1, n=2)
         request_id = answer.headers["x-request-id"]
         if counted:

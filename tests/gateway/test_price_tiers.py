@@ -104,7 +104,8 @@ def test_a_day_is_compared_once_when_it_is_settled(stage: Stage, runner: asyncio
         today_ns = period_start_ns("day", hall.services.world.now_ns())
         keeper = house(hall, tmp_path)
         real = hall.services.world
-        settled_ns = (hall.services.settings.hold_ttl_s * SECOND_NS) + SETTLE_NS
+        own = hall.services.settings
+        settled_ns = (own.hold_ttl_s + own.gateway_return_s) * SECOND_NS + SETTLE_NS
         for early_ns, num_logged in ((1, 0), (0, 1), (0, 1)):
             at_ns = today_ns + DAY_NS + settled_ns - early_ns
             keeper._services = replace(hall.services, world=replace(real, now_ns=lambda: at_ns))  # noqa: B023 - at once

@@ -10,7 +10,7 @@ from audit.keyring import load_keyring
 from audit.log import sequence
 from engine.journal import Journal, JournalRecord
 from gateway.host.folders import gateway_id, open_folders
-from gateway.host.housekeeping import OTHERS_GRACE_NS, Housekeeping
+from gateway.host.housekeeping import Housekeeping
 from gateway.host.recovery import recover
 from gateway.host.same_keys import ForeignKeysError, require_same_keys
 from gateway.services import Services
@@ -21,6 +21,7 @@ from tests.fakes.hall import world as real_world
 from tests.gateway.conftest import Stage
 
 NOW = 10**18
+SECOND = 10**9
 
 
 def as_gateway(hall: Hall, name: str, now_ns: int = NOW) -> Services:
@@ -90,7 +91,10 @@ def test_overdue_holds_are_their_own_gateways_first_and_anybodys_then(
         assert (await state(hall, mine), await state(hall, others)) == ("pending", "pending")
         await reap("gw_1", NOW + 100)
         assert (await state(hall, mine), await state(hall, others)) == ("expired", "pending")
-        await reap("gw_1", NOW + 100 + OTHERS_GRACE_NS)
+        returns_ns = hall.services.settings.gateway_return_s * SECOND
+        await reap("gw_1", NOW + 99 + returns_ns)
+        assert await state(hall, others) == "pending"
+        await reap("gw_1", NOW + 100 + returns_ns)
         assert await state(hall, others) == "expired"
 
     runner.run(scenario())

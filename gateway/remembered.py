@@ -1,0 +1,54 @@
+"""What one request found out and the next ones need again. Nothing here is believed for what it decides:
+
+    callers   by key, for less than a second, and only for requests that are admitted in the end: T1 looks again
+              whether key and tenant are active. So a revoked key is refused at once where it would cost anything. What
+              may be old is a key's limits and rules
+    prices    until a T1 finds that another one is in force: it is told which price was thought to be
+
+Bounded; forgotten wholly when full.
+"""
+
+import hmac
+from typing import TYPE_CHECKING
+
+from gateway.world import World
+from tenancy.keys import PresentedKey
+from tenancy.prices import Price
+
+if TYPE_CHECKING:
+    from gateway.api.auth import Caller
+
+CALLER_NS = 750_000_000
+ENTRIES_MAX = 10_000
+
+
+class Remembered:
+    def __init__(self) -> None:
+        self._callers: dict[str, tuple[PresentedKey, Caller, int]] = {}
+        self._prices: dict[tuple[str, str, str], Price] = {}
+
+    def caller(self, world: World, key: PresentedKey, peer: str | None) -> "Caller | None":
+        """Also None for another secret of a known key, and from a network that it may not come from."""
+        found = self._callers.get(key.public_id)
+        if found is None or world.monotonic_ns() >= found[2]:
+            return None
+        known, caller, _ = found
+        matches = hmac.compare_digest(known.secret_hmac, key.secret_hmac)
+        return caller if matches and caller.principal.rules.allows_peer(peer) else None
+
+    def keep_caller(self, key: PresentedKey, caller: "Caller", asked_ns: int) -> None:
+        """`asked_ns`: the monotonic clock before the database was asked."""
+        if len(self._callers) >= ENTRIES_MAX:
+            self._callers.clear()
+        self._callers[key.public_id] = (key, caller, asked_ns + CALLER_NS)
+
+    def price(self, tenant_id: str, model: str, tier: str) -> Price | None:
+        return self._prices.get((tenant_id, model, tier))
+
+    def keep_price(self, tenant_id: str, model: str, tier: str, price: Price) -> None:
+        if len(self._prices) >= ENTRIES_MAX:
+            self._prices.clear()
+        self._prices[tenant_id, model, tier] = price
+
+    def forget_price(self, tenant_id: str, model: str, tier: str) -> None:
+        self._prices.pop((tenant_id, model, tier), None)
