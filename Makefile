@@ -45,7 +45,7 @@ kernels-write: setup-dev ## Compile them and write docs/kernels.md's table again
 	@$(BIN)/python -m kernels.gpu.gate --write
 
 gpu: setup-dev ## Where there is a GPU: run the GPU kernels' tests, and the engine's on them, compiled instead of interpreted
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/gpu tests/engine/test_gpu_runner.py tests/engine/test_fp8_cache.py tests/engine/test_padding.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/gpu tests/engine/test_gpu_runner.py tests/engine/test_decode_graphs.py tests/engine/test_numbers.py tests/engine/test_fp8_cache.py tests/engine/test_padding.py
 
 native: setup ## Build the CPU kernels again, with the C++ compiler's messages
 	$(BIN)/python -m pip install --quiet "setuptools>=75"

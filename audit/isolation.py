@@ -29,7 +29,8 @@ Bytes are sampled (audit/cache_bytes.py): every slot is noted when it is written
 that it reads are compared, and all of a block when it is shared; a block that has been scrubbed, or was never used, is
 read when it is given out and has to be zero.
 
-After the launch the arrays that the kernels held are compared with what was approved (audit/launch.py).
+A launch that was broken off has written slots that are no history, and nothing of it may be sent, sealed or counted.
+After each launch the arrays that the kernels held are compared with what was approved (audit/launch.py).
 
 Not seen here: what a kernel does with correct arrays, and steps launched without asking.
 """
@@ -231,6 +232,14 @@ class IsolationAuditor:
             if launch is not None:
                 self._hear(step, launch, token_ids)
             self._note_written()
+
+    def on_broken_off(self, step: int, arrays: KernelArrays | None = None) -> None:
+        """The launch of the step that was checked last ended before it gave anything. What it wrote is no history, and
+        no sequence has a token or a count of it; ``arrays``: what the kernels had been given all the same."""
+        with self._lock:
+            self._written = (NOTHING, NOTHING, NOTHING)
+            self._computed, self._sampled, self._scored = [], [], {}
+            self._hear(step, Launch(arrays), ())
 
     def check_outputs(self, step: int, outputs: Sequence[Output]) -> list[Violation]:
         """Check a step's outputs before they leave. The violations name the sequences whose outputs must not."""

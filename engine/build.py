@@ -56,6 +56,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         num_blocks=config.num_blocks,
         kv_cache_bytes=config.kv_cache_bytes,
         kv_cache_dtype=config.kv_cache_dtype,
+        graph_sizes=config.graph_sizes,
         backend=backend,
         log=log,
     )
@@ -82,6 +83,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         scheduling=config.scheduling,
         wait_max_tokens=config.wait_max_tokens,
         max_prompt_tokens=config.max_prompt_tokens,
+        break_off_percent=config.break_off_percent,
         prefix_cache=config.prefix_cache,
         cache_floor_percent=config.cache_floor_percent,
         cache_ceiling_percent=config.cache_ceiling_percent,

@@ -8,6 +8,7 @@ from engine.errors import ConfigError
 
 DTYPES = ("bfloat16", "float32")
 KV_CACHE_DTYPES = ("auto", "fp8_e4m3")
+GRAPHS_MAX = 32  # each keeps arrays of its own on the device
 KERNELS = ("auto", "torch", "portable", "avx2", "avx512", "avx512_bf16", "amx", "triton")
 
 
@@ -26,12 +27,14 @@ class WorkerConfig:
     max_batched_tokens: int = 256  # the token budget of one step
     max_num_seqs: int = 32  # rows in one step
     max_prompt_tokens: int = 0  # of prompts in a step that also generates; 0: all that the budget leaves
+    break_off_percent: int = 3  # of the tokens computed, for breaking off steps: engine/scheduling/break_off.py
     num_blocks: int = 0
     kv_cache_bytes: int = 512 * 1024 * 1024
     block_size: int = 32  # tokens per KV block
     num_threads: int = 0
     dtype: str = "bfloat16"
     kv_cache_dtype: str = "auto"  # the weights', or fp8_e4m3 where the kernels take it
+    cuda_graphs: str = ""  # sizes of decode batches, separated by commas: kernels/gpu/graphs.py; none: no graphs
     kernels: str = "auto"  # kernels/choice.py: auto, torch, triton, or an instruction set of the native library
     max_waiting: int = 256  # further submits are refused with "busy"
     scheduling: str = "fair"  # engine/scheduling/order.py
@@ -59,6 +62,8 @@ class WorkerConfig:
         for name in ("num_blocks", "num_threads", "max_waiting", "drain_timeout_ms", "max_prompt_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or greater, not {getattr(self, name)}")
+        if not 0 <= self.break_off_percent <= 50:
+            raise ConfigError(f"break_off_percent must be between 0 and 50, not {self.break_off_percent}")
         if not 0 <= self.cache_floor_percent <= 50:
             raise ConfigError(f"cache_floor_percent must be between 0 and 50, not {self.cache_floor_percent}")
         if not 1 <= self.cache_ceiling_percent <= 100:
@@ -73,6 +78,19 @@ class WorkerConfig:
             )
         if self.kernels not in KERNELS:
             raise ConfigError(f"kernels must be one of {', '.join(KERNELS)}, not {self.kernels!r}")
+        if len(self.graph_sizes) > GRAPHS_MAX:
+            raise ConfigError(f"cuda_graphs must be {GRAPHS_MAX} sizes or fewer, not {len(self.graph_sizes)}")
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Rows of a decode batch that is launched as one graph, the least first. Raises ConfigError."""
+        names = [name.strip() for name in self.cuda_graphs.split(",")] if self.cuda_graphs.strip() else []
+        if not all(name.isdecimal() and 0 < int(name) <= self.max_num_seqs for name in names):
+            raise ConfigError(
+                f"cuda_graphs must be numbers of rows from 1 to {self.max_num_seqs} (max_num_seqs), commas between, "
+                f"not {self.cuda_graphs!r}"
+            )
+        return tuple(sorted({int(name) for name in names}))
 
     @property
     def effective_num_threads(self) -> int:

@@ -15,13 +15,12 @@ One step, numbered here and marked below:
 A kernel that refuses a block did so because steps 1 to 3 failed: whoever asked is punished as if the observer had named
 it (`kernel_ownership`), and what is left is built, shown and launched again. Any other launch that raises costs its
 sequences their lives (`engine_failure`), not the engine: its blocks are released, the next step starts clean.
-`num_failures_in_a_row` tells the worker when to give up.
+`num_failures_in_a_row` tells the worker when to give up. A launch that is broken off counts as if it had not been.
 """
 
 import traceback
 from collections.abc import Callable
 from collections.abc import Sequence as Line
-from itertools import chain
 
 from msgspec.structs import replace
 
@@ -29,8 +28,8 @@ from engine.batch import Batch, build_batch, refused
 from engine.cache.block_pool import BlockPool
 from engine.cache.cache_shares import CacheShares
 from engine.contamination import contaminated
-from engine.endings import refusal, with_endings, withheld
-from engine.errors import GrammarError
+from engine.endings import is_valid, refusal, with_endings, withheld
+from engine.errors import BrokenOffError, GrammarError
 from engine.events import EngineEvent, Observer, Violation, begin_event
 from engine.model_runner import Runner
 from engine.protocol import Incident, Stats, Submit, TokenLogprob, TokenOutput
@@ -38,9 +37,9 @@ from engine.sampling.matcher import Matcher
 from engine.sampling.row import Row
 from engine.sampling.sampler import NOT_FINITE, Picks
 from engine.scheduling import order
+from engine.scheduling.break_off import BreakOffs, Newcomers
 from engine.scheduling.schedule import ScheduledRow
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.tiers import TIERS
 from engine.sequence import Event, Sequence
 from engine.step_result import StepResult
 from engine.text.answer import Answer, Piece, output_of
@@ -67,6 +66,7 @@ class EngineCore:
         scheduling: str = "fair",
         wait_max_tokens: int = order.WAIT_MAX_TOKENS,
         max_prompt_tokens: int = 0,
+        break_off_percent: int = 0,
         prefix_cache: bool = True,
         cache_floor_percent: int = 0,
         cache_ceiling_percent: int = 100,
@@ -98,16 +98,15 @@ class EngineCore:
             wait_max_tokens=wait_max_tokens,
             max_prompt_tokens=max_prompt_tokens,
         )
+        self.break_offs = BreakOffs(break_off_percent, max_batched_tokens, self._owed_now, self.scheduler.charge_domain)
         self._sequences: dict[str, Sequence] = {}
         self._answers: dict[str, Answer] = {}
         self.matchers = matchers
         self._forms: dict[str, Matcher] = {}  # of those that must have one
         self._rows: dict[str, Row] = {}  # of those that run
         self._num_arrived = 0
-        self._num_prompt_tokens = 0
-        self._num_completion_tokens = 0
-        self._num_batch_tokens = 0
-        self._num_batch_rows = 0
+        self._num_prompt_tokens = self._num_completion_tokens = 0
+        self._num_batch_tokens = self._num_batch_rows = 0
         self._max_num_seqs = max_num_seqs
 
     @property
@@ -116,12 +115,8 @@ class EngineCore:
 
     def refuse(self, submit: Submit) -> TokenOutput | None:
         """Its ending where it cannot be taken in now: invalid_input, busy or too_long. Nothing is done."""
-        invalid = not submit.prompt_token_ids or any(
-            not 0 <= token_id < self._vocab_size
-            for token_id in chain(submit.prompt_token_ids, submit.sampling.named_token_ids)
-        )
-        invalid = invalid or bool(submit.sampling.grammar and self.matchers is None)
-        if invalid or submit.sequence_id in self._sequences or submit.priority not in TIERS.values():
+        valid = is_valid(submit, self._vocab_size, forms=self.matchers is not None)
+        if not valid or submit.sequence_id in self._sequences:
             return refusal(submit, "invalid_input")
         if self.scheduler.num_waiting_from(submit.priority) >= self._max_waiting:
             return refusal(submit, "busy")
@@ -147,6 +142,11 @@ class EngineCore:
         self.scheduler.add(sequence)
         self._events.append(begin_event(self.step_number, submit))
         return None
+
+    def _owed_now(self, submit: Submit) -> Sequence | None:
+        sequence = Sequence.of(submit, arrival=self._num_arrived, model_digest=self._model_digest)
+        owed = self.refuse(submit) is None and self.scheduler.is_owed_now(sequence)
+        return sequence if owed else None
 
     def abort(self, sequence_id: str) -> TokenOutput | None:
         """End a sequence now; None if it is not (or no longer) here."""
@@ -181,8 +181,9 @@ class EngineCore:
         self._show_events()
         return [output for output in outputs if output is not None], num_blocks
 
-    def step(self) -> StepResult:
-        """Advance every scheduled sequence by its share of the budget."""
+    def step(self, newcomers: Newcomers | None = None) -> StepResult:
+        """Advance every scheduled sequence by its share of the budget. ``newcomers`` tells who has come since it was
+        last asked, and is not added yet: for one of them the step may be broken off, and nothing has happened then."""
         result = self.take_between()
         self.step_number += 1
         self.pool.step = self.step_number
@@ -191,14 +192,19 @@ class EngineCore:
         for sequence in plan.admitted:
             self._runner.set_row(sequence.row, self._row_of(sequence))
         rows = plan.rows
+        go_on = self.break_offs.watch(plan, newcomers)
         try:
             picks = None
             while (batch := self._audited_batch(rows, result)) is not None:  # 2, 3
                 rows = [row for row in rows if not row.sequence.finished]
                 self.pool.launched(self.step_number)
                 try:
-                    picks = self._runner.execute(batch)  # 4
+                    picks = self._runner.execute(batch, go_on)  # 4
                     self._observer.after_launch(self.step_number, picks)
+                    break
+                except BrokenOffError as broken:
+                    self._observer.broken_off(self.step_number, broken)
+                    self.break_offs.broken(plan, broken.share)
                     break
                 except OwnershipError as refusal:
                     self._punish([refused(refusal, batch)], rows, result)
@@ -212,6 +218,7 @@ class EngineCore:
                 self.num_failures_in_a_row = 0
                 self._num_batch_tokens += len(batch.token_ids)
                 self._num_batch_rows += len(rows)
+                self.break_offs.ended(plan)
                 result.outputs += self._update(rows, batch, picks)  # 5, 6
         finally:
             self.pool.completed(self.step_number)
@@ -240,6 +247,8 @@ class EngineCore:
             num_blocks_scrubbed=self.pool.num_scrubbed,
             num_preemptions_kept=self.scheduler.num_preemptions_kept,
             num_rescued=self.scheduler.rescue.num_rescued,
+            num_steps_broken_off=self.break_offs.num_broken_off,
+            num_tokens_lost=self.break_offs.num_tokens_lost,
         )
 
     def _audited_batch(self, rows: Line[ScheduledRow], result: StepResult) -> Batch | None:
@@ -261,9 +270,8 @@ class EngineCore:
         named: set[str] = set()
         for kind, sequence_ids, domains, block_id, detail in violations:
             named.update(sequence_ids)
-            result.incidents.append(
-                Incident(kind, self.step_number, list(sequence_ids), list(domains), int(block_id), detail)
-            )
+            incident = Incident(kind, self.step_number, list(sequence_ids), list(domains), int(block_id), detail)
+            result.incidents.append(incident)
         in_batch = {row.sequence.sequence_id for row in rows}
         if not named & in_batch:
             named |= in_batch
@@ -307,8 +315,8 @@ class EngineCore:
 
     def _row_of(self, sequence: Sequence) -> Row:
         name, tokens, num_prompt = sequence.sequence_id, sequence.token_ids, sequence.num_prompt_tokens
-        row = Row(sequence.sampling, tokens, num_prompt, self._eos_token_ids, self._forms.get(name), name)
-        self._rows[name] = row
+        form = self._forms.get(name)
+        self._rows[name] = row = Row(sequence.sampling, tokens, num_prompt, self._eos_token_ids, form, name)
         return row
 
     def _update(self, rows: Line[ScheduledRow], batch: Batch, picks: Picks) -> list[TokenOutput]:

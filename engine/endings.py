@@ -2,10 +2,23 @@
 
 from collections.abc import Collection
 from collections.abc import Sequence as Line
+from itertools import chain
 
 from msgspec.structs import replace
 
 from engine.protocol import Submit, TokenOutput
+from engine.scheduling.tiers import TIERS
+
+
+def is_valid(submit: Submit, vocab_size: int, *, forms: bool) -> bool:
+    """Whether it could be taken in at all: tokens that exist, a tier that exists, and no form where none is served."""
+    token_ids = chain(submit.prompt_token_ids, submit.sampling.named_token_ids)
+    return (
+        bool(submit.prompt_token_ids)
+        and all(0 <= token_id < vocab_size for token_id in token_ids)
+        and (forms or not submit.sampling.grammar)
+        and submit.priority in TIERS.values()
+    )
 
 
 def refusal(submit: Submit, error: str) -> TokenOutput:

@@ -88,6 +88,7 @@ class EngineThread:
     num_violating_steps: int = 0
     idle_percent: int = 25  # of idle time for the observer's own runs
     _owners: dict[str, Connection] = field(default_factory=dict)
+    _taken: list[Command] = field(default_factory=list)  # from the queue, not obeyed yet
     _drain_until_s: float | None = None
     _own: OwnRuns = field(init=False)
     _forms: FormCompiler | None = None  # None: no form is served
@@ -127,7 +128,7 @@ class EngineThread:
         if self.core.has_work:
             if self._is_open:
                 self._own.start(idle=False)
-            result = self.core.step()
+            result = self.core.step(self._newcomers if self._is_open else None)
             if result.failure:
                 log(f"step {self.core.step_number} failed:\n{result.failure}")
             self._emit(result.outputs, result.incidents + self._closing(result.incidents))
@@ -180,21 +181,47 @@ class EngineThread:
 
     def _take_commands(self) -> list[Command]:
         """All that wait. With nothing to do: when the first comes, or when it is time for a run of the observer's."""
-        commands: list[Command] = []
+        self._take_waiting()
+        busy = self._taken or self.core.has_work or (self._drain_until_s is not None and not self._num_compiling)
+        if not busy:
+            if self._is_open:
+                self._own.start(idle=True)
+            if not self.core.has_work:
+                wait_s = self._own.wait_s()
+                if self._num_compiling:
+                    wait_s = LOOK_S if wait_s is None else min(wait_s, LOOK_S)
+                with contextlib.suppress(queue.Empty):
+                    self._taken.append(self.commands.get(timeout=wait_s))
+        commands, self._taken = self._taken, []
+        return commands
+
+    def _take_waiting(self) -> list[Command]:
+        """Into the line, in the order in which they came; returns the new ones."""
+        num_known = len(self._taken)
         with contextlib.suppress(queue.Empty):
             while True:
-                commands.append(self.commands.get_nowait())
-        if commands or self.core.has_work or (self._drain_until_s is not None and not self._num_compiling):
-            return commands
-        if self._is_open:
-            self._own.start(idle=True)
-        if not self.core.has_work:
-            wait_s = self._own.wait_s()
-            if self._num_compiling:
-                wait_s = LOOK_S if wait_s is None else min(wait_s, LOOK_S)
-            with contextlib.suppress(queue.Empty):
-                commands.append(self.commands.get(timeout=wait_s))
-        return commands
+                self._taken.append(self.commands.get_nowait())
+        return self._taken[num_known:]
+
+    def _newcomers(self) -> list[Submit]:
+        """Called while a step is under way: who is going to enter the core with commands that are obeyed after it, in
+        their order."""
+        commands = self._take_waiting()
+        messages = [one.message if isinstance(one, Received) else one for one in commands]
+        if any(isinstance(message, Drain) for message in messages):
+            return []
+        gone = {message.sequence_id for message in messages if isinstance(message, Abort)}
+        entering = [submit for command in commands if (submit := self._entering(command)) is not None]
+        return [submit for submit in entering if submit.sequence_id not in gone]
+
+    def _entering(self, command: Command) -> Submit | None:
+        match command:
+            case Received(_, Submit() as submit):
+                compiles = submit.sampling.grammar and self._forms is not None
+                return None if compiles or submit.sequence_id in self._owners or is_own(submit) else submit
+            case Compiled(submit, form) if form is not None and self._forms is not None:
+                return submit if submit.sequence_id in self._forms else None
+        return None
 
     def _obey(self, command: Command) -> list[TokenOutput]:
         match command:

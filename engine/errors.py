@@ -1,5 +1,7 @@
 """What can go wrong in the engine, as types. The caller's fault and our fault never share one."""
 
+from typing import Any
+
 
 class EngineError(Exception):
     """Base of every error that the engine raises on purpose."""
@@ -28,6 +30,18 @@ class EngineGoneError(EngineError):
         super().__init__(f"the engine worker went away after {num_completion_tokens} completion tokens")
         self.num_prompt_tokens = num_prompt_tokens
         self.num_completion_tokens = num_completion_tokens
+
+
+class BrokenOffError(EngineError):
+    """A step was broken off between two layers, as it was asked to be: its slots may be written, nothing else is done.
+
+    ``share``: of its layers, those that were computed. ``arrays``: what the kernels held.
+    """
+
+    def __init__(self, share: float, arrays: Any = None) -> None:
+        super().__init__(f"broken off after {share:.0%} of its layers")
+        self.share = share
+        self.arrays = arrays
 
 
 class OutOfBlocksError(EngineError):

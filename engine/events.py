@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from engine.protocol import SamplingParams, Submit, TokenOutput
 
 if TYPE_CHECKING:
+    from engine.errors import BrokenOffError
     from engine.sampling.sampler import Picks
 
 EventKind = Literal["begin", "end", "allocate", "seal", "publish", "share", "evict", "free", "scrub", "quarantine"]
@@ -175,6 +176,9 @@ class Observer(Protocol):
     def after_launch(self, step: int, picks: "Picks") -> None:
         """What the launch gave and which arrays the kernels held, before anything is done with it."""
 
+    def broken_off(self, step: int, broken: "BrokenOffError") -> None:
+        """In place of after_launch: the launch ended between two layers, and nothing of it counts."""
+
     def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:
         """Called with outputs before they leave, a step's or what ends between two. Those that a violation names are
         withheld."""
@@ -206,6 +210,9 @@ class NullObserver:
         return []
 
     def after_launch(self, step: int, picks: "Picks") -> None:
+        return None
+
+    def broken_off(self, step: int, broken: "BrokenOffError") -> None:
         return None
 
     def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:

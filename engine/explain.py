@@ -17,7 +17,7 @@ import torch
 from engine.build import isolation_of
 from engine.config import WorkerConfig
 from engine.errors import ConfigError
-from engine.model_runner import cache_dtype
+from engine.model_runner import cache_dtype, check_graphs
 from engine.models.llama import LlamaModel
 from engine.models.load import load_model
 from kernels.backend import KernelError
@@ -34,6 +34,7 @@ def explain(config: WorkerConfig) -> dict[str, Any]:
     chosen = choose(config.kernels, config.effective_num_threads, notes.append)
     model = load_model(config.model_dir, dtype=config.dtype, backend=chosen, log=notes.append)
     backend, kept = model.backend, cache_dtype(model, config.kv_cache_dtype)
+    check_graphs(model, config.graph_sizes)
     isolation, reason = isolation_of(model)
     if not isinstance(model, LlamaModel):  # transformers' code takes attention alone from us
         ops = [op for op in ops_of(backend, set()) if op.op == "attend"]
@@ -57,6 +58,7 @@ def explain(config: WorkerConfig) -> dict[str, Any]:
         "num_threads": config.effective_num_threads,
         "dtype": str(model.dtype).removeprefix("torch."),
         "kv_cache_dtype": "fp8_e4m3" if kept == torch.uint8 else str(kept).removeprefix("torch."),
+        "cuda_graphs": list(config.graph_sizes),
         "model_code": "engine/models/llama.py" if isinstance(model, LlamaModel) else "transformers",
         "isolation": isolation,
         "reason": reason,

@@ -3,25 +3,26 @@ sampling needs lies in one stable row from admission to the end.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from engine.batch import Batch
 from engine.cache.kv_cache import KVCache, block_bytes, row_tags
-from engine.errors import ConfigError
+from engine.errors import BrokenOffError, ConfigError
 from engine.events import KernelArrays, SamplingState
 from engine.models.facts import Model
 from engine.models.load import load_model
 from engine.protocol import TokenLogprob
+from engine.sampling.numbers import Numbers, fetched, numbers_of
 from engine.sampling.row import Row
-from engine.sampling.sampler import NOT_FINITE, Leaders, Picks, pick, scored
-from kernels.backend import Backend, StepTables
-from kernels.padding import pad, padded_size
+from engine.sampling.sampler import WHOLE, Picks, asks_for, pick, scored
+from engine.scheduling.break_off import GoOn
+from kernels.backend import Backend, DeviceBackend, Graphs, StepTables
 
 
 def cache_dtype(model: Model, kv_cache_dtype: str) -> torch.dtype:
@@ -32,6 +33,12 @@ def cache_dtype(model: Model, kv_cache_dtype: str) -> torch.dtype:
         name = model.backend.name
         raise ConfigError(f"kv_cache_dtype {kv_cache_dtype} wants BULKHEAD_KERNELS=triton: {name} does not take it")
     return torch.uint8
+
+
+def check_graphs(model: Model, sizes: Sequence[int]) -> None:
+    """Raises ConfigError where the kernels cannot launch a batch as a graph."""
+    if sizes and not isinstance(model.backend, DeviceBackend):
+        raise ConfigError(f"cuda_graphs wants BULKHEAD_KERNELS=triton: {model.backend.name} has none")
 
 
 class Runner(Protocol):
@@ -47,9 +54,12 @@ class Runner(Protocol):
         """What lies in a stable row; an empty state where nothing does."""
         ...
 
-    def execute(self, batch: Batch) -> Picks:
+    def execute(self, batch: Batch, go_on: GoOn | None = None) -> Picks:
         """Compute the batch; one token id per sampled row, sampler.NOT_FINITE where its numbers broke; the prompt's log
-        probabilities of each row with scored places."""
+        probabilities of each row with scored places.
+
+        ``go_on`` may be asked between two layers, on devices where a layer is done when it returns; where it says no,
+        BrokenOffError is raised and no row's state has moved."""
         ...
 
     def scrub(self, block_ids: list[int]) -> None:
@@ -58,8 +68,9 @@ class Runner(Protocol):
 
 class ModelRunner:
     """``num_blocks`` 0 takes as many as fit into ``kv_cache_bytes``. ``kv_cache_dtype``: "auto" keeps keys and values
-    as the weights are, "fp8_e4m3" in bytes, with kernels that take them. ``pad_to``: sizes to which batches of decode
-    tokens are filled up, with kernels that know such rows (kernels/padding.py); none: no batch is."""
+    as the weights are, "fp8_e4m3" in bytes, with kernels that take them. ``graph_sizes``: batches of decode tokens are
+    filled up to the least of these sizes that holds them and launched as one graph, with kernels that do so
+    (kernels/gpu/graphs.py); none: every kernel is launched by itself."""
 
     def __init__(
         self,
@@ -70,7 +81,7 @@ class ModelRunner:
         num_blocks: int = 0,
         kv_cache_bytes: int = 0,
         kv_cache_dtype: str = "auto",
-        pad_to: Sequence[int] = (),
+        graph_sizes: Sequence[int] = (),
     ) -> None:
         dtype = cache_dtype(model, kv_cache_dtype)
         per_block = block_bytes(model.cache_layers, block_size, dtype)
@@ -85,10 +96,11 @@ class ModelRunner:
             block_size=block_size,
             dtype=dtype,
             device=model.backend.device,
+            kept_by=model.backend if isinstance(model.backend, DeviceBackend) else None,
         )
-        self._pad_to = tuple(pad_to)
         self._rows: list[Row | None] = [None] * max_num_seqs
         self._arrays: KernelArrays | None = None  # of the last launch
+        self.graphs = self._captured(tuple(graph_sizes))
 
     @classmethod
     def load(
@@ -101,6 +113,7 @@ class ModelRunner:
         num_blocks: int = 0,
         kv_cache_bytes: int = 0,
         kv_cache_dtype: str = "auto",
+        graph_sizes: Sequence[int] = (),
         backend: Backend | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> "ModelRunner":
@@ -116,7 +129,22 @@ class ModelRunner:
             num_blocks=num_blocks,
             kv_cache_bytes=kv_cache_bytes,
             kv_cache_dtype=kv_cache_dtype,
+            graph_sizes=graph_sizes,
         )
+
+    @torch.inference_mode()
+    def _captured(self, sizes: tuple[int, ...]) -> Graphs | None:
+        check_graphs(self.model, sizes)
+        backend, tags = self.model.backend, self.cache.device_tags
+        if not sizes or not isinstance(backend, DeviceBackend) or tags is None:
+            return None
+        context_max = self.model.config.context_max
+        return backend.graphs(
+            self._forward, sizes, device_tags=tags, block_size=self.block_size, context_max=context_max
+        )
+
+    def _forward(self, token_ids: Tensor, positions: Tensor, plan: Any, wanted: Tensor) -> Tensor:
+        return self.model.forward(token_ids, positions, cache=self.cache, plan=plan, wanted=wanted)
 
     def set_row(self, index: int, row: Row) -> None:
         self._rows[index] = row
@@ -128,64 +156,88 @@ class ModelRunner:
     def scrub(self, block_ids: list[int]) -> None:
         self.cache.scrub(block_ids)
 
-    def execute(self, batch: Batch) -> Picks:
-        logits = self.logits(batch)
-        found = self._leaders(logits)
+    def execute(self, batch: Batch, go_on: GoOn | None = None) -> Picks:
+        try:
+            numbers = self._numbers(batch, go_on)
+        except BrokenOffError as broken:
+            broken.arrays = self._arrays
+            raise
         num_sampled = len(batch.sampled_index)
-        scores, arrays = self._scores(batch, logits[num_sampled:], found[num_sampled:]), self._arrays
+        scores, arrays = self._scores(batch, numbers[num_sampled:]), self._arrays
         picks = Picks(np.empty(num_sampled, dtype=np.int64), {}, scores, arrays)
         positions = batch.sampled_positions.tolist()
         for index, number in enumerate(batch.sampled_rows.tolist()):
             row = self._rows[number]
             assert row is not None
             assert len(row.token_ids) == positions[index], "the row holds another sequence's tokens"
-            picked = pick(logits[index], row, positions[index], found[index])
+            picked = pick(numbers[index].values, row, positions[index], numbers[index].found)
             picks.token_ids[index] = picked.token_id
             if picked.logprob is not None:
                 picks.logprobs[index] = picked.logprob
         return picks
 
-    def _leaders(self, logits: NDArray[np.float32]) -> list[Leaders]:
-        """The best of each row, found for all rows at once; who wants more of a row looks again."""
-        rows, top = torch.from_numpy(logits), self.model.backend.top
-        if not len(rows):
-            return []
-        best, finite = (found.numpy() for found in top(rows, 1))
+    def _numbers(self, batch: Batch, go_on: GoOn | None) -> list[Numbers]:
+        """Of the rows that sample, then of the scored places."""
+        backend = self.model.backend
+        if not isinstance(backend, DeviceBackend):
+            return numbers_of(self.logits(batch, go_on), backend.top)
+        logits = self.launch(batch, go_on)
+        asked = [self._asks_for(number, logits.shape[1], backend.top_max) for number in batch.sampled_rows.tolist()]
+        return fetched(logits, asked + [WHOLE] * len(batch.scored_tokens), backend.top)
 
-        def ranked(index: int, count: int) -> NDArray[np.int64]:
-            if count <= 0:
-                return np.empty(0, dtype=np.int64)
-            ids: NDArray[np.int64] = top(rows[index : index + 1], min(count, rows.shape[1]))[0][0].numpy()
-            return ids
+    def _asks_for(self, number: int, size: int, top_max: int) -> int:
+        row = self._rows[number]
+        assert row is not None
+        asked = asks_for(row, size)
+        return asked if asked <= top_max else WHOLE
 
-        first = np.where(finite, best[:, 0], NOT_FINITE).tolist()
-        return [Leaders(one, partial(ranked, index)) for index, one in enumerate(first)]
-
-    def _scores(
-        self, batch: Batch, logits: NDArray[np.float32], found: list[Leaders]
-    ) -> dict[int, tuple[TokenLogprob, ...] | None]:
-        """``logits`` [P, V]. By batch row; None where a row's numbers broke."""
+    def _scores(self, batch: Batch, numbers: Sequence[Numbers]) -> dict[int, tuple[TokenLogprob, ...] | None]:
+        """``numbers`` [P]. By batch row; None where a row's numbers broke."""
         scores: dict[int, tuple[TokenLogprob, ...] | None] = {}
-        places = iter(zip(logits, found, strict=True))
+        places = iter(numbers)
         for part in batch.scored:
             row = self._rows[part.row]
             assert row is not None
             num_top = row.sampling.prompt_logprobs
             told = []
             for token_id in part.next_token_ids:
-                place, best = next(places)
-                told.append(scored(place, token_id, num_top, best))
+                place = next(places)
+                told.append(scored(place.values, token_id, num_top, place.found))
             whole = tuple(one for one in told if one is not None)
             scores[part.index] = whole if len(whole) == len(told) else None
         return scores
 
-    @torch.inference_mode()
-    def logits(self, batch: Batch) -> NDArray[np.float32]:
+    def logits(self, batch: Batch, go_on: GoOn | None = None) -> NDArray[np.float32]:
         """float32 [S + P, V]: of the rows that sample, then of the scored places."""
+        values: NDArray[np.float32] = self.launch(batch, go_on).cpu().numpy()
+        return values
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch, go_on: GoOn | None = None) -> Tensor:
+        """The same on the device. Raises OwnershipError, BrokenOffError."""
+        tables = self._tables(batch)
+        wanted = np.concatenate((batch.sampled_tokens, batch.scored_tokens))
+        device = self.model.backend.device
+        if self.graphs is not None and self.graphs.fits(tables):
+            done = self.graphs.run(tables, batch.token_ids, batch.positions)
+            self._arrays = arrays_of(batch, wanted, done.token_ids, done.positions, done.tables)
+            return done.logits[torch.from_numpy(wanted).to(device)]
+        self._arrays = arrays_of(batch, wanted, batch.token_ids, batch.positions, tables)
+        return self.model.forward(
+            torch.from_numpy(batch.token_ids).to(device),
+            torch.from_numpy(batch.positions).to(device),
+            cache=self.cache,
+            plan=self.model.backend.plan(tables),
+            wanted=torch.from_numpy(wanted).to(device),
+            go_on=go_on if device.type == "cpu" else None,  # elsewhere a layer that returns is not yet computed
+        )
+
+    def _tables(self, batch: Batch) -> StepTables:
+        """The step's blocks become its rows' here. Raises OwnershipError where one is somebody else's."""
         evidence = batch.evidence
         tags = row_tags(evidence.domains)
         self.cache.claim(evidence.slot_mapping, np.repeat(tags, np.diff(evidence.cu_seqlens)))
-        tables = StepTables(
+        return StepTables(
             cu_seqlens=evidence.cu_seqlens,
             kv_lens=evidence.kv_lens,
             block_tables=evidence.block_tables,
@@ -193,31 +245,25 @@ class ModelRunner:
             row_tags=tags,
             block_tags=self.cache.block_tags,
             block_size=self.block_size,
+            device_tags=self.cache.device_tags,
         )
-        token_ids, positions = batch.token_ids, batch.positions
-        if self._pad_to:
-            tables = pad(tables, padded_size(tables, self._pad_to))
-            missing = len(tables.slot_mapping) - len(token_ids)
-            token_ids, positions = np.pad(token_ids, (0, missing)), np.pad(positions, (0, missing))
-        wanted = np.concatenate((batch.sampled_tokens, batch.scored_tokens))
-        self._arrays = KernelArrays(
-            token_ids=token_ids,
-            positions=positions,
-            wanted=wanted,
-            sampled_positions=batch.sampled_positions,
-            sampled_rows=batch.sampled_rows,
-            cu_seqlens=tables.cu_seqlens,
-            kv_lens=tables.kv_lens,
-            block_tables=tables.block_tables,
-            slot_mapping=tables.slot_mapping,
-        )
-        device = self.model.backend.device
-        logits = self.model.forward(
-            torch.from_numpy(token_ids).to(device),
-            torch.from_numpy(positions).to(device),
-            cache=self.cache,
-            plan=self.model.backend.plan(tables),
-            wanted=torch.from_numpy(wanted).to(device),
-        )
-        values: NDArray[np.float32] = logits.cpu().numpy()
-        return values
+
+
+def arrays_of(
+    batch: Batch,
+    wanted: NDArray[np.int64],
+    token_ids: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    tables: StepTables,
+) -> KernelArrays:
+    return KernelArrays(
+        token_ids=token_ids,
+        positions=positions,
+        wanted=wanted,
+        sampled_positions=batch.sampled_positions,
+        sampled_rows=batch.sampled_rows,
+        cu_seqlens=tables.cu_seqlens,
+        kv_lens=tables.kv_lens,
+        block_tables=tables.block_tables,
+        slot_mapping=tables.slot_mapping,
+    )

@@ -214,6 +214,8 @@ class Stats(msgspec.Struct, frozen=True, array_like=True, tag="stats"):
     num_preemptions_kept: int = 0  # of num_preemptions: blocks kept, nothing lost
     num_rescued: int = 0  # sequences that had waited too long
     closed: bool = False  # nothing is taken in any more: too many steps broke isolation
+    num_steps_broken_off: int = 0  # for first tokens that were owed; computed again
+    num_tokens_lost: int = 0  # of those steps, by the share of their layers that was computed
 
 
 class Incident(msgspec.Struct, frozen=True, array_like=True, tag="incident"):

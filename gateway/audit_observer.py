@@ -17,7 +17,9 @@ from audit.isolation import BLOCKS_PER_STEP, SLOTS_PER_STEP, IsolationAuditor
 from audit.launch import KernelArrays, Launch, Logprob
 from audit.released_tokens import Output
 from audit.sampling_rows import SampledRow, SamplingFacts, ScoredRow
+from engine.errors import BrokenOffError
 from engine.events import EngineEvent, SamplingState, StepEvidence, Violation, Watched, Words
+from engine.events import KernelArrays as HeldArrays
 from engine.protocol import SamplingParams, Submit, TokenLogprob, TokenOutput
 from engine.sampling.sampler import Picks
 from engine.text.tokenizer import Tokenizer
@@ -62,6 +64,13 @@ def _logprob(told: TokenLogprob) -> Logprob:
 
 def _logprobs(told: Sequence[TokenLogprob]) -> list[Logprob]:
     return [_logprob(one) for one in told] if told else []
+
+
+def _arrays(held: HeldArrays | None) -> KernelArrays | None:
+    if held is None:
+        return None
+    given = held.token_ids, held.positions, held.wanted, held.sampled_positions, held.sampled_rows
+    return KernelArrays(*given, held.cu_seqlens, held.kv_lens, held.block_tables, held.slot_mapping)
 
 
 def _scored(evidence: StepEvidence) -> list[ScoredRow]:
@@ -169,14 +178,12 @@ class AuditObserver:
         return [(v.kind, v.sequence_ids, v.domains, v.block_id, v.detail) for v in violations]
 
     def after_launch(self, step: int, picks: Picks) -> None:
-        held = picks.arrays
-        arrays = None
-        if held is not None:
-            given = held.token_ids, held.positions, held.wanted, held.sampled_positions, held.sampled_rows
-            arrays = KernelArrays(*given, held.cu_seqlens, held.kv_lens, held.block_tables, held.slot_mapping)
         logprobs = {place: _logprob(one) for place, one in picks.logprobs.items()}
         scores = {row: None if told is None else _logprobs(told) for row, told in picks.scores.items()}
-        self._auditor.on_sampled(step, picks.token_ids.tolist(), Launch(arrays, logprobs, scores))
+        self._auditor.on_sampled(step, picks.token_ids.tolist(), Launch(_arrays(picks.arrays), logprobs, scores))
+
+    def broken_off(self, step: int, broken: BrokenOffError) -> None:
+        self._auditor.on_broken_off(step, _arrays(broken.arrays))
 
     def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:
         told = [

@@ -20,7 +20,7 @@ from gateway.trips import Trips
 
 # No ping before each use: three of them would be a tenth of a request. A connection that has died is noticed when it is
 # used; that request gets 503 and Retry-After, and the whole pool is made anew.
-POOL: dict[str, Any] = {"pool_size": 5, "max_overflow": 5, "pool_timeout": 5}  # beside trips.CONNECTIONS_MAX
+POOL: dict[str, Any] = {"pool_size": 5, "max_overflow": 10, "pool_timeout": 5}  # beside trips.CONNECTIONS_MAX
 SQLITE_POOL: dict[str, Any] = {"pool_timeout": 5}
 _BIND = text("SELECT set_config('bulkhead.tenant', :tenant_id, true)")  # true: until the transaction ends
 BUSY_TIMEOUT_MS = 5_000  # how long a SQLite writer waits for another process (a CLI command) to finish

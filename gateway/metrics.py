@@ -174,6 +174,8 @@ def _engine_metrics(ready: Ready, stats: Stats) -> Iterable[Metric]:
     yield counter("bulkhead_engine_blocks_scrubbed", "Blocks zeroed between tenants", stats.num_blocks_scrubbed)
     yield counter("bulkhead_engine_preemptions_kept", "Preemptions that kept blocks", stats.num_preemptions_kept)
     yield gauge("bulkhead_engine_closed", "1 where too many violations ended admission", int(stats.closed))
+    yield counter("bulkhead_engine_steps_broken_off", "Steps broken off and computed again", stats.num_steps_broken_off)
+    yield counter("bulkhead_engine_tokens_lost", "Tokens of steps that were broken off", stats.num_tokens_lost)
     yield counter("bulkhead_engine_rescues", "Sequences that had waited too long", stats.num_rescued)
     info = GaugeMetricFamily("bulkhead_isolation_info", "Isolation mode and kernels", labels=["isolation", "kernels"])
     info.add_metric([ready.isolation, ready.kernels], 1)

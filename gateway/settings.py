@@ -100,9 +100,11 @@ class Settings:
     num_threads: int = _setting(0, _not_negative)  # engine threads; 0: cores minus one, at least one
     kernels: str = _setting("auto", str)  # engine/config.py knows the choices
     kv_cache_dtype: str = _setting("auto", str)  # as kernels
+    cuda_graphs: str = _setting("", str)  # as kernels
     max_num_seqs: int = _setting(32, _positive)
     max_batched_tokens: int = _setting(256, _positive)
     max_prompt_tokens: int = _setting(0, _not_negative)  # in a step that also generates; 0: what the budget leaves
+    break_off_percent: int = _setting(3, _percent(0, 50))  # engine/scheduling/break_off.py
     kv_cache_bytes: int = _setting(512 * 1024 * 1024, _positive)
     block_size: int = _setting(32, _positive)
     scheduling: str = _setting("fair", _scheduling)  # engine/scheduling/order.py

@@ -5,9 +5,9 @@ own numbers in an order of its own: a row's bits do not depend on the other rows
 blocks or on the number of threads. One that is not is fit for relaxed isolation only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class StepTables:
     """Where a step reads and writes: the arrays of kernels/reference.py, and the owners' tags.
 
     ``row_tags`` [R] names each row's domain, ``block_tags`` [N] each block's owner, as numbers; 0 is nobody.
+    ``device_tags`` int64 [N]: the same where a DeviceBackend's kernels read them; None: they get a copy of the host's.
     """
 
     cu_seqlens: NDArray[np.int32]
@@ -50,6 +51,7 @@ class StepTables:
     row_tags: NDArray[np.int64]
     block_tags: NDArray[np.int64]
     block_size: int
+    device_tags: Tensor | None = None
 
 
 def check_tables(tables: StepTables, *, may_pad: bool = False) -> None:
@@ -120,9 +122,62 @@ class Backend(Protocol):
         ...
 
     def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """See reference.top; the logits may lie on the CPU whatever ``device`` is."""
+        """See reference.top; the logits lie on ``device``."""
         ...
 
     def check(self, plan: Any) -> None:
         """After the last layer, before any output leaves. Raises OwnershipError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step that a graph computed: float32 [R, V] of every row, and the arrays that its kernels held, filled up to
+    the graph's size. All of it lasts until the next run."""
+
+    logits: Tensor
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    tables: StepTables
+
+
+class Graphs(Protocol):
+    """Launches of decode batches, kept and launched again (kernels/gpu/graphs.py)."""
+
+    sizes: tuple[int, ...]
+
+    def fits(self, tables: StepTables) -> bool: ...
+
+    def run(self, tables: StepTables, token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Launched:
+        """Raises OwnershipError."""
+        ...
+
+
+@runtime_checkable
+class DeviceBackend(Protocol):
+    """What a backend has besides where ``device`` has a memory of its own. Blocks have owners there too: a second book,
+    which the kernels keep, beside the one on the host."""
+
+    top_max: int  # the most that `top` finds of a row
+
+    def new_tags(self, num_blocks: int) -> Tensor:
+        """int64 [num_blocks] on the device: every block is nobody's."""
+        ...
+
+    def scrub(self, memory: Sequence[Tensor], tags: Tensor, block_ids: Sequence[int]) -> None:
+        """Zeros and nobody's tag for blocks, behind everything that was launched before. ``memory``: tensors [layers,
+        2, N, block_size, Hkv, D], one for each shape of layers; ``tags`` int64 [N]."""
+        ...
+
+    def graphs(
+        self,
+        forward: Callable[[Tensor, Tensor, Any, Tensor], Tensor],
+        sizes: Sequence[int],
+        *,
+        device_tags: Tensor,
+        block_size: int,
+        context_max: int,
+    ) -> Graphs:
+        """Of batches of 1 to max(sizes) rows; ``forward`` is given token ids, positions, a plan and the wanted tokens
+        as a model is (engine/models/facts.py)."""
         ...

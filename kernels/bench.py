@@ -2,10 +2,12 @@
 
 Every case exists in enough copies that they do not fit the caches together, as a model's layers do not; a figure is
 the best of several rounds over all copies, ours and the others' in turn, so that a busy neighbour hits them alike.
-The shapes are one layer of SmolLM2-135M.
+The shapes are one layer of SmolLM2-135M. Norms and activations take numbers that lie in the caches.
 
 `bytes` is what must be read and written at least. `copy_share` compares with this machine's own copy of a large
-tensor in the same run; an op that mostly reads may exceed 1.
+tensor in the same run, in huge pages like the cache; an op that mostly reads may exceed 1. `library_us` is the part of
+`ours_us` inside the library. `steps` are norms, rope and activation within whole steps (kernels/bench_step.py); `chunk`
+sets the attention of a prefill chunk beside the chunk's products, in one layer.
 """
 
 import argparse
@@ -18,13 +20,14 @@ from math import prod
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference, torch_cpu
-from kernels.backend import KernelError, StepTables
+from kernels import bench_step, reference, torch_cpu
+from kernels.backend import KernelError
+from kernels.bench_step import BLOCK_SIZE, in_huge_pages, scattered
+from kernels.call_times import inside
 from kernels.cpu.backend import NativeBackend
 from kernels.cpu.blocks import digest_blocks, fill_blocks
 from kernels.cpu.library import load
@@ -32,7 +35,6 @@ from kernels.torch_cpu import TorchBackend
 
 SETTLE_S = 0.02  # torch's threads spin for a while after an op: on cores that the next candidate wants
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 576, 1536, 9, 3, 64, 49152
-BLOCK_SIZE = 32
 LAYER_PRODUCTS = {"qkv": (576, 960), "output": (576, 576), "gate_up": (576, 3072), "down": (1536, 576)}
 COPIES_MAX = 30  # as many as there are layers
 
@@ -46,6 +48,7 @@ class Figure:
     op: str
     case: str
     ours_us: float
+    library_us: float  # of it, inside the library: without checks of arguments and memory for results
     twin_us: float  # kernels/torch_cpu.py
     torch_us: float  # torch's own op, promising nothing about bits; of products oneDNN with packed weights
     bytes: int
@@ -61,8 +64,7 @@ class Bench:
         self.plain = TorchBackend()
         self._num_rounds = num_rounds
         self._working_set_bytes = working_set_bytes
-        large = torch.zeros(max(1, working_set_bytes // 4), dtype=torch.float32)
-        target = large.clone()
+        large, target = (in_huge_pages(torch.ones(max(1, working_set_bytes // 4))) for _ in range(2))
         self.copy_gb_per_s = 2 * 4 * len(large) / self._best_us([[lambda: target.copy_(large)]])[0] / 1e3
         self.figures: list[Figure] = []
 
@@ -78,6 +80,17 @@ class Bench:
                 best[index] = min(best[index], (time.perf_counter() - started) / len(calls) * 1e6)
         return best
 
+    def _library_us(self, calls: Sequence[Call]) -> float:
+        best = float("inf")
+        for _ in range(self._num_rounds):
+            time.sleep(SETTLE_S)
+            calls[-1]()
+            with inside(load()) as spent:
+                for call in calls:
+                    call()
+            best = min(best, spent.seconds / len(calls) * 1e6)
+        return best
+
     def num_copies(self, num_bytes: int) -> int:
         return max(1, min(COPIES_MAX, -(-self._working_set_bytes // num_bytes)))
 
@@ -90,8 +103,10 @@ class Bench:
         ours: Sequence[Call],
         twin: Sequence[Call],
         plain: Sequence[Call],
+        repeats: int = 1,
     ) -> None:
-        """Of each, one call for each copy of the case."""
+        """Of each, one call for each copy of the case, so many times."""
+        ours, twin, plain = (list(calls) * repeats for calls in (ours, twin, plain))
         ours_us, twin_us, torch_us = self._best_us((ours, twin, plain))
         speed = num_bytes / ours_us / 1e3
         self.figures.append(
@@ -99,6 +114,7 @@ class Bench:
                 op=op,
                 case=case,
                 ours_us=round(ours_us, 1),
+                library_us=round(self._library_us(ours), 1),
                 twin_us=round(twin_us, 1),
                 torch_us=round(torch_us, 1),
                 bytes=num_bytes,
@@ -126,6 +142,22 @@ class Bench:
                     [_linear(x, weight) for weight in weights],
                     [_applied(product, x) for product in packed],
                 )
+
+    def step(self, num_rows: int, context: int) -> bench_step.StepFigure:
+        layer_bytes = 2 * sum(num * out for num, out in LAYER_PRODUCTS.values())
+        shape = bench_step.LayerShape(HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_SIZE)
+        tables, copies = scattered(num_rows, 1, context), self.num_copies(layer_bytes)
+        return bench_step.measure(self.ours, shape, tables, copies, self._num_rounds)
+
+    def chunk(self, num_tokens: int) -> dict[str, float]:
+        attention = [one for one in self.figures if one.op == "attention"][-1]
+        products_us = round(sum(one.ours_us for one in self.figures if one.case == f"{num_tokens} rows bfloat16"), 1)
+        return {
+            "tokens": num_tokens,
+            "attention_us": attention.ours_us,
+            "products_us": products_us,
+            "share": round(attention.ours_us / products_us, 3),
+        }
 
     def head(self, rows: Sequence[int]) -> None:
         """bfloat16 in, float32 out; the others need float32 copies of both."""
@@ -160,6 +192,7 @@ class Bench:
             )
 
     def elementwise(self, rows: Sequence[int], dtype: torch.dtype) -> None:
+        """Called as often as there are layers: one call after a rest finds the code itself cold."""
         weight = torch.randn(HIDDEN).to(dtype)
         for num_rows in rows:
             case = f"{num_rows} rows"
@@ -173,6 +206,7 @@ class Bench:
                 [lambda x=x, r=residual: self.ours.rms_norm(x, weight, 1e-5, r)],  # type: ignore[misc]
                 [lambda x=x, r=residual: self.plain.rms_norm(x, weight, 1e-5, r)],  # type: ignore[misc]
                 [lambda x=x: F.rms_norm(x, (HIDDEN,), weight, 1e-5)],  # type: ignore[misc]
+                repeats=COPIES_MAX,
             )
             for tanh in (True, False):
                 self.measure(
@@ -187,6 +221,7 @@ class Bench:
                             F.gelu(g[:, :INTERMEDIATE], approximate=t) * g[:, INTERMEDIATE:]
                         )
                     ],
+                    repeats=COPIES_MAX,
                 )
             self.measure(
                 "silu_and_mul",
@@ -196,6 +231,7 @@ class Bench:
                 [lambda g=gate_up: self.ours.silu_and_mul(g)],  # type: ignore[misc]
                 [lambda g=gate_up: self.plain.silu_and_mul(g)],  # type: ignore[misc]
                 [lambda g=gate_up: F.silu(g[:, :INTERMEDIATE]) * g[:, INTERMEDIATE:]],  # type: ignore[misc]
+                repeats=COPIES_MAX,
             )
 
     def blocks(self, num_blocks: int, dtype: torch.dtype) -> None:
@@ -204,7 +240,8 @@ class Bench:
         shape = (num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_SIZE)
         num_bytes = 2 * prod(shape) * dtype.itemsize
         caches = [
-            (torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in range(self.num_copies(num_bytes))
+            tuple(in_huge_pages(torch.randn(shape).to(dtype)) for _ in range(2))
+            for _ in range(self.num_copies(num_bytes))
         ]
         ids, one = torch.randperm(num_blocks), torch.zeros(1, dtype=torch.int64)
         one_block = [lambda k=k, v=v: reference.digest_blocks(k, v, one, (1, 2)) for k, v in caches[:1]]
@@ -230,12 +267,12 @@ class Bench:
     def attention(self, num_rows: int, num_new: int, kv_len: int, dtype: torch.dtype) -> None:
         """Rope, store and attention of ``num_new`` tokens in each row that then has ``kv_len``; torch's own op gets its
         keys and values without pages, already rotated and gathered."""
-        tables = _tables(num_rows, num_new, kv_len)
+        tables = scattered(num_rows, num_new, kv_len)
         num_tokens = num_rows * num_new
         shape = (len(tables.block_tags), BLOCK_SIZE, KV_HEADS, HEAD_SIZE)
         num_bytes = 2 * num_rows * kv_len * KV_HEADS * HEAD_SIZE * dtype.itemsize
         copies = self.num_copies(num_bytes)
-        caches = [(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in range(copies)]
+        caches = [tuple(in_huge_pages(torch.randn(shape).to(dtype)) for _ in range(2)) for _ in range(copies)]
         qkv = torch.randn((num_tokens, HEADS + 2 * KV_HEADS, HEAD_SIZE)).to(dtype)
         angles = torch.randn((num_tokens, HEAD_SIZE // 2))
         cos, sin = angles.cos(), angles.sin()
@@ -308,25 +345,6 @@ def _linear(x: Tensor, weight: Tensor) -> Call:
     return lambda: F.linear(x, weight)
 
 
-def _tables(num_rows: int, num_new: int, kv_len: int) -> StepTables:
-    """Scattered blocks, each row its own."""
-    blocks_each = -(-kv_len // BLOCK_SIZE)
-    blocks = np.random.default_rng(0).permutation(num_rows * blocks_each).astype(np.int32).reshape(num_rows, -1)
-    at = np.arange(kv_len - num_new, kv_len)
-    tags = np.arange(1, num_rows + 1, dtype=np.int64)
-    block_tags = np.zeros(blocks.size, dtype=np.int64)
-    block_tags[blocks] = tags[:, None]
-    return StepTables(
-        cu_seqlens=(np.arange(num_rows + 1) * num_new).astype(np.int32),
-        kv_lens=np.full(num_rows, kv_len, dtype=np.int32),
-        block_tables=blocks,
-        slot_mapping=(blocks[:, at // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + at % BLOCK_SIZE).ravel(),
-        row_tags=tags,
-        block_tags=block_tags,
-        block_size=BLOCK_SIZE,
-    )
-
-
 def _gpu(num_rounds: int) -> dict[str, Any] | None:
     """The GPU kernels' figures, None where there is no GPU or no Triton."""
     if not torch.cuda.is_available():
@@ -354,8 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}: nothing to measure; `make native` builds the kernels\n")
         return 1
     with torch.inference_mode():
-        for dtype in (torch.bfloat16, torch.float32):
-            bench.products(rows, dtype)
+        bench.products(sorted({*rows, asked.chunk}), torch.bfloat16)
+        bench.products(rows, torch.float32)
         bench.head([number for number in rows if number <= max(32, rows[0])])
         bench.top(min(32, rows[-1]))
         bench.elementwise(rows, torch.bfloat16)
@@ -363,11 +381,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bench.attention(num_rows, 1, asked.context, torch.bfloat16)
         bench.blocks(32, torch.bfloat16)
         bench.attention(1, asked.chunk, asked.chunk, torch.bfloat16)
+        chunk = bench.chunk(asked.chunk)
+        steps = [bench.step(number, asked.context) for number in rows if number <= 32]
     result = {
         "kernels": bench.ours.name,
         "num_threads": asked.num_threads,
         "copy_gb_per_s": round(bench.copy_gb_per_s, 2),
         "figures": [asdict(figure) for figure in bench.figures],
+        "chunk": chunk,
+        "steps": [asdict(step) for step in steps],
         "gpu": _gpu(asked.rounds),
     }
     sys.stdout.write(json.dumps(result, indent=1) + "\n")

@@ -6,7 +6,7 @@ The ops are those of kernels/backend.py's face: one that is added there shows he
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kernels.backend import Backend
+from kernels.backend import Backend, DeviceBackend
 
 NOT_OPS = ("plan", "check")
 NATIVE = {
@@ -20,7 +20,11 @@ TRITON = {
     "rms_norm": "kernels/gpu/rms_norm.py",
     "silu_and_mul": "kernels/gpu/silu_and_mul.py",
     "attend": "kernels/gpu/rope_and_store_kv.py, kernels/gpu/paged_attention.py",
+    "top": "kernels/gpu/logits.py",
+    "check": "kernels/gpu/plan.py, kernels/gpu/gather_tags.py",
+    "scrub": "kernels/gpu/scrub_blocks.py",
 }
+ON_A_DEVICE = ("check", "scrub")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +56,12 @@ def instruction_set(backend: Backend) -> str:
 
 def ops_of(backend: Backend, heads: set[Heads]) -> list[Op]:
     names = [name for name in vars(Backend) if not name.startswith("_") and callable(getattr(Backend, name))]
+    names = [name for name in names if name not in NOT_OPS]
+    if isinstance(backend, DeviceBackend):
+        names += ON_A_DEVICE
     family = backend.name.partition("-")[0]
     found = []
     for name in names:
-        if name in NOT_OPS:
-            continue
         if family == "triton":
             found.append(Op(name, TRITON.get(name, "kernels/gpu/backend.py"), _launches(name, backend, heads)))
         elif family == "native":

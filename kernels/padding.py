@@ -38,4 +38,5 @@ def pad(tables: StepTables, size: int) -> StepTables:
         row_tags=np.pad(tables.row_tags, (0, missing), constant_values=NOBODY),
         block_tags=tables.block_tags,
         block_size=tables.block_size,
+        device_tags=tables.device_tags,
     )

@@ -118,27 +118,29 @@ def paged_attention(
     return out
 
 
-def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """logits float32 [R, V] -> (int64 [R] the first place of each row's largest number, bool [R] whether all of its
-    numbers are finite). Where they are not, the place means nothing."""
-    largest = logits == logits.amax(dim=-1, keepdim=True)
-    places = torch.arange(logits.shape[1], device=logits.device)
-    return places.where(largest, logits.shape[1]).amin(dim=-1), logits.isfinite().all(dim=-1)
-
-
-def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """logits float32 [R, V], all finite, k <= V -> (float32 [R, k] the largest numbers of each row, the largest first,
-    int64 [R, k] their places; of equal numbers the one in the lower place comes first)."""
-    values, places = logits.sort(dim=-1, descending=True, stable=True)
-    return values[:, :k], places[:, :k]
-
-
 def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest numbers of each row: logits float32 [S, V], 1 <= count <= V -> (columns int64 [S, count], the largest
     first, the smallest column first among equals; whether all numbers of the row are finite, bool [S]). Of a row with a
     NaN or an infinity, the columns mean nothing."""
     order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :count]
     return order, logits.isfinite().all(dim=-1)
+
+
+def scrub_blocks(memory: Tensor, block_ids: Tensor, block_tags: Tensor) -> None:
+    """Zeros for blocks in every layer, and nobody's tag on them, in place: memory [layers, 2, N, block_size, Hkv, D],
+    block_ids int64 [B], block_tags int64 [N]. Ids out of range are left alone."""
+    blocks = block_ids[(block_ids >= 0) & (block_ids < memory.shape[2])]
+    memory[:, :, blocks] = 0
+    block_tags[blocks] = 0
+
+
+def gather_tags(block_tables: Tensor, kv_lens: Tensor, block_tags: Tensor, block_size: int) -> Tensor:
+    """The owners of the blocks that rows read: block_tables int32 [R, B], kv_lens int32 [R], block_tags int64 [N] ->
+    int64 [R, B], 0 beyond a row's blocks, -1 where an id is out of range."""
+    is_read = torch.arange(block_tables.shape[1])[None, :] * block_size < kv_lens[:, None]
+    is_there = (block_tables >= 0) & (block_tables < len(block_tags))
+    tags = block_tags[torch.where(is_there, block_tables, 0).long()].where(is_there, -1)
+    return tags.where(is_read, 0)
 
 
 def digest_blocks(key_cache: Tensor, value_cache: Tensor, block_ids: Tensor, key: tuple[int, int]) -> Tensor:

@@ -64,6 +64,7 @@ def main(make_observer: MakeObserver = unobserved) -> None:
                 cost=cost,
                 seed=SEED,
                 max_prompt_tokens=arguments.max_prompt_tokens,
+                break_off_percent=arguments.break_off_percent,
                 progress=_tell,
             )
         answer = {"step_cost": asdict(cost), "rows": rows}
@@ -98,6 +99,7 @@ def _arguments() -> argparse.Namespace:
     shares = what.add_parser("fairness")
     shares.add_argument("--domains", type=int, nargs="+", required=True)
     shares.add_argument("--steps", type=int, required=True)
+    shares.add_argument("--break-off-percent", type=int, default=0)
     for virtual in (order, shares):
         virtual.add_argument("--max-prompt-tokens", type=int, default=0)
     return parser.parse_args()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from engine.bench.timeline import Timeline
 from engine.bench.workloads import Job
 from engine.core import EngineCore
+from engine.errors import BrokenOffError
 from engine.events import EngineEvent, NullObserver, Observer, StepEvidence, Violation
 from engine.own_runs import OwnRuns
 from engine.protocol import SamplingParams, Submit, TokenOutput
@@ -48,6 +49,9 @@ class StepCounter:
         started_s = self.now()
         self.observer.after_launch(step, picks)
         self.observer_s += self.now() - started_s
+
+    def broken_off(self, step: int, broken: BrokenOffError) -> None:
+        self.observer.broken_off(step, broken)
 
     def before_release(self, step: int, outputs: Sequence[TokenOutput]) -> list[Violation]:
         started_s = self.now()

@@ -1,7 +1,7 @@
 """What a flood of one tenant costs the others. In virtual time, see virtual_time.py.
 
 `domains` tenants always have more waiting than a step admits; the first of them floods: ten times as many requests, of
-longer prompts. One more tenant is quiet: it sends one short request now and then.
+longer prompts. One more tenant is quiet: it sends one short request now and then, from when the flood is there.
 
 gap_tokens_max       the most by which what two backlogged domains were served, over any time, differs
 bound_tokens         what VTC promises for it (arXiv 2401.00588, theorem 4.4): twice the tokens that may be in work
@@ -12,6 +12,9 @@ quiet_ttft_p99_ratio the quiet domain's 99th percentile of TTFT against the same
   quiet_queue_ratio  from then on until the first step with a token of it
   quiet_read_ratio   from then on until its first token
 throughput_ratio     tokens per second against `fcfs` under the same load, prompts unbounded
+tokens_lost_ratio    tokens of steps that were broken off (engine/scheduling/break_off.py) against those of all others
+
+`fair` has a row with steps broken off and one without.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,6 +71,7 @@ class Load:
     cost: StepCost
     seed: int
     max_prompt_tokens: int = 0  # engine/config.py
+    break_off_percent: int = 0  # engine/config.py
 
 
 def rows(
@@ -78,6 +82,7 @@ def rows(
     cost: StepCost,
     seed: int,
     max_prompt_tokens: int = 0,
+    break_off_percent: int = 0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     alone_s = _p99(run(policies[0], Load(0, num_steps, cost, seed))[0], lambda one: one.timeline.ttft_s)
@@ -86,44 +91,67 @@ def rows(
         load = Load(num_domains, num_steps, cost, seed, max_prompt_tokens)
         fcfs_rate = _rate(run("fcfs", replace(load, max_prompt_tokens=0))[0])
         for policy in policies:
-            progress(f"fairness: {num_domains} domains, {policy}")
-            engine, history = run(policy, load)
-            found.append(
-                {
-                    "policy": policy,
-                    "domains": num_domains,
-                    "gap_tokens_max": widest_gap(history),
-                    "bound_tokens": 2 * NUM_BLOCKS * BLOCK_SIZE,
-                    "jain": round(jain(history[-1] - history[0]), 4),
-                    "quiet_ttft_p99_s": float(f"{_p99(engine, lambda one: one.timeline.ttft_s):.4g}"),
-                    "quiet_ttft_p99_ratio": round(_p99(engine, lambda one: one.timeline.ttft_s) / alone_s, 3),
-                    "quiet_rest_ratio": round(_p99(engine, lambda one: one.rest_s) / alone_s, 3),
-                    "quiet_queue_ratio": round(_p99(engine, lambda one: one.queue_s) / alone_s, 3),
-                    "quiet_read_ratio": round(_p99(engine, lambda one: one.read_s) / alone_s, 3),
-                    "throughput_ratio": round(_rate(engine) / fcfs_rate, 4),
-                    "max_prompt_tokens": max_prompt_tokens,
-                }
-            )
+            for percent in dict.fromkeys((0, break_off_percent if policy == "fair" else 0)):
+                progress(f"fairness: {num_domains} domains, {policy}, {percent} % for breaking off")
+                found.append(_row(policy, replace(load, break_off_percent=percent), alone_s, fcfs_rate))
     return found
+
+
+def _row(policy: str, load: Load, alone_s: float, fcfs_rate: float) -> dict[str, Any]:
+    engine, history = run(policy, load)
+    core = engine.core
+    ttft_s = _p99(engine, lambda one: one.timeline.ttft_s)
+    return {
+        "policy": policy,
+        "domains": load.num_domains,
+        "break_off_percent": load.break_off_percent,
+        "gap_tokens_max": widest_gap(history),
+        "bound_tokens": 2 * NUM_BLOCKS * BLOCK_SIZE,
+        "jain": round(jain(history[-1] - history[0]), 4),
+        "quiet_ttft_p99_s": float(f"{ttft_s:.4g}"),
+        "quiet_ttft_p99_ratio": round(ttft_s / alone_s, 3),
+        "quiet_rest_ratio": round(_p99(engine, lambda one: one.rest_s) / alone_s, 3),
+        "quiet_queue_ratio": round(_p99(engine, lambda one: one.queue_s) / alone_s, 3),
+        "quiet_read_ratio": round(_p99(engine, lambda one: one.read_s) / alone_s, 3),
+        "throughput_ratio": round(_rate(engine) / fcfs_rate, 4),
+        "steps_broken_off": core.break_offs.num_broken_off,
+        "tokens_lost_ratio": round(core.break_offs.num_tokens_lost / core.stats().num_batch_tokens, 5),
+        "max_prompt_tokens": load.max_prompt_tokens,
+    }
 
 
 def run(policy: str, load: Load) -> tuple[VirtualEngine, NDArray[np.int64]]:
     """The engine after the run, and what each backlogged domain had been served after each step [steps, domains]."""
-    engine = VirtualEngine(load.cost, policy, max_prompt_tokens=load.max_prompt_tokens)
+    engine = VirtualEngine(
+        load.cost, policy, max_prompt_tokens=load.max_prompt_tokens, break_off_percent=load.break_off_percent
+    )
     flood = Flood(engine, load.num_domains, load.seed)
     moments = np.random.default_rng([load.seed, 1])
     history = np.zeros((load.num_steps, load.num_domains), dtype=np.int64)
     for step in range(load.num_steps):
         flood.refill()
-        began_s = engine.runner.now_s
+        if step and step % QUIET_EVERY_STEPS == 0:
+            _visit(engine, _prompt(-1 - step, QUIET_PROMPT_TOKENS), float(moments.random()))
         if engine.core.has_work:
             engine.step()
-        if step % QUIET_EVERY_STEPS == 0:
-            at_s = began_s + float(moments.random()) * (engine.runner.now_s - began_s)
-            prompt = _prompt(-1 - step, QUIET_PROMPT_TOKENS)
-            engine.submit(Arrival(at_s, QUIET, prompt, QUIET_OUTPUT_TOKENS, QUIET_OUTPUT_TOKENS))
         history[step] = [engine.tokens[name] for name in flood.names]
     return engine, history
+
+
+def _visit(engine: VirtualEngine, prompt: list[int], moment: float) -> None:
+    """The quiet domain's next request comes at this moment of the next step, or now where there is nothing to do."""
+    runner = engine.runner
+
+    def arrive(after_s: float) -> None:
+        arrival = Arrival(runner.now_s + after_s, QUIET, prompt, QUIET_OUTPUT_TOKENS, QUIET_OUTPUT_TOKENS)
+        runner.at_launch = lambda step_s: None
+        engine.coming.append(arrival)
+
+    if engine.core.has_work:
+        runner.at_launch = lambda step_s: arrive(moment * step_s)
+    else:
+        arrive(0.0)
+        engine.submit(engine.coming.popleft())
 
 
 def _prompt(number: int, num_tokens: int) -> list[int]:

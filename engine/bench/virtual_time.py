@@ -7,7 +7,7 @@ whatever compares policies compares them at one cost.
 """
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,10 +17,12 @@ from engine.batch import Batch
 from engine.bench.closed_loop import JobFailedError
 from engine.bench.timeline import Timeline
 from engine.core import EngineCore
+from engine.errors import BrokenOffError
 from engine.events import EngineEvent, NullObserver, SamplingState, StepEvidence, Violation
 from engine.protocol import SamplingParams, Submit
 from engine.sampling.row import Row
 from engine.sampling.sampler import Picks
+from engine.scheduling.break_off import GoOn
 
 EOS_TOKEN_ID = 0
 VOCAB_SIZE = 50_000
@@ -30,6 +32,7 @@ MAX_NUM_SEQS = 32
 MAX_BATCHED_TOKENS = 256
 CONTEXT_MAX = 8_192
 MAX_WAITING = 100_000  # the traces bound themselves
+NUM_LAYERS = 30  # as the demo model: between two a step can be broken off
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class VirtualRunner:
     block_size: int = BLOCK_SIZE
     now_s: float = 0.0
     ends: dict[str, int] = field(default_factory=dict)  # sequence id -> position of its last token
+    at_launch: Callable[[float], None] = lambda step_s: None  # told how long the step takes, if it is not broken off
 
     def set_row(self, index: int, row: Row) -> None:
         return None
@@ -74,9 +78,14 @@ class VirtualRunner:
     def scrub(self, block_ids: list[int]) -> None:
         return None
 
-    def execute(self, batch: Batch) -> Picks:
-        evidence = batch.evidence
-        self.now_s += self.cost.of(len(evidence.token_ids), int(evidence.kv_lens.sum()))
+    def execute(self, batch: Batch, go_on: GoOn | None = None) -> Picks:
+        evidence, began_s = batch.evidence, self.now_s
+        step_s = self.cost.of(len(evidence.token_ids), int(evidence.kv_lens.sum()))
+        self.at_launch(step_s)
+        for layer in range(1, NUM_LAYERS + 1):
+            self.now_s = began_s + step_s * layer / NUM_LAYERS
+            if go_on is not None and not go_on(layer / NUM_LAYERS):
+                raise BrokenOffError(layer / NUM_LAYERS)
         sequence_ids = [evidence.sequence_ids[index] for index in batch.sampled_index]
         ended = [
             position >= self.ends[name]
@@ -109,7 +118,7 @@ class Served:
 
     arrival: Arrival
     timeline: Timeline
-    submitted_s: float  # when the step ended in which it arrived: the engine looks at arrivals between steps
+    submitted_s: float = math.inf  # when the step ended in which it arrived: between steps it enters the engine
     first_launch_s: float = math.inf
 
     @property
@@ -134,7 +143,14 @@ class Served:
 class VirtualEngine:
     """An EngineCore in virtual time; ``policy`` is a name of engine/scheduling/order.py."""
 
-    def __init__(self, cost: StepCost, policy: str, num_blocks: int = NUM_BLOCKS, max_prompt_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        cost: StepCost,
+        policy: str,
+        num_blocks: int = NUM_BLOCKS,
+        max_prompt_tokens: int = 0,
+        break_off_percent: int = 0,
+    ) -> None:
         self.runner = VirtualRunner(cost, num_blocks=num_blocks)
         self.core = EngineCore(
             self.runner,
@@ -148,28 +164,49 @@ class VirtualEngine:
             observer=FirstLaunches(self._first_launch),
             scheduling=policy,
             max_prompt_tokens=max_prompt_tokens,
+            break_off_percent=break_off_percent,
         )
+        self.coming: deque[Arrival] = deque()  # in order of arrival, perhaps during the next step
         self.served: dict[str, Served] = {}
         self.tokens: Counter[str] = Counter()  # by domain: prompts when they are admitted, then each generated token
+        self._seen: list[Submit] = []  # have come while a step was under way
 
     def submit(self, arrival: Arrival) -> None:
         """Raises JobFailedError."""
+        self._enter(self._meet(arrival))
+
+    def _meet(self, arrival: Arrival) -> Submit:
         name = str(len(self.served))
-        self.served[name] = Served(arrival, Timeline(arrival.at_s), self.runner.now_s)
+        self.served[name] = Served(arrival, Timeline(arrival.at_s))
         self.runner.ends[name] = len(arrival.prompt_token_ids) + arrival.num_output_tokens - 1
         sampling = SamplingParams(max_tokens=arrival.max_tokens, temperature=0.0)
-        domain = arrival.domain
-        refused = self.core.add(Submit(name, domain, domain.encode(), list(arrival.prompt_token_ids), sampling))
+        return Submit(name, arrival.domain, arrival.domain.encode(), list(arrival.prompt_token_ids), sampling)
+
+    def _enter(self, submit: Submit) -> None:
+        self.served[submit.sequence_id].submitted_s = self.runner.now_s
+        refused = self.core.add(submit)
         if refused is not None:
-            raise JobFailedError(f"request {name} was refused: {refused.error}")
+            raise JobFailedError(f"request {submit.sequence_id} was refused: {refused.error}")
 
     def step(self) -> None:
-        for output in self.core.step().outputs:
+        """One step; who comes during it enters the engine when it is over."""
+        outputs = self.core.step(self._newcomers).outputs
+        self._newcomers()
+        for submit in self._seen:
+            self._enter(submit)
+        self._seen.clear()
+        for output in outputs:
             if output.error:
                 raise JobFailedError(f"request {output.sequence_id} ended with {output.error}")
             served = self.served[output.sequence_id]
             self.tokens[served.arrival.domain] += len(output.token_ids)
             served.timeline.token_times_s += [self.runner.now_s] * len(output.token_ids)
+
+    def _newcomers(self) -> list[Submit]:
+        num_seen = len(self._seen)
+        while self.coming and self.coming[0].at_s <= self.runner.now_s:
+            self._seen.append(self._meet(self.coming.popleft()))
+        return self._seen[num_seen:]
 
     def _first_launch(self, name: str) -> None:
         served = self.served[name]
@@ -178,13 +215,10 @@ class VirtualEngine:
 
     def replay(self, arrivals: Sequence[Arrival]) -> list[Served]:
         """An open loop: requests arrive when their trace says, whatever the engine does. In order of arrival."""
-        coming = sorted(arrivals, key=lambda arrival: arrival.at_s)
-        index = 0
-        while index < len(coming) or self.core.has_work:
+        self.coming.extend(sorted(arrivals, key=lambda arrival: arrival.at_s))
+        while self.coming or self.core.has_work:
             if not self.core.has_work:
-                self.runner.now_s = max(self.runner.now_s, coming[index].at_s)
-            while index < len(coming) and coming[index].at_s <= self.runner.now_s:
-                self.submit(coming[index])
-                index += 1
+                self.runner.now_s = max(self.runner.now_s, self.coming[0].at_s)
+                self.submit(self.coming.popleft())
             self.step()
         return list(self.served.values())

@@ -19,9 +19,9 @@ from torch import Tensor
 from engine.cache.device_words import DeviceWords, word_width
 from engine.events import Words
 from engine.models.facts import CacheLayer
-from kernels.backend import KernelError, OwnershipError
-from kernels.cpu.blocks import digest_blocks
-from kernels.cpu.library import load
+from kernels.backend import DeviceBackend, KernelError, OwnershipError
+from kernels.cpu.blocks import digest_blocks, fill_blocks
+from kernels.cpu.library import Library, load
 from kernels.memory import zeros
 
 CPU = torch.device("cpu")
@@ -44,7 +44,8 @@ def row_tags(domains: Sequence[str]) -> NDArray[np.int64]:
 
 
 class KVCache:
-    """Zeroed at the start; every later zero comes from `scrub`."""
+    """Zeroed at the start; every later zero comes from `scrub`. ``kept_by``: whose device the memory lies on; its
+    kernels keep tags of their own."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device = CPU,
+        kept_by: DeviceBackend | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -69,6 +71,10 @@ class KVCache:
             keys, values = self._memory[layer][counts[layer]]
             self._layers.insert(0, (keys, values))
         self.block_tags = np.zeros(num_blocks, dtype=np.int64)  # 0: nobody's
+        self._kept_by = kept_by
+        self.device_tags = None if kept_by is None else kept_by.new_tags(num_blocks)
+        self._library = _library() if device.type == "cpu" else None
+        self._flat = [_Flat(memory, num_blocks) for memory in self._memory.values()]
 
     def claim(self, slot_mapping: NDArray[np.int64], token_tags: NDArray[np.int64]) -> None:
         """Tag the blocks of slots that are about to be written. Raises OwnershipError where they are somebody else's
@@ -94,26 +100,15 @@ class KVCache:
     def digester(self) -> Callable[[int, tuple[int, int]], NDArray[np.int64]] | None:
         """What makes the 128-bit digest [2] of a block under a key: of every byte in all layers. None where the native
         library cannot be had, or the cache lies on a GPU."""
-        try:
-            library = load()
-        except KernelError:
+        library = self._library
+        if library is None:
             return None
-        if any(memory.device.type != "cpu" for memory in self._memory.values()):
-            return None
-        num_blocks = self.num_blocks
-        flat = [
-            memory.flatten(0, 2) for memory in self._memory.values()
-        ]  # keys of a layer, its values, the next's keys
-        firsts = [torch.arange(0, len(one), 2 * num_blocks) for one in flat]
 
         def digest(block_id: int, key: tuple[int, int]) -> NDArray[np.int64]:
-            if not 0 <= block_id < num_blocks:
-                raise IndexError(f"blocks are numbered from 0 to {num_blocks - 1}, not {block_id}")
-            layers = [
-                digest_blocks(library, one[:-num_blocks], one[num_blocks:], first + block_id, key).numpy()
-                for one, first in zip(flat, firsts, strict=True)
-            ]
-            told = np.concatenate(layers)
+            at = self._checked([block_id])
+            told = np.concatenate(
+                [digest_blocks(library, one.keys, one.values, one.places(at), key).numpy() for one in self._flat]
+            )
             factors = 2 * np.arange(len(told), dtype=np.int64) + 1  # odd: each layer's digest counts, and its place
             digests: NDArray[np.int64] = (told * factors[:, None]).sum(axis=0, dtype=np.int64)
             return digests
@@ -121,13 +116,52 @@ class KVCache:
         return digest
 
     def scrub(self, block_ids: list[int]) -> None:
-        """Overwrite blocks with zeros, in every layer."""
-        for memory in self._memory.values():
-            memory[:, :, block_ids] = 0
+        """Overwrite blocks with zeros, in every layer. Raises IndexError for a block that is not there: then none is
+        touched."""
+        at = self._checked(block_ids)
+        if self._kept_by is not None and self.device_tags is not None:
+            self._kept_by.scrub(tuple(self._memory.values()), self.device_tags, block_ids)
+        else:
+            self._fill_with_zeros(block_ids, at)
         self.block_tags[block_ids] = 0
+
+    def _fill_with_zeros(self, block_ids: list[int], at: Tensor) -> None:
+        for one in self._flat:
+            if self._library is None:
+                one.memory[:, :, block_ids] = 0
+            else:
+                fill_blocks(self._library, one.keys, one.values, one.places(at), 0)
+
+    def _checked(self, block_ids: list[int]) -> Tensor:
+        """int64 [B]. A number beyond the last block is a place of another layer."""
+        if block_ids and not (min(block_ids) >= 0 and max(block_ids) < self.num_blocks):
+            raise IndexError(f"blocks are numbered from 0 to {self.num_blocks - 1}, not {block_ids}")
+        return torch.tensor(block_ids, dtype=torch.int64)
 
     def is_zero(self, block_id: int) -> bool:
         return not any(bool(memory[:, :, block_id].any()) for memory in self._memory.values())
+
+
+class _Flat:
+    """Layers of one shape as the ops on whole blocks take them: keys of a layer, its values, the next layer's keys,
+    one block after the other."""
+
+    def __init__(self, memory: Tensor, num_blocks: int) -> None:
+        self.memory = memory
+        blocks = memory.flatten(0, 2)
+        self.keys, self.values = blocks[:-num_blocks], blocks[num_blocks:]
+        self._firsts = torch.arange(0, len(blocks), max(1, 2 * num_blocks))[:, None]  # of each layer
+
+    def places(self, block_ids: Tensor) -> Tensor:
+        """int64 [B] -> [layers * B], layer by layer."""
+        return (self._firsts + block_ids).flatten()
+
+
+def _library() -> Library | None:
+    try:
+        return load()
+    except KernelError:
+        return None
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

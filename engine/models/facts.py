@@ -42,10 +42,20 @@ class Model(Protocol):
     @property
     def cache_layers(self) -> tuple[CacheLayer, ...]: ...
 
-    def forward(self, token_ids: Tensor, positions: Tensor, *, cache: "KVCache", plan: Any, wanted: Tensor) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        *,
+        cache: "KVCache",
+        plan: Any,
+        wanted: Tensor,
+        go_on: Callable[[float], bool] | None = None,
+    ) -> Tensor:
         """token_ids, positions int64 [T], the backend's plan, wanted int64 [S] -> logits float32 [S, V].
 
-        Fills the cache. Raises OwnershipError where a kernel met a block that is not its row's.
+        Fills the cache. Raises OwnershipError where a kernel met a block that is not its row's. Before each layer but
+        the first, ``go_on`` is told the share of the layers that are computed; BrokenOffError where it says no.
         """
         ...
 

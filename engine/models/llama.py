@@ -14,6 +14,7 @@ With exact kernels and exact products, a sequence's logits are the same bits alo
 `is_exact` says whether that holds here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.cache.kv_cache import KVCache
-from engine.errors import ConfigError
+from engine.errors import BrokenOffError, ConfigError
 from engine.models.facts import CacheLayer
 from engine.models.llama_config import LayerConfig, ModelConfig
 from engine.models.rope import rope_tables
@@ -114,6 +115,7 @@ class LlamaModel:
         cache: KVCache,
         plan: Any,
         wanted: Tensor,
+        go_on: Callable[[float], bool] | None = None,
     ) -> Tensor:
         """See engine/models/facts.py."""
         config, ops = self.config, self.backend
@@ -122,6 +124,9 @@ class LlamaModel:
         residual: Tensor | None = None
         x = _scaled(self._embed(token_ids), config.embedding_scale)
         for index, layer in enumerate(self.layers):
+            if index and go_on is not None and not go_on(index / len(self.layers)):
+                ops.check(plan)  # what the kernels refused so far is not forgotten
+                raise BrokenOffError(index / len(self.layers))
             key_cache, value_cache = cache.layer(index)
             x, residual = ops.rms_norm(x, layer.input_norm, epsilon, residual)
             qkv = layer.qkv(x).view(len(token_ids), -1, config.head_size)
@@ -142,6 +147,8 @@ class LlamaModel:
             x, residual = ops.rms_norm(x, layer.mlp_norm, epsilon, residual)
             x = _scaled(layer.down(ops.silu_and_mul(layer.gate_up(x))), config.residual_scale)
         ops.check(plan)
+        if go_on is not None and not go_on(1.0):  # the head and the sampler are still to come
+            raise BrokenOffError(1.0)
         assert residual is not None
         x, _ = ops.rms_norm(x[wanted], self.norm, epsilon, residual[wanted])
         return _scaled(self.head(x), config.logits_scale)

@@ -7,7 +7,7 @@ cache. Passes without a cache (`Pages.probe`) learn each call's shapes and rules
 cannot honour is refused there, by name, and so is a call that later differs from its first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.cache.kv_cache import KVCache
-from engine.errors import ConfigError
+from engine.errors import BrokenOffError, ConfigError
 from engine.models.facts import CacheLayer
 from kernels.backend import Backend
 
@@ -84,6 +84,7 @@ class Step:
     cache: KVCache
     plan: Any
     backend: Backend
+    go_on: Callable[[float], bool] | None = None
 
 
 @dataclass(slots=True)
@@ -110,9 +111,11 @@ class Pages:
             self._probed = None
 
     @contextmanager
-    def step(self, cache: KVCache, plan: Any, backend: Backend) -> Iterator[None]:
-        """Let the forward pass inside attend to its own blocks."""
-        self._step, self._next = Step(cache, plan, backend), 0
+    def step(
+        self, cache: KVCache, plan: Any, backend: Backend, go_on: Callable[[float], bool] | None = None
+    ) -> Iterator[None]:
+        """Let the forward pass inside attend to its own blocks. ``go_on``: see engine/models/facts.py."""
+        self._step, self._next = Step(cache, plan, backend, go_on), 0
         try:
             yield
         finally:
@@ -132,6 +135,10 @@ class Pages:
         expected = self.calls[self._next] if self._next < len(self.calls) else None
         if expected is None or replace(call, window=call.window or expected.window) != expected:
             raise RuntimeError(f"attention call {self._next} is not what it was at the start: {call}")
+        share = self._next / len(self.calls)
+        if share and self._step.go_on is not None and not self._step.go_on(share):
+            self._step.backend.check(self._step.plan)  # what the kernels refused so far is not forgotten
+            raise BrokenOffError(share)
         key_cache, value_cache = self._step.cache.layer(self._next)
         self._next += 1
         values_from = call.num_heads + call.num_kv_heads

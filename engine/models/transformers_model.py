@@ -7,7 +7,7 @@ compares each with its own eager attention, and only those in engine/models/serv
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,18 @@ class TransformersModel:
         used = frozenset[str]().union(*(call.needs for call in self._pages.calls))
         return tuple(sorted(used - {"rotated"}))
 
-    def forward(self, token_ids: Tensor, positions: Tensor, *, cache: KVCache, plan: Any, wanted: Tensor) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        *,
+        cache: KVCache,
+        plan: Any,
+        wanted: Tensor,
+        go_on: Callable[[float], bool] | None = None,
+    ) -> Tensor:
         """See engine/models/facts.py."""
-        with self._pages.step(cache, plan, self.backend):
+        with self._pages.step(cache, plan, self.backend, go_on):
             logits = self._run(token_ids, positions, wanted)
         self.backend.check(plan)
         return logits

@@ -20,9 +20,10 @@ from engine.events import KernelArrays
 from engine.protocol import TokenLogprob
 from engine.sampling.adjustments import adjusted
 from engine.sampling.row import Row
-from engine.sampling.truncation import Kept, Ranked, Values, cut, largest, truncated
+from engine.sampling.truncation import Few, Kept, Ranked, Values, cut, largest, truncated
 
 NOT_FINITE = -1  # in place of a token: this row's logits held NaN or infinity, or nothing was left to choose from
+WHOLE = -1  # all of a row's numbers
 GREEDY_BELOW = 1e-5  # a lower temperature is greedy: it would be anyway, but for overflows on the way
 ALL = slice(None)
 _WORD = 2**64
@@ -75,10 +76,22 @@ def leaders(logits: NDArray[np.float32]) -> Leaders:
     return Leaders(best if finite else NOT_FINITE, partial(largest, logits))
 
 
-def pick(logits: NDArray[np.float32], row: Row, position: int, found: Leaders | None = None) -> Pick:
-    """logits [V] -> a token and, if asked for, its log probability and those of the likeliest. ``found`` None: looked
-    for here."""
+def asks_for(row: Row, size: int) -> int:
+    """How many of the largest of a row's ``size`` numbers `pick` looks at, if the best is known: none, those of top_k,
+    or WHOLE."""
+    sampling = row.sampling
+    if not row.plain:
+        return WHOLE
+    if sampling.temperature < GREEDY_BELOW:
+        return 0 if sampling.logprobs < 0 else WHOLE
+    return sampling.top_k if 0 < sampling.top_k < size and sampling.min_p == 0.0 else WHOLE
+
+
+def pick(logits: NDArray[np.float32] | Few, row: Row, position: int, found: Leaders | None = None) -> Pick:
+    """logits [V], or as many as the row asks for -> a token and, if asked for, its log probability and those of the
+    likeliest. ``found`` None: looked for here."""
     if found is None:
+        assert not isinstance(logits, Few)
         found = leaders(logits)
     best, ranked = found.best, found.ranked
     if best == NOT_FINITE:
@@ -87,8 +100,9 @@ def pick(logits: NDArray[np.float32], row: Row, position: int, found: Leaders | 
     greedy = sampling.temperature < GREEDY_BELOW
     if greedy and row.plain and sampling.logprobs < 0:
         return Pick(best)
-    values: Values = logits
+    values: Values | Few = logits
     if not row.plain:
+        assert not isinstance(logits, Few)
         changed = adjusted(logits, row)
         if changed is None:
             return BROKEN
@@ -103,6 +117,7 @@ def pick(logits: NDArray[np.float32], row: Row, position: int, found: Leaders | 
         cumulative = cut(np.exp(scale.scores(ids)), sampling.top_p)
         kept = Kept(ids[: len(cumulative)], cumulative)
     else:
+        assert not isinstance(values, Few)
         weights = np.exp(scale.scores())
         how = {"top_p": sampling.top_p, "min_p": sampling.min_p}
         kept = truncated(values, weights, top_k=sampling.top_k, ranked=ranked, **how)
@@ -113,14 +128,16 @@ def pick(logits: NDArray[np.float32], row: Row, position: int, found: Leaders | 
 
 
 def scored(
-    logits: NDArray[np.float32], token_id: int, num_top: int, found: Leaders | None = None
+    logits: NDArray[np.float32] | Few, token_id: int, num_top: int, found: Leaders | None = None
 ) -> TokenLogprob | None:
     """logits [V] -> the log probability that the model gives this token, whatever it would sample; None where the
     numbers broke."""
     if found is None:
+        assert not isinstance(logits, Few)
         found = leaders(logits)
     if found.best == NOT_FINITE:
         return None
+    assert not isinstance(logits, Few)
     scale = _Scale(logits, found.best, 1.0)
     told = _logprob(token_id, scale, _all(scale), found.ranked, num_top)
     return replace(told, rank=1 + int(np.count_nonzero(logits > logits[token_id])))
@@ -130,12 +147,12 @@ def scored(
 class _Scale:
     """Logarithms of weights, the best token's 0, computed for as many tokens as are asked about."""
 
-    values: Values
+    values: Values | Few
     best: int
     temperature: float
 
     def scores(self, ids: NDArray[np.int64] | slice = ALL) -> NDArray[np.float64]:
-        scores = self.values[ids].astype(np.float64)
+        scores: NDArray[np.float64] = self.values[ids].astype(np.float64)
         scores -= float(self.values[self.best])
         scores /= self.temperature
         return scores

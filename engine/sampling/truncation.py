@@ -7,6 +7,7 @@ of the row alone. The vocabulary is never sorted as a whole where a part of it w
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,31 @@ TOP_P_TOKENS = (512, 4096)  # top_p seldom needs more; sorting the whole vocabul
 
 Values = NDArray[np.float32] | NDArray[np.float64]
 Ranked = Callable[[int], NDArray[np.int64]]  # count -> the ids of the count largest, as `largest` has them
+
+
+@dataclass(frozen=True, slots=True)
+class Few:
+    """The largest of a row's ``size`` numbers. The others stayed where they are: whoever asks for one gets a
+    KeyError."""
+
+    size: int
+    ids: NDArray[np.int64]  # the largest first
+    values: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, ids: Any) -> Any:
+        asked = np.arange(self.size)[ids] if isinstance(ids, slice) else np.asarray(ids)
+        is_it = asked[..., None] == self.ids
+        if not is_it.any(axis=-1).all():
+            raise KeyError(f"only the {len(self.ids)} largest of {self.size} numbers are here")
+        return self.values[is_it.argmax(axis=-1)]
+
+    def ranked(self, count: int) -> NDArray[np.int64]:
+        if count > len(self.ids):
+            raise KeyError(f"only the {len(self.ids)} largest of {self.size} numbers are here")
+        return self.ids[:count]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,9 @@ while a domain that asks for more than its share runs and has been served no les
 What is owed costs nobody his work, and no two domains pass a row back and forth: it only ever goes from a domain over
 its share to one within it, and which of the two a domain is depends on nothing but how much it asks for. It is charged
 like all service, so whoever sends more than others get is soon served more than they are, and owed nothing.
+
+Who was rescued (engine/scheduling/rescue.py) has waited for thousands of steps, and waits for these, too: at most
+ALONE_MAX in a row, and none of a tier below its own or another's that is here.
 """
 
 from collections import Counter
@@ -14,7 +17,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Line
 
 from engine.scheduling.order import Outlook, highest_response_ratio
-from engine.scheduling.tiers import BATCH, TIERS
+from engine.scheduling.tiers import BATCH, RESCUED, TIERS
 from engine.sequence import Sequence
 
 OWED_RANKS = frozenset(TIERS.values()) - {BATCH}  # batch work takes what others leave, and is owed nothing
@@ -44,6 +47,14 @@ class RowShares:
             del self._num_asked[key]
             self._weigh(key, 0)
             del self._weights[key]
+
+    def with_one(self, sequence: Sequence) -> "RowShares":
+        """What the shares would be with one sequence more."""
+        shares = RowShares(self._num_rows)
+        shares._num_asked, shares._weights = self._num_asked.copy(), self._weights.copy()
+        shares._weight_of_all = self._weight_of_all.copy()
+        shares.add(sequence)
+        return shares
 
     def is_within(self, tier: int, domain: str) -> bool:
         return self._num_asked[tier, domain] <= self._share(tier, domain)
@@ -79,3 +90,30 @@ def next_owed(
     domain = min(owed, key=lambda name: (of(tier, name), name))
     line = [sequence for sequence in waiting if sequence.rank == tier and sequence.domain == domain]
     return highest_response_ratio(line, outlook) if line else None
+
+
+def would_be_owed(
+    newcomer: Sequence,
+    waiting: Line[Sequence],
+    waiting_domains: Line[str],
+    running: Iterable[Sequence],
+    shares: RowShares,
+    outlook: Outlook,
+) -> bool:
+    """Whether one that is not waiting yet would be next, once it is, and what was thrown away for its domain is made
+    up for."""
+    tier, domain, served = newcomer.tier, newcomer.domain, outlook.served
+    shares = shares.with_one(newcomer)
+    over = most_served_over(tier, running, shares, outlook)
+    if over is None or not shares.is_within(tier, domain):
+        return False
+    if next_owed(tier, waiting, waiting_domains, over, shares, outlook) is not None:
+        return False  # somebody who found no room
+    return served.with_losses(tier, domain, waiting_domains) <= served.of(tier, over)
+
+
+def rank_before_rescued(everybody: Line[Sequence]) -> int | None:
+    """The tier whose owed first tokens come before a rescued one's prompt: the highest that is here, if one is."""
+    if not any(sequence.rank == RESCUED for sequence in everybody):
+        return None
+    return max(sequence.tier for sequence in everybody)

@@ -58,9 +58,9 @@ class Schedule:
 
     def hurry(self, rank: int, *, alone: bool) -> bool:
         """Where a first token of this rank is owed and can come with this step, no prompt of its rank or below delays
-        it, and with ``alone`` nobody else of these ranks: they lose this step, and no work. False: none can."""
+        it, and with ``alone`` nobody else of its tier or below: they lose this step, and no work. False: none can."""
         owed = [row for row in self.rows if row.sequence.rank == rank and row.is_owed]
-        others = [row for row in self.rows if row.sequence.rank <= rank and row not in owed] if alone else []
+        others = [row for row in self.rows if row.sequence.tier <= rank and row not in owed] if alone else []
         budget = self.budget + sum(row.num_new_tokens for row in others)
         if not any(row.num_missing <= (0 if row.sequence.num_unscored else budget) for row in owed):
             return False

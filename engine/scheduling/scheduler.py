@@ -36,7 +36,8 @@ from collections.abc import Sequence as Line
 
 from engine.cache.block_pool import BlockPool
 from engine.protocol import Submit
-from engine.scheduling.first_tokens import ALONE_MAX, OWED_RANKS, RowShares, most_served_over, next_owed
+from engine.scheduling import first_tokens
+from engine.scheduling.first_tokens import ALONE_MAX, OWED_RANKS, RowShares
 from engine.scheduling.order import WAIT_MAX_TOKENS, Outlook, Policy, fair, fcfs, first_to_go, may_be_skipped, may_pass
 from engine.scheduling.rescue import Rescue
 from engine.scheduling.room import Room
@@ -107,12 +108,27 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         tier, domain = sequence.tier, sequence.domain
-        if (tier, domain) not in self._num_waiting:
-            self.served.lift(tier, domain, [other for of, other in self._num_waiting if of == tier])
+        self._lift(tier, domain)
         self._num_waiting[tier, domain] += 1
         sequence.served_at_arrival = sequence.served_at_progress = self.served.total
         insort(self.waiting, sequence, key=_arrival)
         self._shares.add(sequence)
+
+    def is_owed_now(self, sequence: Sequence) -> bool:
+        """Whether one that has just come, and is not added yet, would have its first token with the next step, before
+        all others of its tier and below. Its prompt must fit into a step."""
+        tier = sequence.tier
+        if tier not in OWED_RANKS or self._policy is not fair or sequence.num_unscored:
+            return False
+        if any(one.tier > tier for one in self._everybody()) or not self._room.fits(sequence):
+            return False
+        domains = self._domains_waiting(tier)
+        return first_tokens.would_be_owed(sequence, self.waiting, domains, self.running, self._shares, self.outlook)
+
+    def charge_domain(self, sequence: Sequence, num_tokens: int) -> None:
+        """For the first token of one that has just come, and is not added yet, these tokens were thrown away."""
+        tier = sequence.tier
+        self.served.lose(tier, sequence.domain, num_tokens, sequence.weight, self._domains_waiting(tier))
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that has just finished, wherever it is, and give its blocks and row back."""
@@ -132,7 +148,7 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Decide one step. Blocks for every row's tokens are allocated when this returns."""
         plan = Schedule(self._max_batched_tokens)
-        rescued = self.rescue.next((*self.running, *self.preempted, *self.waiting), self.served.total)
+        rescued = self.rescue.next(self._everybody(), self.served.total)
         if rescued is not None:
             rescued.rank = RESCUED
         decodes = [s for s in self.running if s.num_tokens - s.num_computed_tokens <= 1]
@@ -140,12 +156,14 @@ class Scheduler:
         self._advance(sorted((s for s in decodes if s.rank > BATCH), key=_by_rank), plan)
         if plan.rows:
             plan.prompt_budget = self._max_prompt_tokens
-        for rank in RANKS:
+        before_rescued = None
+        if self._num_alone < ALONE_MAX:
+            before_rescued = first_tokens.rank_before_rescued(self._everybody())
+        hurries = before_rescued is not None and self._hurry(before_rescued, prompts, plan)
+        for rank in () if hurries else RANKS:
             if rank == BATCH:
                 self._advance([s for s in decodes if s.rank == BATCH], plan)
-            self._advance([s for s in prompts if s.rank == rank and s.owed], plan)
-            self._admit_owed(rank, plan)
-            if plan.hurry(rank, alone=self._num_alone < ALONE_MAX):
+            if rank != before_rescued and self._hurry(rank, prompts, plan):
                 break
             self._advance([s for s in prompts if s.rank == rank and not s.owed], plan)
             self._admit_rank(rank, plan)
@@ -156,6 +174,22 @@ class Scheduler:
             if row.sequence.num_computed_tokens + row.num_new_tokens > row.sequence.num_computed_max:
                 row.sequence.served_at_progress = self.served.total
         return plan
+
+    def _domains_waiting(self, tier: int) -> list[str]:
+        return [domain for of, domain in self._num_waiting if of == tier]
+
+    def _lift(self, tier: int, domain: str) -> None:
+        if (tier, domain) not in self._num_waiting:
+            self.served.lift(tier, domain, self._domains_waiting(tier))
+
+    def _everybody(self) -> list[Sequence]:
+        return [*self.running, *self.preempted, *self.waiting]
+
+    def _hurry(self, rank: int, prompts: Line[Sequence], plan: Schedule) -> bool:
+        """Serve what this rank is owed; whether the step is for that."""
+        self._advance([s for s in prompts if s.rank == rank and s.owed], plan)
+        self._admit_owed(rank, plan)
+        return plan.hurry(rank, alone=self._num_alone < ALONE_MAX)
 
     # --- who gets tokens ----------------------------------------------------------------------------------------------
 
@@ -195,11 +229,11 @@ class Scheduler:
     def _admit_owed(self, rank: int, plan: Schedule) -> None:
         """Whose first token is owed, before anybody else of their rank, into the rows of who was served most."""
         while rank in OWED_RANKS and self._policy is fair and rank > plan.closed_rank and self._has_budget(rank, plan):
-            domains = [domain for tier, domain in self._num_waiting if tier == rank]
-            over = most_served_over(rank, self.running, self._shares, self.outlook) if domains else None
+            domains = self._domains_waiting(rank)
+            over = first_tokens.most_served_over(rank, self.running, self._shares, self.outlook) if domains else None
             if over is None:
                 return
-            candidate = next_owed(rank, self.waiting, domains, over, self._shares, self.outlook)
+            candidate = first_tokens.next_owed(rank, self.waiting, domains, over, self._shares, self.outlook)
             if candidate is None or not (self._room.fits(candidate) or self._take_room(candidate, plan)):
                 return
             self._find_budget(rank, plan)

@@ -14,7 +14,7 @@ from rich.table import Table
 from gateway.commands.session import CommandError
 
 TIMEOUT_S = 1_800
-TIMES = {"ours us": "ours_us", "twin us": "twin_us", "torch us": "torch_us"}
+TIMES = {"ours us": "ours_us", "inside us": "library_us", "twin us": "twin_us", "torch us": "torch_us"}
 
 
 def bench_kernels(
@@ -40,9 +40,25 @@ def bench_kernels(
         f"{result['kernels']}, {result['num_threads']} threads, copy bandwidth {result['copy_gb_per_s']} GB/s"
     )
     console.print(table_of(result["figures"]))
+    console.print(steps_table(result["steps"]))
+    prefill = result["chunk"]
+    console.print(
+        f"one layer of a chunk of {prefill['tokens']} tokens: "
+        f"attention {prefill['attention_us']:,.0f} us, products {prefill['products_us']:,.0f} us"
+    )
     if result["gpu"] is not None:
         console.print(result["gpu"]["device"])
         console.print(gpu_table(result["gpu"]["figures"]))
+
+
+def steps_table(steps: list[dict[str, Any]]) -> Table:
+    """Milliseconds of a whole step that are not products or attention."""
+    parts = {"norms": "norms_ms", "rope": "rope_ms", "activation": "activation_ms", "together": "together_ms"}
+    parts |= {"inside": "library_ms", "warm": "warm_ms", "step": "step_ms"}
+    table = Table("rows of a step", *(f"{name} ms" for name in parts), box=None)
+    for step in steps:
+        table.add_row(str(step["rows"]), *(f"{step[key]:.2f}" for key in parts.values()))
+    return table
 
 
 def gpu_table(figures: list[dict[str, Any]]) -> Table:

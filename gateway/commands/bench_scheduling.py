@@ -43,15 +43,18 @@ def bench_fairness(
     steps: Annotated[int, typer.Option(min=100, max=1_000_000, help="engine steps of each row")] = 4_500,
     threads: Threads = 1,
     max_prompt_tokens: PromptTokens = 0,
+    break_off_percent: Annotated[
+        int, typer.Option(min=0, max=50, help="of tokens that breaking off steps may cost, in a second row of `fair`")
+    ] = 3,
     json_file: JsonFile = None,
 ) -> None:
     """Flood the engine from one tenant, and report what the others and a quiet one get under every policy."""
-    bound = ("--max-prompt-tokens", str(max_prompt_tokens))
+    bound = ("--max-prompt-tokens", str(max_prompt_tokens), "--break-off-percent", str(break_off_percent))
     counts = [str(count) for count in domains or DOMAINS]
     answer = measure("--threads", str(threads), "fairness", "--domains", *counts, "--steps", str(steps), *bound)
     shown = (
-        *("domains", "policy", "gap_tokens_max", "bound_tokens", "jain", "quiet_ttft_p99_ratio", "quiet_rest_ratio"),
-        *("quiet_queue_ratio", "quiet_read_ratio", "throughput_ratio"),
+        *("domains", "policy", "break_off_percent", "gap_tokens_max", "bound_tokens", "jain", "quiet_ttft_p99_ratio"),
+        *("quiet_rest_ratio", "quiet_queue_ratio", "quiet_read_ratio", "throughput_ratio", "tokens_lost_ratio"),
     )
     _show(answer, shown, json_file)
 

@@ -25,6 +25,7 @@ FACTS = {
     "num_threads": "threads",
     "dtype": "numbers",
     "kv_cache_dtype": "keys and values",
+    "cuda_graphs": "CUDA graphs",
     "model_code": "model code",
     "isolation": "isolation",
     "reason": "because",
@@ -63,10 +64,14 @@ def explain(config: str | None, json_file: Path | None) -> None:
         console.print(note)
 
 
+def wording(fact: Any) -> str:
+    return (", ".join(str(one) for one in fact) or "none") if isinstance(fact, list) else str(fact)
+
+
 def tables(answer: dict[str, Any]) -> tuple[Table, Table]:
     facts = Table(box=None, show_header=False)
     for name, label in FACTS.items():
-        facts.add_row(label, str(answer[name]))
+        facts.add_row(label, wording(answer[name]))
     ops = Table("op", "computed by", "launch", box=None)
     for op in answer["ops"]:
         launches = [", ".join(f"{name} {value}" for name, value in launch.items()) for launch in op["launches"]]

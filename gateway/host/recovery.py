@@ -31,7 +31,8 @@ async def recover(services: Services, folders: Folders, epoch: str) -> Recovered
 
     One transaction per hold, so that a crash in here only leaves work for the next start. PostgreSQL may still be at
     what the earlier process asked for last, with a lock on the hold, long after that process has been killed: each
-    hold's end is awaited, because the journals that count it are deleted after this.
+    hold's end is awaited, because the journals that count it are deleted after this. A hold that it had asked for and
+    that is placed only after this was never asked of an engine: it expires.
     """
     journals = usage_by_request(read_journals(folders.journal))
     async with services.database.read() as conn:

@@ -30,7 +30,7 @@ from gateway.host.first_run import FirstRun, first_run
 from gateway.host.folders import Folders, gateway_id, only_server, open_folders
 from gateway.host.housekeeping import Housekeeping
 from gateway.host.https import HttpsServer, https_server
-from gateway.host.memory import return_freed_memory
+from gateway.host.memory import keep_what_started, return_freed_memory
 from gateway.host.migrate import migrate
 from gateway.host.port import bind
 from gateway.host.recovery import recover
@@ -114,6 +114,7 @@ async def _serve(
             server = https_server(app, tls, settings.drain_timeout_s)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             await server.listening.wait()
+            keep_what_started()
             port = listener.getsockname()[1]
             console.print(f"started in {(world.monotonic_ns() - started_ns) / 1e9:.1f} s")
             ready_banner(console, settings, folders, tls, services.tokenizer.model_id, port, fresh)

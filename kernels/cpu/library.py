@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.backend import KernelError
 
 PATH = Path(__file__).parent / "_native.so"
-ABI = 6
+ABI = 7
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -90,6 +90,7 @@ class AttentionArgs(Structure):
         ("soft_cap", c_float),
         ("item_tokens_max", c_int32),
         ("window", c_int32),
+        ("items_apart", c_int32),
     )
 
 

@@ -4,32 +4,26 @@ Exact by construction: every row has one order of sums (paged_attention.py, matm
 per GPU architecture and version of Triton.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.backend import KernelError, OwnershipError, StepTables, check_tables
-from kernels.gpu.attention import AttentionPlan, paged_attention, plan_attention
-from kernels.gpu.launch import NO_BLOCK, SPLIT, is_interpreted
+from kernels.backend import KernelError, StepTables, check_tables
+from kernels.gpu.attention import paged_attention
+from kernels.gpu.capture import CalledAgain, Capture, CudaCapture
+from kernels.gpu.graphs import DecodeGraphs, Forward
+from kernels.gpu.launch import SPLIT, is_interpreted
 from kernels.gpu.launch_table import AttentionShape, attention_shape
+from kernels.gpu.logits import TOP_K_MAX, top
 from kernels.gpu.matmul import TritonProduct
+from kernels.gpu.plan import Plan, plan_step, raise_refused
 from kernels.gpu.rms_norm import rms_norm
 from kernels.gpu.rope_and_store_kv import rope_and_store_kv
+from kernels.gpu.scrub_blocks import scrub_blocks
 from kernels.gpu.silu_and_mul import silu_and_mul
-from kernels.torch_cpu import top
 
 CAPABILITY_MIN = 80  # bfloat16 in the matrix units
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    tables: StepTables
-    attention: AttentionPlan
-    slot_mapping: Tensor  # int64 [T]
-    token_tags: Tensor  # int64 [T]
-    refused: Tensor  # int32 [T], out: blocks that were not written
 
 
 class TritonBackend:
@@ -38,9 +32,10 @@ class TritonBackend:
 
     exact = True
     takes_fp8_cache = True
+    top_max = TOP_K_MAX
 
     def __init__(self, split: int = SPLIT) -> None:
-        self._split = split
+        self.split = split
         if is_interpreted():
             self.device, self.capability, self.name = torch.device("cpu"), 0, "triton-interpreted"
             return
@@ -55,14 +50,7 @@ class TritonBackend:
 
     def plan(self, tables: StepTables) -> Plan:
         check_tables(tables, may_pad=True)
-        num_tokens = int(tables.cu_seqlens[-1])
-        return Plan(
-            tables,
-            plan_attention(tables, self.device, split=self._split),
-            torch.from_numpy(tables.slot_mapping).to(self.device),
-            torch.from_numpy(np.repeat(tables.row_tags, np.diff(tables.cu_seqlens))).to(self.device),
-            torch.full((num_tokens,), NO_BLOCK, dtype=torch.int32, device=self.device),
-        )
+        return plan_step(tables, self.device, self.split)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> TritonProduct:
         return TritonProduct(weight, bias, self.device)
@@ -126,13 +114,36 @@ class TritonBackend:
         return top(logits, count)
 
     def check(self, plan: Plan) -> None:
-        """Waits for the device: what it refused must be known before anything leaves."""
-        tokens, rows = plan.refused.cpu().numpy(), plan.attention.refused.cpu().numpy()
-        not_written, not_read = np.flatnonzero(tokens != NO_BLOCK), np.flatnonzero(rows != NO_BLOCK)
-        if len(not_written) or len(not_read):
-            blocks = np.concatenate((tokens[not_written], rows[not_read]))
-            is_there = (blocks >= 0) & (blocks < len(plan.tables.block_tags))
-            kinds = (("a block id out of range", ~is_there), ("a block of another owner", is_there))
-            found = " and ".join(text for text, has in kinds if has.any())
-            places = np.union1d(not_written, plan.tables.cu_seqlens[not_read])
-            raise OwnershipError(f"a kernel met {found}, and did not touch it", places.tolist(), int(blocks[0]))
+        """Waits for the device. In a graph nobody can: its owner does."""
+        if plan.tables is not None:
+            raise_refused(plan, plan.tables)
+
+    def new_tags(self, num_blocks: int) -> Tensor:
+        return torch.zeros(num_blocks, dtype=torch.int64, device=self.device)
+
+    def scrub(self, memory: Sequence[Tensor], tags: Tensor, block_ids: Sequence[int]) -> None:
+        blocks = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
+        for one in memory:
+            scrub_blocks(one, blocks, tags)
+
+    def graphs(
+        self,
+        forward: Forward,
+        sizes: Sequence[int],
+        *,
+        device_tags: Tensor,
+        block_size: int,
+        context_max: int,
+    ) -> DecodeGraphs:
+        return DecodeGraphs(
+            forward,
+            sizes,
+            device_tags=device_tags,
+            block_size=block_size,
+            context_max=context_max,
+            split=self.split,
+            capture=self.capture(),
+        )
+
+    def capture(self) -> Capture:
+        return CudaCapture(self.device) if self.device.type == "cuda" else CalledAgain()

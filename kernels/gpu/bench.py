@@ -20,7 +20,7 @@ from kernels.gpu.attention import paged_attention, plan_attention
 from kernels.gpu.gather_tags import gather_tags
 from kernels.gpu.launch import NO_BLOCK
 from kernels.gpu.launch_table import attention_shape
-from kernels.gpu.logits import greedy, top_k
+from kernels.gpu.logits import top
 from kernels.gpu.matmul import matmul
 from kernels.gpu.rms_norm import rms_norm
 from kernels.gpu.roofline import GPUS, LOADS, Gpu, Load, Work, layer
@@ -238,9 +238,9 @@ class Layer:
         """Of the rows that sample: one each."""
         rows, size = self.load.num_rows, self.model.vocabulary
         work = Work("greedy", rows * size * 4, 0)
-        yield Case(work, "", self.copies(work.bytes, lambda: partial(greedy, self._logits())))
+        yield Case(work, "", self.copies(work.bytes, lambda: partial(top, self._logits(), 1)))
         work, k = Work("top_k", rows * size * 4, 0), min(TOP_K, size)
-        yield Case(work, f"k {k}", self.copies(work.bytes, lambda: partial(top_k, self._logits(), k)))
+        yield Case(work, f"k {k}", self.copies(work.bytes, lambda: partial(top, self._logits(), k)))
 
     def _logits(self) -> Tensor:
         return self.random(self.load.num_rows, self.model.vocabulary, dtype=torch.float32)

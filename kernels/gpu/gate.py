@@ -1,8 +1,8 @@
 """`python -m kernels.gpu.gate`: compile every kernel for every GPU, without a GPU, and hold the result to the table in
 docs/kernels.md. `make kernels` runs it.
 
-    compiles · no stack, no local loads or stores (spills) · registers and shared memory no more than the table's ·
-    the table's matrix instruction · as many instructions as the table has, within 5 %
+    compiles · no stack, no local loads or stores (spills), no scratch memory · registers and shared memory no more than
+    the table's · the table's matrix instruction · as many instructions as the table has, within 5 %
 
 --write puts what was found into the table; --quick compiles the few that `make test` looks at, --only NAME those whose
 names begin so (all of them: three minutes). A run ends with 0 where
@@ -43,6 +43,7 @@ class Compiled:
     instructions: int  # SASS
     stack: int = 0  # bytes
     spills: int = 0  # SASS loads and stores of local memory
+    scratch: int = 0  # bytes of global memory that a launch would have to find
 
     @property
     def key(self) -> tuple[str, int]:
@@ -77,6 +78,7 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
         len(opcodes),
         used["STACK"] + used["LOCAL"],
         sum(opcode in ("STL", "LDL") for opcode in opcodes),
+        built.metadata.global_scratch_size,
     )
 
 
@@ -90,6 +92,8 @@ def faults(found: Compiled, known: Compiled | None, *, multiplies: bool) -> list
     wrong = []
     if found.stack or found.spills:
         wrong.append(f"spills: {found.stack} bytes of stack, {found.spills} local loads and stores")
+    if found.scratch:
+        wrong.append(f"{found.scratch} bytes of scratch memory: a CUDA graph could not launch it again")
     if found.shared > SHARED_MAX[found.capability]:
         wrong.append(f"{found.shared} bytes of shared memory, the GPU has {SHARED_MAX[found.capability]}")
     if multiplies and not found.matrix:

@@ -2,6 +2,8 @@
 the host compares with its own book.
 
     out[r, b] = block_tags[block_tables[r, b]]     for b below row r's number of blocks, else 0; -1 where out of range
+
+Twin: reference.gather_tags.
 """
 
 import torch

@@ -1,15 +1,16 @@
 """What the sampler asks of a step's logits, so that a few numbers of a row go to the host and not the vocabulary.
 
-    greedy    the first place of the largest number, and whether all numbers are finite
-    top_k     the k largest, the largest first, and their places; of equals the one in the lower place first
+    top    the columns of the largest numbers, the largest first, of equals the lower column first; and whether all
+           numbers of the row are finite
 
-Each number and its place become one integer that orders as the answer does, and all of them are different:
+The largest alone (greedy) and several (top_k) have kernels of their own. Each number and its place become one integer
+that orders as the answer does, and all of them are different:
 
     key = (bits of the number, made monotone) * 2^32 + (2^31 - 1 - place)
 
 So every step is a maximum of integers: no order of programs, pieces or threads changes a result, and a row's answer
 knows no other row. A program takes PIECE numbers of one row; what the pieces leave is merged. Zeros of either sign are
-equal. Twins: reference.greedy, reference.top_k.
+equal. Twin: reference.top.
 """
 
 import torch
@@ -37,12 +38,6 @@ def _keys(number, place):
 @triton.jit
 def _place(key):
     return -(key & 0xFFFFFFFF) + _LAST
-
-
-@triton.jit
-def _number(key):
-    ordered = (key >> 32).to(tl.int32)
-    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -101,7 +96,6 @@ def top_k_kernel(
 @triton.jit
 def top_k_merge_kernel(
     best_ptr,  # int64 [R, num_keys]
-    value_ptr,  # float32 [R, K]
     place_ptr,  # int64 [R, K]
     num_keys,
     KEYS: tl.constexpr,  # num_keys or more
@@ -112,44 +106,32 @@ def top_k_merge_kernel(
     key = tl.where(index < num_keys, key, _NO_KEY)
     for rank in range(K):
         best = tl.max(key, axis=0)
-        tl.store(value_ptr + row * K + rank, _number(best))
         tl.store(place_ptr + row * K + rank, _place(best))
         key = tl.where(key == best, _NO_KEY, key)
 
 
-def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [R, V], V > 0 -> (int64 [R] places, bool [R] whether all of the row's numbers are finite; where they are
-    not, the place means nothing)."""
+def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """float32 [R, V], 0 < count <= V and TOP_K_MAX -> (int64 [R, count] columns, bool [R] whether all of the row's
+    numbers are finite; where they are not, the columns mean nothing)."""
     num_rows, size = logits.shape
     check(logits, (num_rows, size))
     assert logits.dtype == torch.float32
-    assert size > 0
+    assert 0 < count <= min(size, TOP_K_MAX)
     num_pieces = triton.cdiv(size, PIECE)
     best = torch.empty((num_rows, num_pieces), dtype=torch.int64, device=logits.device)
-    places = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    columns = torch.empty((num_rows, count), dtype=torch.int64, device=logits.device)
     is_finite = torch.ones(num_rows, dtype=torch.int32, device=logits.device)
-    if num_rows:
-        greedy_kernel[(num_rows, num_pieces)](logits, best, is_finite, size, num_pieces, PIECE=PIECE, **options())
+    if not num_rows:
+        return columns, is_finite.bool()
+    greedy_kernel[(num_rows, num_pieces)](logits, best, is_finite, size, num_pieces, PIECE=PIECE, **options())
+    if count == 1:
         pieces = power_of_two(num_pieces)
-        greedy_merge_kernel[(num_rows,)](best, places, num_pieces, PIECES=pieces, **options(num_warps=1))
-    return places, is_finite.bool()
-
-
-def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """float32 [R, V], 0 < k <= V and TOP_K_MAX -> (float32 [R, k] values, int64 [R, k] places). Every number of a row
-    must be finite: ask `greedy` first."""
-    num_rows, size = logits.shape
-    check(logits, (num_rows, size))
-    assert logits.dtype == torch.float32
-    assert 0 < k <= min(size, TOP_K_MAX)
-    num_pieces = triton.cdiv(size, PIECE)
-    best = torch.empty((num_rows, num_pieces, k), dtype=torch.int64, device=logits.device)
-    values = torch.empty((num_rows, k), dtype=torch.float32, device=logits.device)
-    places = torch.empty((num_rows, k), dtype=torch.int64, device=logits.device)
-    if num_rows:
-        top_k_kernel[(num_rows, num_pieces)](logits, best, size, num_pieces, PIECE=PIECE, K=k, **options())
-        num_keys = num_pieces * k
-        top_k_merge_kernel[(num_rows,)](
-            best, values, places, num_keys, KEYS=power_of_two(num_keys), K=k, **options(NUM_WARPS_MERGE)
-        )
-    return values, places
+        greedy_merge_kernel[(num_rows,)](best, columns, num_pieces, PIECES=pieces, **options(num_warps=1))
+        return columns, is_finite.bool()
+    several = torch.empty((num_rows, num_pieces, count), dtype=torch.int64, device=logits.device)
+    top_k_kernel[(num_rows, num_pieces)](logits, several, size, num_pieces, PIECE=PIECE, K=count, **options())
+    num_keys = num_pieces * count
+    top_k_merge_kernel[(num_rows,)](
+        several, columns, num_keys, KEYS=power_of_two(num_keys), K=count, **options(NUM_WARPS_MERGE)
+    )
+    return columns, is_finite.bool()

@@ -216,7 +216,7 @@ def merge_kernel(
     partial_ptr,
     partial_top_ptr,
     partial_total_ptr,
-    tokens_ptr,  # int32 [M] tokens whose sums wait
+    tokens_ptr,  # int32 [M] tokens whose sums wait; below 0: nobody's
     places_ptr,  # int64 [M] and their first place
     ends_ptr,  # int32 [M] keys that the token sees
     sinks_ptr,
@@ -231,24 +231,25 @@ def merge_kernel(
     """One token's sums with the query heads of one key head, from the first split to its last."""
     index = tl.program_id(0)
     token = tl.load(tokens_ptr + index).to(tl.int64)
-    place = tl.load(places_ptr + index)
-    num_splits = tl.cdiv(tl.load(ends_ptr + index), SPLIT)
-    member = tl.arange(0, RATIO_PAD)
-    head = tl.program_id(1) * RATIO + member
-    channel = tl.arange(0, D_PAD)
-    inside = (member < RATIO)[:, None] & (channel < D)[None, :]
-    acc = tl.zeros([RATIO_PAD, D_PAD], dtype=tl.float32)
-    top = tl.full([RATIO_PAD], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([RATIO_PAD], dtype=tl.float32)
-    for split in range(num_splits):
-        at = (place + split) * (HKV * RATIO) + head
-        top_new = tl.load(partial_top_ptr + at, mask=member < RATIO, other=float("-inf"))
-        total_new = tl.load(partial_total_ptr + at, mask=member < RATIO, other=0.0)
-        acc_new = tl.load(partial_ptr + at[:, None] * D + channel[None, :], mask=inside, other=0.0)
-        acc, top, total = _merge(acc, top, total, acc_new, top_new, total_new)
-    sink = top
-    if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head, mask=member < RATIO, other=0.0) * LOG2_E
-    out = _finish(acc, top, total, sink, HAS_SINKS)
-    at = (token * (HKV * RATIO) + head)[:, None] * D + channel[None, :]
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+    if token >= 0:
+        place = tl.load(places_ptr + index)
+        num_splits = tl.cdiv(tl.load(ends_ptr + index), SPLIT)
+        member = tl.arange(0, RATIO_PAD)
+        head = tl.program_id(1) * RATIO + member
+        channel = tl.arange(0, D_PAD)
+        inside = (member < RATIO)[:, None] & (channel < D)[None, :]
+        acc = tl.zeros([RATIO_PAD, D_PAD], dtype=tl.float32)
+        top = tl.full([RATIO_PAD], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([RATIO_PAD], dtype=tl.float32)
+        for split in range(num_splits):
+            at = (place + split) * (HKV * RATIO) + head
+            top_new = tl.load(partial_top_ptr + at, mask=member < RATIO, other=float("-inf"))
+            total_new = tl.load(partial_total_ptr + at, mask=member < RATIO, other=0.0)
+            acc_new = tl.load(partial_ptr + at[:, None] * D + channel[None, :], mask=inside, other=0.0)
+            acc, top, total = _merge(acc, top, total, acc_new, top_new, total_new)
+        sink = top
+        if HAS_SINKS:
+            sink = tl.load(sinks_ptr + head, mask=member < RATIO, other=0.0) * LOG2_E
+        out = _finish(acc, top, total, sink, HAS_SINKS)
+        at = (token * (HKV * RATIO) + head)[:, None] * D + channel[None, :]
+        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)

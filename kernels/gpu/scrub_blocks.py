@@ -1,7 +1,7 @@
 """Zeros for blocks that leave their domain, in every layer, and nobody's tag on them.
 
 The tag goes with the first layer's keys; a block is free for another domain when the launch is done. Ids out of range
-are left alone. Twin: kv_cache[:, :, blocks] = 0; block_tags[blocks] = 0.
+are left alone. Twin: reference.scrub_blocks.
 """
 
 import triton

@@ -58,6 +58,7 @@ def variants(capability: int) -> list[Variant]:
     for extra, changes in (("unchecked", {"CHECK": False}), ("e4m3 cache", {"FP8": True})):
         listed.append(attention(capability, LLAMA_8B, "bf16", extra, **changes))
         listed.append(rope(LLAMA_8B, "bf16", extra, **changes))
+    listed.append(scrub(LLAMA_8B, "u8", "e4m3 cache"))
     listed.append(attention(capability, LLAMA_8B, "fp16", "e4m3 cache", FP8=True))
     listed.append(attention(capability, SMOLLM2_135M, "bf16", "e4m3 cache", FP8=True))
     listed.append(attention(capability, LLAMA_70B, "bf16"))
@@ -117,13 +118,7 @@ def of_model(capability: int, model: Model, dtype: str) -> list[Variant]:
         ),
         product(model, dtype),
         product(model, dtype, is_head=True),
-        Variant(
-            f"scrub_blocks {label}",
-            scrub_blocks.scrub_blocks_kernel,
-            {"memory_ptr": pointer, "blocks_ptr": "*i64", "block_tags_ptr": "*i64", "num_blocks": "i32"},
-            {"SIZE": BLOCK_SIZE * model.num_kv_heads * model.head_size, "BLOCK": scrub_blocks.BLOCK},
-            launch.options(),
-        ),
+        scrub(model, dtype, dtype),
         Variant(
             f"gather_tags {label}",
             gather_tags.gather_tags_kernel,
@@ -170,11 +165,21 @@ def of_logits(model: Model) -> list[Variant]:
         Variant(
             f"top_k merge {model.name}",
             logits.top_k_merge_kernel,
-            {"best_ptr": "*i64", "value_ptr": "*fp32", "place_ptr": "*i64", "num_keys": "i32"},
+            {"best_ptr": "*i64", "place_ptr": "*i64", "num_keys": "i32"},
             {"KEYS": launch.power_of_two(num_pieces * k), "K": k},
             launch.options(logits.NUM_WARPS_MERGE),
         ),
     ]
+
+
+def scrub(model: Model, number: str, name: str) -> Variant:
+    return Variant(
+        f"scrub_blocks {model.name} {name}",
+        scrub_blocks.scrub_blocks_kernel,
+        {"memory_ptr": f"*{number}", "blocks_ptr": "*i64", "block_tags_ptr": "*i64", "num_blocks": "i32"},
+        {"SIZE": BLOCK_SIZE * model.num_kv_heads * model.head_size, "BLOCK": scrub_blocks.BLOCK},
+        launch.options(),
+    )
 
 
 def product(model: Model, dtype: str, *, is_head: bool = False) -> Variant:

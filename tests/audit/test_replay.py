@@ -315,8 +315,8 @@ def test_a_real_models_answers_are_said_again_unless_rows_change_places(tmp_path
     runner: Any = core._runner
     logits, done = runner.logits, []
 
-    def swapped(batch: Any) -> Any:
-        values = logits(batch)
+    def swapped(batch: Any, go_on: Any) -> Any:
+        values = logits(batch, go_on)
         if crossed and not done and len(batch.sampled_index) > 4:
             values[[0, 4]] = values[[4, 0]]
             done.append(batch)

@@ -88,6 +88,27 @@ def test_fair_keeps_its_bound_under_a_flood_and_fcfs_does_not() -> None:
     assert fair["quiet_ttft_p99_ratio"] < fcfs["quiet_ttft_p99_ratio"]
 
 
+def test_breaking_off_steps_spares_the_quiet_domain_their_rest() -> None:
+    plain, breaking = fairness.rows(["fair"], [4], num_steps=600, cost=COST, seed=1, break_off_percent=3)
+    assert (plain["break_off_percent"], breaking["break_off_percent"]) == (0, 3)
+    assert plain["steps_broken_off"] == plain["tokens_lost_ratio"] == 0
+    assert plain["quiet_rest_ratio"] > 2
+    assert breaking["quiet_ttft_p99_ratio"] <= 1.2
+    assert breaking["steps_broken_off"] == 14, "one for each visit"
+    assert 0 < breaking["tokens_lost_ratio"] <= 0.03
+    assert breaking["throughput_ratio"] >= 0.97 * plain["throughput_ratio"]
+    assert breaking["gap_tokens_max"] <= breaking["bound_tokens"]
+
+
+def test_who_arrives_during_a_step_that_is_not_broken_off_waits_for_its_end() -> None:
+    engine = VirtualEngine(COST, "fair")
+    first, second = engine.replay([Arrival(0.0, "a", [1] * 100, 1, 1), Arrival(0.01, "b", [2] * 50, 1, 1)])
+    step_s = COST.of(100, 100)
+    assert first.timeline.token_times_s == pytest.approx([step_s])
+    assert (second.rest_s, second.queue_s) == pytest.approx((step_s - 0.01, 0.0))
+    assert second.timeline.token_times_s == pytest.approx([step_s + COST.of(50, 50)])
+
+
 def test_gap_and_index_are_those_one_counts_by_hand() -> None:
     history = np.array([[0, 0, 0], [5, 0, 1], [5, 7, 2], [9, 8, 2]])
     assert fairness.widest_gap(history) == 7  # b gains 7 on a from step 1 to 2; a gains 5 on b before

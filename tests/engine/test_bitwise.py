@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 
 from engine.batch import Batch
 from engine.core import EngineCore
-from engine.events import NullObserver
+from engine.events import NullObserver, Observer
 from engine.model_runner import ModelRunner
 from engine.models.llama import LlamaModel
 from engine.models.llama_config import ModelConfig
 from engine.models.load import DTYPES
 from engine.models.weights import load_weights
 from engine.protocol import SamplingParams, Submit, TokenOutput
+from engine.scheduling.break_off import GoOn
 from engine.scheduling.tiers import TIERS
+from engine.sequence import Sequence
 from engine.text.tokenizer import read_json
 from kernels.cpu.backend import NativeBackend
 from tests.kernels.native import every_isa, isas
@@ -41,6 +43,7 @@ class Schedule:
     max_num_seqs: int = 8
     num_threads: int = 1
     seed: int = 0
+    break_chance: float = 0.0  # before each layer, that somebody comes for whom the step is to be broken off
 
 
 ALONE = Schedule()
@@ -58,10 +61,11 @@ class Recording(ModelRunner):
             num_blocks=schedule.num_blocks,
         )
         self.num_cached_tokens = 0
+        self.num_broken_off = 0
         self.seen: dict[tuple[str, int], NDArray[np.float32]] = {}
 
-    def logits(self, batch: Batch) -> NDArray[np.float32]:
-        logits = super().logits(batch)
+    def logits(self, batch: Batch, go_on: GoOn | None = None) -> NDArray[np.float32]:
+        logits = super().logits(batch, go_on)
         for row, index, position in zip(logits, batch.sampled_index, batch.sampled_positions.tolist(), strict=False):
             self.seen[batch.evidence.sequence_ids[index], position] = row.copy()
         rows = [part.index for part in batch.scored for _ in part.next_token_ids]
@@ -77,9 +81,10 @@ def play(
     schedule: Schedule,
     aborted: frozenset[str] = frozenset(),
     note: Callable[[TokenOutput], None] = lambda output: None,
+    make_observer: Callable[[Recording], Observer] = lambda runner: NullObserver(),
 ) -> tuple[dict[str, list[int]], Recording, tuple[int, int]]:
-    """Tokens by sequence, the recording and the number of preemptions without and with kept blocks. Arrivals and aborts
-    fall where the seed says."""
+    """Tokens by sequence, the recording and the number of preemptions without and with kept blocks. Arrivals, aborts,
+    and breaks fall where the seed says."""
     chance = random.Random(schedule.seed)
     torch.set_num_threads(schedule.num_threads)
     assert isinstance(model.backend, NativeBackend)
@@ -94,8 +99,10 @@ def play(
         max_batched_tokens=schedule.max_batched_tokens,
         max_num_seqs=schedule.max_num_seqs,
         max_waiting=100,
-        observer=NullObserver(),
+        observer=make_observer(runner),
+        break_off_percent=50 if schedule.break_chance else 0,
     )
+    core.break_offs.owed_now = lambda one: Sequence.of(one, arrival=0, model_digest="")
     coming = list(submits)
     chance.shuffle(coming)
     tokens: dict[str, list[int]] = {submit.sequence_id: [] for submit in submits}
@@ -103,8 +110,8 @@ def play(
         for _ in range(chance.choice([0, 1, 1, 3]) if core.has_work else 1):
             if coming:
                 assert core.add(coming.pop()) is None
-        result = core.step()
-        assert result.failure == ""
+        result = core.step(lambda: submits[:1] if chance.random() < schedule.break_chance else [])
+        assert (result.failure, result.incidents) == ("", [])
         for output in result.outputs:
             note(output)
             tokens[output.sequence_id] += output.token_ids
@@ -112,6 +119,7 @@ def play(
             if output.sequence_id in aborted and len(tokens[output.sequence_id]) > 3:
                 core.abort(output.sequence_id)
     torch.set_num_threads(1)
+    runner.num_broken_off = core.break_offs.num_broken_off
     num_kept = core.scheduler.num_preemptions_kept
     return tokens, runner, (core.scheduler.num_preemptions - num_kept, num_kept)
 

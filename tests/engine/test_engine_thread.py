@@ -6,11 +6,25 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from engine.engine_thread import Connection, EngineThread, Received
+from engine.engine_thread import Command, Connection, EngineThread, Received
+from engine.form_compiler import Compiled, FormCompiler
 from engine.journal import Journal, read_journals
-from engine.protocol import Drain, FrameReader, FromWorker, Incident, TokenOutput, decode_from_worker
+from engine.protocol import (
+    Abort,
+    Drain,
+    FrameReader,
+    FromWorker,
+    Incident,
+    SamplingParams,
+    TokenOutput,
+    decode_from_worker,
+)
+from engine.scheduling.break_off import Newcomers
 from engine.step_result import StepResult
+from tests.faults.stage import ParityMatcher
 from tests.strategies.integer_model import IntegerRunner, Watcher, continuation, decode, integer_core, submit
+
+FORMED = SamplingParams(2, temperature=0.0, grammar="even")
 
 
 class Harness:
@@ -96,14 +110,14 @@ def test_incidents_go_to_everybody_and_outputs_to_their_owner(harness: Harness) 
 def test_violations_in_too_many_steps_close_the_door(harness: Harness) -> None:
     steps = harness.core.step
 
-    def violating() -> StepResult:
+    def violating(newcomers: Newcomers | None = None) -> StepResult:
         number = harness.core.step_number
         if number < 3 and number != 1:  # steps 1 and 3
             harness.watcher.violations = [("foreign_block", (f"bad{number}",), ("a",), 0, "detail")]
         if number == 5:
             harness.thread.commands.put(Received(mine, submit("late", [1, 2], 2)))
             harness.thread.commands.put(Drain(60_000))
-        return steps()
+        return steps(newcomers)
 
     mine = connection()
     harness.core.step = violating  # type: ignore[method-assign]
@@ -127,8 +141,8 @@ def test_an_output_that_nobody_asked_for_is_dropped_and_everybody_else_goes_on(h
     if in_core:
         harness.core.add(submit("stranger", [7, 7], 9))
 
-    def crossed() -> StepResult:
-        result = step()
+    def crossed(newcomers: Newcomers | None = None) -> StepResult:
+        result = step(newcomers)
         if harness.core.step_number == 3 and not in_core:
             result.outputs.append(replace(result.outputs[0], sequence_id="stranger"))
         return result
@@ -164,3 +178,49 @@ def test_the_journal_is_written_before_the_frames(harness: Harness) -> None:
     last = {m.sequence_id: m.num_completion_tokens for _, m in harness.delivered if isinstance(m, TokenOutput)}
     records = read_journals(harness.journal.path.parent)
     assert {name: record.num_completion_tokens for name, record in records.items()} == last
+
+
+def test_who_comes_during_a_step_is_looked_at_and_obeyed_after_it_in_order(harness: Harness) -> None:
+    """What cannot enter the core with the next commands is no reason to break off a step."""
+    seen: list[list[str]] = []
+    steps, mine = harness.core.step, connection()
+    harness.core.matchers = ParityMatcher
+    forms = harness.thread._forms = FormCompiler(ParityMatcher, harness.thread.commands.put, lambda: 0.0)
+    compiled = Compiled(replace(submit("compiled", [1], 2), sampling=FORMED), ParityMatcher("even"))
+    forms._pending[compiled.submit.sequence_id] = (compiled.submit, 0.0)
+    forms._num_by_domain["a"] = 1
+    forgotten = Compiled(replace(submit("forgotten", [1], 2), sampling=FORMED), ParityMatcher("even"))
+    coming: list[Command] = [
+        Received(mine, submit("new", [1, 2], 2)),
+        Received(mine, replace(submit("formed", [1], 2), sampling=FORMED)),
+        Received(mine, submit("first", [1, 2], 2)),
+        Received(mine, submit("audit/replay", [1, 2], 2)),
+        Received(mine, submit("gone", [1, 2], 2)),
+        Received(mine, Abort("gone")),
+        compiled,
+        forgotten,
+        Compiled(replace(submit("broken", [1], 2), sampling=FORMED), None),
+    ]
+
+    def looking(newcomers: Newcomers | None = None) -> StepResult:
+        if newcomers is None:  # it drains
+            seen.append([])
+        elif not seen:
+            seen.append([one.sequence_id for one in newcomers()])
+            for command in coming:
+                harness.thread.commands.put(command)
+            seen.append([one.sequence_id for one in newcomers()])
+            harness.thread.commands.put(Received(mine, Drain(60_000)))
+            harness.thread.commands.put(Received(mine, submit("late", [1, 2], 2)))
+            seen.append([one.sequence_id for one in newcomers()])
+            assert set(harness.core._sequences) == {"first"}
+        return steps(newcomers)
+
+    harness.core.step = looking  # type: ignore[method-assign]
+    harness.thread.commands.put(Received(mine, submit("first", [1, 2], 2)))
+    harness.thread._owners["compiled"] = mine
+    assert harness.thread.run() == 0
+    assert seen[:3] == [[], ["new", "compiled"], []]
+    assert not any(seen[3:])
+    endings = harness.endings()
+    assert (endings["new"], endings["gone"], endings["late"], endings["compiled"]) == ("", "", "draining", "")

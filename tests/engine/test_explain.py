@@ -54,7 +54,14 @@ def test_every_op_has_a_source_that_is_there(tiny_model_dir: Path) -> None:
 def test_the_gpus_launch_parameters_are_the_tables(tmp_path: Path) -> None:
     shape = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "hidden_size": 16}
     write_tiny_model(tmp_path, num_hidden_layers=1, vocab_size=64, intermediate_size=16, **shape)
-    said = explain(config_of(tmp_path, "triton", kv_cache_dtype="fp8_e4m3", block_size=16))
+    said = explain(
+        config_of(tmp_path, "triton", kv_cache_dtype="fp8_e4m3", block_size=16, cuda_graphs="4, 1", max_num_seqs=4)
+    )
+    assert said["cuda_graphs"] == [1, 4]
+    sources = {op["op"]: op["source"] for op in said["ops"]}
+    assert sources["top"] == "kernels/gpu/logits.py"
+    assert sources["scrub"] == "kernels/gpu/scrub_blocks.py"
+    assert "kernels/gpu/gather_tags.py" in sources["check"]
     assert (said["instruction_set"], said["kv_cache_dtype"]) == ("interpreted", "fp8_e4m3")
     (attend,) = (op for op in said["ops"] if op["op"] == "attend")
     assert all((ROOT / path).is_file() for op in said["ops"] for path in op["source"].split(", "))
@@ -77,6 +84,7 @@ def test_the_command_prints_it_and_keeps_it(tiny_model_dir: Path, tmp_path: Path
     assert "torch-cpu" in done.stdout
     assert "relaxed" in done.stdout
     assert "kernels/torch_cpu.py" in done.stdout
+    assert "CUDA graphs" in done.stdout
 
 
 def test_where_no_worker_would_start_it_says_why(tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,5 +93,17 @@ def test_where_no_worker_would_start_it_says_why(tiny_model_dir: Path, capsys: p
     assert capsys.readouterr().err.splitlines() == [
         "kv_cache_dtype fp8_e4m3 wants BULKHEAD_KERNELS=triton: torch-cpu does not take it"
     ]
+    with pytest.raises(ConfigError, match="cuda_graphs wants BULKHEAD_KERNELS=triton: torch-cpu has none"):
+        explain(config_of(tiny_model_dir, "torch", cuda_graphs="1"))
     with pytest.raises(ConfigError, match="no model folder"):
         explain(config_of(tiny_model_dir / "nowhere", "torch"))
+
+
+@pytest.mark.parametrize("sizes", ["0", "9", "1,,2", "one", "-1", "1.5"])
+def test_sizes_of_graphs_are_checked_at_start(tmp_path: Path, sizes: str) -> None:
+    with pytest.raises(ConfigError, match="cuda_graphs must be numbers of rows from 1 to 8"):
+        config_of(tmp_path, "triton", cuda_graphs=sizes, max_num_seqs=8)
+    assert config_of(tmp_path, "triton", cuda_graphs=" 8, 2,8 ", max_num_seqs=8).graph_sizes == (2, 8)
+    many = ",".join(str(size) for size in range(1, 34))
+    with pytest.raises(ConfigError, match="32 sizes or fewer, not 33"):
+        config_of(tmp_path, "triton", cuda_graphs=many, max_num_seqs=64)

@@ -217,7 +217,7 @@ def test_long_grammars_have_room_until_their_sequences_end(house: House, monkeyp
 
 
 def test_a_broken_engine_tells_those_whose_forms_compile(house: House) -> None:
-    def broken() -> None:
+    def broken(newcomers: object) -> None:
         raise AssertionError("a broken invariant")
 
     house.core.step = broken  # type: ignore[assignment,method-assign]

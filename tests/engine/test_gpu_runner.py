@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from torch import Tensor
 
 from engine.batch import Batch
 from engine.cache.device_words import DeviceWords
@@ -15,6 +16,7 @@ from engine.model_runner import ModelRunner
 from engine.models.llama import LlamaModel
 from engine.models.load import load_model
 from engine.protocol import SamplingParams, Submit
+from engine.scheduling.break_off import GoOn
 from gateway.audit_observer import AuditObserver
 from kernels.gpu.backend import TritonBackend
 from tests.engine.test_kernel_ownership import Saboteur
@@ -33,7 +35,7 @@ class Recording(ModelRunner):
         model: LlamaModel,
         block_size: int = BLOCK_SIZE,
         kv_cache_dtype: str = "auto",
-        pad_to: tuple[int, ...] = (),
+        graph_sizes: tuple[int, ...] = (),
     ) -> None:
         super().__init__(
             model,
@@ -41,16 +43,17 @@ class Recording(ModelRunner):
             max_num_seqs=4,
             num_blocks=64,
             kv_cache_dtype=kv_cache_dtype,
-            pad_to=pad_to,
+            graph_sizes=graph_sizes,
         )
         self.seen: dict[tuple[str, int], NDArray[np.float32]] = {}
         self.num_rows: list[int] = []
 
-    def logits(self, batch: Batch) -> NDArray[np.float32]:
-        logits = super().logits(batch)
+    def launch(self, batch: Batch, go_on: GoOn | None = None) -> Tensor:
+        logits = super().launch(batch, go_on)
         assert self._arrays is not None
         self.num_rows.append(len(self._arrays.kv_lens))
-        for row, index, position in zip(logits, batch.sampled_index, batch.sampled_positions.tolist(), strict=True):
+        rows = logits.cpu().numpy()
+        for row, index, position in zip(rows, batch.sampled_index, batch.sampled_positions.tolist(), strict=True):
             self.seen[batch.evidence.sequence_ids[index], position] = row.copy()
         return logits
 

@@ -106,7 +106,7 @@ def test_a_refusal_that_names_nobody_ends_everyone() -> None:
         core.add(submit(name, [1, 2, 3], 5, domain=name))
     core.step()
 
-    def refuse(batch: object) -> object:
+    def refuse(batch: object, go_on: object) -> object:
         raise OwnershipError("a kernel refused")
 
     runner.execute = refuse  # type: ignore[method-assign,assignment]

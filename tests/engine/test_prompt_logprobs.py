@@ -12,6 +12,7 @@ from engine.batch import Batch
 from engine.models.llama import LlamaModel
 from engine.protocol import SamplingParams, Submit, TokenLogprob
 from engine.sampling.sampler import Picks, scored
+from engine.scheduling.break_off import GoOn
 from engine.scheduling.schedule import SCORED_TOKENS_MAX
 from engine.sequence import Sequence
 from tests.engine.test_bitwise import ALONE, TIERS_IN_TURN, Schedule, load, needs_native, play
@@ -25,10 +26,10 @@ SCORING = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, prompt_
 class Counting(LogitsRunner):
     """Notes how many places of each step were looked at."""
 
-    def execute(self, batch: Batch) -> Picks:
+    def execute(self, batch: Batch, go_on: GoOn | None = None) -> Picks:
         self.num_scored = [*getattr(self, "num_scored", []), len(batch.scored_tokens)]
         self.num_rows = [*getattr(self, "num_rows", []), len(batch.evidence.sequence_ids)]
-        return super().execute(batch)
+        return super().execute(batch, go_on)
 
 
 def test_a_prompt_that_is_in_the_cache_is_read_again_and_published_as_always() -> None:

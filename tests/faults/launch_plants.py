@@ -18,11 +18,11 @@ def after_approval(change: Callable[[Batch], Batch | None]) -> Plant:
 
     def plant(run: Run) -> None:
         def make(execute: Any) -> Any:
-            def faulty(batch: Batch) -> Any:
+            def faulty(batch: Batch, *rest: Any) -> Any:
                 wrong = change(batch) if run.core.step_number >= FIRST_STEP and run.reached_step < 0 else None
                 if wrong is not None:
                     run.reach()
-                return execute(batch if wrong is None else wrong)
+                return execute(batch if wrong is None else wrong, *rest)
 
             return faulty
 
@@ -163,8 +163,8 @@ def late_scrub(run: Run) -> None:
         return faulty
 
     def make_execute(execute: Any) -> Any:
-        def faulty(batch: Batch) -> Any:
-            picks = execute(batch)
+        def faulty(batch: Batch, *rest: Any) -> Any:
+            picks = execute(batch, *rest)
             run.runner.scrub(late)
             late.clear()
             return picks
@@ -180,9 +180,9 @@ def dirty_at_start(run: Run) -> None:
     run.runner.slots[:] = 5
 
     def make(execute: Any) -> Any:
-        def faulty(batch: Batch) -> Any:
+        def faulty(batch: Batch, *rest: Any) -> Any:
             run.reach()
-            return execute(batch)
+            return execute(batch, *rest)
 
         return faulty
 

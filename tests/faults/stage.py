@@ -16,14 +16,17 @@ from numpy.typing import NDArray
 
 from engine.batch import Batch
 from engine.core import EngineCore
+from engine.errors import BrokenOffError
 from engine.events import KernelArrays, NullObserver, Observer, SamplingState
 from engine.own_runs import OwnRuns as EngineOwnRuns
 from engine.protocol import SamplingParams, Submit, TokenLogprob, TokenOutput
 from engine.sampling.row import Row
 from engine.sampling.sampler import Picks, pick, scored
+from engine.scheduling.break_off import GoOn
 from engine.scheduling.tiers import TIERS
 from gateway.audit_observer import AuditObserver
 from gateway.own_runs import OwnRuns, OwnRunSettings
+from tests.strategies.integer_model import compute_layers
 
 VOCAB_SIZE = 64
 NUM_WHOLE = 32  # tokens that are whole letters
@@ -99,7 +102,7 @@ class PlainRunner:
         told: list[int] = self.slots[blocks].reshape(-1)[:last].tolist()
         return told
 
-    def execute(self, batch: Batch) -> Picks:
+    def execute(self, batch: Batch, go_on: GoOn | None = None) -> Picks:
         evidence = batch.evidence
         arrays = KernelArrays(
             batch.token_ids,
@@ -112,6 +115,11 @@ class PlainRunner:
             evidence.block_tables,
             evidence.slot_mapping,
         )
+        try:
+            compute_layers(self.slots.reshape(-1), arrays.slot_mapping, go_on)
+        except BrokenOffError as broken:
+            broken.arrays = arrays
+            raise
         self.slots.reshape(-1)[arrays.slot_mapping] = arrays.token_ids + 1 + VOCAB_SIZE * arrays.positions
         picks = Picks(np.zeros(len(batch.sampled_rows), dtype=np.int64), {}, {}, arrays)
         logits = [logits_of(self.seen(arrays, index)) for index in arrays.wanted.tolist()]
@@ -317,6 +325,7 @@ def prepare(audited: bool, *, replay_percent: int = 100, canaries: bool = False)
         max_batched_tokens=16,
         max_num_seqs=5,
         max_waiting=100,
+        break_off_percent=50,
         observer=observer,
         matchers=ParityMatcher,
     )

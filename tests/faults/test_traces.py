@@ -17,11 +17,14 @@ from tests.strategies.engine_traces import (
     Act,
     Asked,
     World,
+    floods,
     perform,
     requests,
     traces,
+    visits,
     with_other_content,
 )
+from tests.strategies.integer_model import NUM_LAYERS
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 NUM_PARTS = 10
@@ -41,6 +44,14 @@ class EngineMachine(RuleBasedStateMachine):
     def flood(self, domain: str, number: int) -> None:
         sampling = SamplingParams(6, temperature=0.0, ignore_eos=True)
         self.world.ask(Asked(domain, b"", (*range(9),), sampling, "batch", number))
+
+    @rule(asked=visits(), layer=st.integers(0, NUM_LAYERS))
+    def come_during_a_step(self, asked: Asked, layer: int) -> None:
+        self.world.come(asked, layer)
+
+    @rule(asked=floods())
+    def ask_for_more_than_a_share(self, asked: Asked) -> None:
+        self.world.ask(asked)
 
     @rule(number=st.integers(1, 4))
     def steps(self, number: int) -> None:

@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 
-from gateway.commands.bench_kernels import table_of
+from gateway.commands.bench_kernels import steps_table, table_of
 from kernels import bench
+from kernels.call_times import CALLS, inside
+from kernels.cpu.backend import NativeBackend
+from kernels.cpu.library import load
 from tests.kernels.native import isas
 
 
@@ -24,7 +27,35 @@ def test_every_op_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     }
     for figure in figures:
         assert figure["ours_us"] > 0
+        assert figure["library_us"] > 0
         assert figure["twin_us"] > 0
         assert figure["torch_us"] > 0
         assert figure["gb_per_s"] == pytest.approx(figure["bytes"] / figure["ours_us"] / 1e3, rel=0.05, abs=0.01)
     assert table_of(figures).row_count == len(figures)
+    assert [step["rows"] for step in result["steps"]] == [1, 2]
+    for step in result["steps"]:
+        parts = step["norms_ms"] + step["rope_ms"] + step["activation_ms"]
+        assert step["together_ms"] == pytest.approx(parts, abs=0.01)
+        assert step["library_ms"] > 0
+        assert step["warm_ms"] > 0
+        assert step["together_ms"] < step["step_ms"], "products and attention take time, too"
+    assert steps_table(result["steps"]).row_count == 2
+    chunk = result["chunk"]
+    products = [figure["ours_us"] for figure in figures if figure["case"] == "33 rows bfloat16"]
+    assert len(products) == len(bench.LAYER_PRODUCTS)
+    assert chunk["products_us"] == pytest.approx(sum(products), abs=0.1)
+    assert chunk["share"] == pytest.approx(chunk["attention_us"] / chunk["products_us"], abs=0.001)
+
+
+@pytest.mark.skipif(not isas(), reason="no native kernels: install a C++ compiler, run make native")
+def test_what_is_spent_inside_counts_every_call_and_the_library_is_as_it_was() -> None:
+    backend, library = NativeBackend(), load()
+    before = {name: getattr(library, name) for name in CALLS}
+    with inside(library) as spent:
+        backend.silu_and_mul(torch.zeros((64, 4096)))
+        first = spent.seconds
+        backend.silu_and_mul(torch.zeros((64, 4096)))
+    assert 0 < first < spent.seconds
+    assert {name: getattr(library, name) for name in CALLS} == before
+    functions = {name for name in vars(library) if callable(getattr(library, name))}
+    assert functions - {"_loaded"} == set(CALLS), "a new op is timed, too"

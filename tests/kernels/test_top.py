@@ -91,3 +91,15 @@ def test_rows_are_found_alike_in_any_company(isa: str, count: int) -> None:
         for num_rows in ROW_COUNTS:
             rows = torch.from_numpy(np.random.default_rng(num_rows).permutation(257)[:num_rows])
             assert torch.equal(backend.top(logits[rows], count)[0], wanted[rows])
+
+
+@every_isa
+@pytest.mark.parametrize("kind", ["noise", "ties", "tiny", "peaks"])
+@pytest.mark.parametrize("count", [999, 1000, 2048, 2049])
+def test_both_ways_of_sorting_agree(isa: str, kind: str, count: int) -> None:
+    """From a thousand wanted on keys are sorted digit by digit: numbers that differ in their last digit alone are still
+    in order."""
+    logits = logits_of(kind, 2, 2049, 7)
+    logits[1, 1::2] = torch.nextafter(logits[1, :-1:2], torch.tensor(math.inf))
+    ids, _ = NativeBackend(isa, 1).top(logits, count)
+    assert torch.equal(ids, reference.top(logits, count)[0])

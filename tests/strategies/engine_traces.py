@@ -5,6 +5,7 @@ truth beside it.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from engine.protocol import SamplingParams, Submit, TokenOutput
 from engine.scheduling.tiers import TIERS
 from gateway.audit_observer import AuditObserver
 from tests.faults.stage import ALIKE, BLOCK_SIZE, VOCAB_SIZE, Received, Run, prepare, run_again, truth, written
+from tests.strategies.integer_model import NUM_LAYERS
 
 DOMAINS = ("a", "b", "c")
 NUM_STEPS_MAX = 3_000
@@ -33,8 +35,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Act:
-    """What happens next: ``ask``, ``step`` a number of times, ``abort`` the n-th that is alive, ``evict`` or ``leave``
-    (everything of a domain is aborted and forgotten)."""
+    """What happens next: ``ask``, ``come`` (asked while the next step computes its n-th layer), ``step`` so often,
+    ``abort`` the n-th that is alive, ``evict`` or ``leave`` (all of a domain is aborted and forgotten)."""
 
     kind: str
     number: int = 1
@@ -72,11 +74,29 @@ def requests() -> st.SearchStrategy[Asked]:
     )
 
 
+def floods() -> st.SearchStrategy[Asked]:
+    """More than twice one's share of the rows, so that others' first tokens are owed."""
+    sampling = st.integers(2, 9).map(lambda num: SamplingParams(num, temperature=0.0, ignore_eos=True))
+    prompts = st.integers(1, 30).map(lambda num: tuple(range(num)))
+    domains = st.sampled_from(DOMAINS)
+    return st.builds(Asked, domains, st.just(b""), prompts, sampling, st.just("default"), st.integers(5, 9))
+
+
+def visits() -> st.SearchStrategy[Asked]:
+    """What may be owed its first token: one short prompt."""
+    prompts = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=8).map(tuple)
+    return st.builds(Asked, st.sampled_from(DOMAINS), st.just(b""), prompts, samplings())
+
+
 def traces() -> st.SearchStrategy[list[Act]]:
     ask = st.builds(lambda asked: Act("ask", asked=asked), requests())
+    come = st.builds(lambda asked, layer: Act("come", layer, asked=asked), visits(), st.integers(0, NUM_LAYERS))
     step = st.builds(lambda number: Act("step", number), st.integers(1, 5))
     others = st.builds(Act, st.sampled_from(["abort", "evict", "leave"]), st.integers(0, 9), st.sampled_from(DOMAINS))
-    return st.lists(ask | ask | ask | step | step | others, min_size=5, max_size=18)
+    flood = st.builds(lambda asked: Act("ask", asked=asked), floods())
+    rush = st.tuples(flood, step, come, step, come, st.just(Act("step", 3)))
+    single = (ask | ask | ask | step | step | others).map(lambda act: (act,))
+    return st.lists(single | single | single | rush, min_size=5, max_size=18).map(lambda parts: [*chain(*parts)])
 
 
 def renamed(asked: Asked) -> Asked:
@@ -102,6 +122,8 @@ class World:
     domain_of: dict[str, str] = field(default_factory=dict)
     alive: list[str] = field(default_factory=list)
     num_asked: int = 0
+    coming: list[tuple[int, Submit]] = field(default_factory=list)  # and the layer
+    num_broken_off: int = 0
 
     def __post_init__(self) -> None:
         self._listen()
@@ -110,6 +132,9 @@ class World:
         if act.kind == "ask":
             assert act.asked is not None
             self.ask(act.asked)
+        elif act.kind == "come":
+            assert act.asked is not None
+            self.come(act.asked, act.number)
         elif act.kind == "step":
             for _ in range(act.number):
                 self.step()
@@ -123,19 +148,32 @@ class World:
             self.run.core.pool.forget_domains([act.domain])
 
     def ask(self, asked: Asked) -> None:
+        for submit in self._submits(asked):
+            self._enter(submit)
+
+    def come(self, asked: Asked, layer: int) -> None:
+        self.coming += [(layer, submit) for submit in self._submits(asked)]
+
+    def _submits(self, asked: Asked) -> list[Submit]:
         self.num_asked += 1
+        submits = []
         for choice in range(asked.num_choices):
             name = f"s{self.num_asked}.{choice}"
             fields = {one: getattr(asked.sampling, one) for one in SamplingParams.__struct_fields__}
             sampling = SamplingParams(**fields | {"seed": asked.sampling.seed + 1_000 * choice})
-            submit = Submit(name, asked.domain, asked.salt, list(asked.prompt), sampling, priority=TIERS[asked.tier])
-            refused = self.run.core.add(submit)
-            if refused is not None:
-                assert refused.error == "busy"
-                continue
-            self.received[name] = Received(submit, truth(submit))
-            self.domain_of[name] = asked.domain
-            self.alive.append(name)
+            submits.append(
+                Submit(name, asked.domain, asked.salt, list(asked.prompt), sampling, priority=TIERS[asked.tier])
+            )
+        return submits
+
+    def _enter(self, submit: Submit) -> None:
+        refused = self.run.core.add(submit)
+        if refused is not None:
+            assert refused.error == "busy"
+            return
+        self.received[submit.sequence_id] = Received(submit, truth(submit))
+        self.domain_of[submit.sequence_id] = submit.domain
+        self.alive.append(submit.sequence_id)
 
     def abort(self, name: str) -> None:
         ending = self.run.core.abort(name)
@@ -143,7 +181,24 @@ class World:
         self._take([ending])
 
     def step(self) -> None:
-        result = self.run.core.step()
+        layers, told = iter(range(1, NUM_LAYERS + 1)), 0
+
+        def newcomers() -> list[Submit]:
+            nonlocal told
+            layer, new = next(layers), self.coming[told:]
+            new = [submit for at, submit in new if at <= layer]
+            told += len(new)
+            return new
+
+        self.coming.sort(key=lambda one: one[0])
+        result = self.run.core.step(newcomers)
+        if self.run.core.break_offs.num_broken_off > self.num_broken_off:
+            self.num_broken_off += 1
+            assert not result.outputs
+            self.transcript.append((self.run.core.step_number, "broken off"))
+        coming, self.coming = self.coming, []
+        for _, submit in coming:
+            self._enter(submit)
         assert not result.incidents, result.incidents
         assert not result.failure, result.failure
         self._take(result.outputs)
@@ -165,7 +220,7 @@ class World:
         """To the end of everything, and everything again alone; then no block is lost and everybody has had the whole
         answer."""
         for _ in range(NUM_STEPS_MAX):
-            if not self.run.core.has_work:
+            if not self.run.core.has_work and not self.coming:
                 break
             self.step()
         assert not self.alive
@@ -177,6 +232,7 @@ class World:
     def restart(self) -> None:
         """A new worker; what ran is gone."""
         self.run = prepare(audited=True)
+        self.num_broken_off = 0
         self.alive.clear()
         self._listen()
 

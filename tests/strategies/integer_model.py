@@ -11,15 +11,27 @@ from numpy.typing import NDArray
 
 from engine.batch import Batch
 from engine.core import EngineCore
+from engine.errors import BrokenOffError
 from engine.events import EngineEvent, NullObserver, Observer, SamplingState, StepEvidence, Violation
 from engine.protocol import SamplingParams, Submit, TokenLogprob
 from engine.sampling.row import Row
 from engine.sampling.sampler import NOT_FINITE, Pick, Picks, pick, scored
+from engine.scheduling.break_off import GoOn
 from engine.scheduling.order import WAIT_MAX_TOKENS
 from engine.scheduling.tiers import TIERS
 
 VOCAB_SIZE = 64
 EOS_TOKEN_ID = 0
+NUM_LAYERS = 4  # between which a launch can be broken off
+HALF_DONE = 1 << 40  # what a slot holds of which not all layers are written
+
+
+def compute_layers(slots: NDArray[np.int64], written: NDArray[np.int64], go_on: GoOn | None) -> None:
+    """A launch as far as its cache goes: what it writes into ``slots`` is of no use before its last layer."""
+    for layer in range(1, NUM_LAYERS + 1):
+        slots[written] = HALF_DONE + layer
+        if go_on is not None and not go_on(layer / NUM_LAYERS):
+            raise BrokenOffError(layer / NUM_LAYERS)
 
 
 def next_token(token_ids: list[int]) -> int:
@@ -64,8 +76,9 @@ class IntegerRunner:
     def scrub(self, block_ids: list[int]) -> None:
         self.slots.reshape(-1, self.block_size)[block_ids] = 0
 
-    def execute(self, batch: Batch) -> Picks:
+    def execute(self, batch: Batch, go_on: GoOn | None = None) -> Picks:
         evidence = batch.evidence
+        compute_layers(self.slots, evidence.slot_mapping, go_on)
         self.slots[evidence.slot_mapping] = batch.token_ids + 1
         if evidence.step in self.fail_steps:
             raise RuntimeError("the launch failed, half of it done")
@@ -196,6 +209,7 @@ def integer_core(
     scheduling: str = "fair",
     wait_max_tokens: int = WAIT_MAX_TOKENS,
     max_prompt_tokens: int = 0,
+    break_off_percent: int = 0,
     prefix_cache: bool = True,
     context_max: int = 1000,
     cache_floor_percent: int = 0,
@@ -219,6 +233,7 @@ def integer_core(
         scheduling=scheduling,
         wait_max_tokens=wait_max_tokens,
         max_prompt_tokens=max_prompt_tokens,
+        break_off_percent=break_off_percent,
         prefix_cache=prefix_cache,
         cache_floor_percent=cache_floor_percent,
         cache_ceiling_percent=cache_ceiling_percent,

@@ -143,7 +143,7 @@ constexpr int64_t PANELS_PER_PIECE_MIN = 2;  // some microseconds of work
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int bulkhead_abi() {
-    return 6;
+    return 7;
 }
 
 // Name of the i-th instruction set that was built, best first; null beyond the last.
@@ -184,7 +184,9 @@ EXPORT void bulkhead_attention(int isa, const AttentionArgs* args) {
     const Ops* ops = ISAS[isa].ops;
     const int64_t num_heads = args->num_kv_heads;
     const int64_t chunk = args->num_items >= ITEMS_PER_THREAD_MIN * pool().num_threads() ? num_heads : 1;
-    const AttentionJob job{args, ops, static_cast<size_t>(ops->attention_scratch(args)), args->num_items * num_heads, chunk};
+    AttentionArgs all = *args;
+    all.items_apart = pool().num_threads();
+    const AttentionJob job{&all, ops, static_cast<size_t>(ops->attention_scratch(args)), args->num_items * num_heads, chunk};
     pool().run(
         [](const void* context, int64_t piece) {
             const auto* j = static_cast<const AttentionJob*>(context);

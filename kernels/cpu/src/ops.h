@@ -63,6 +63,7 @@ struct AttentionArgs {
     int32_t table_width, num_heads, num_kv_heads, head_size, block_size, dtype;
     float scale, soft_cap;        // 0: no cap
     int32_t item_tokens_max, window;  // 0: no window
+    int32_t items_apart;  // from an item to the next that the same thread is likely to get: set by the library
 };
 
 struct ProductArgs {

@@ -90,11 +90,32 @@ template <class T> inline vf load_part(const T* p, int n) {
     return load(lanes);
 }
 
+#if W == 16  // instead of a call of memcpy, and a wait for its bytes
+
+inline vf load_part(const float* p, int n) {
+    return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+
+inline vf load_part(const bf16* p, int n) {
+    const __m256i h = _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+    return (vf)((vu)_mm512_maskz_cvtepu16_epi32(0xffff, h) << 16);
+}
+
+#endif
+
 template <class T> inline void store_part(T* p, vf v, int n) {
     T lanes[W];
     store(lanes, v);
     __builtin_memcpy(p, lanes, sizeof(T) * (size_t)n);
 }
+
+#if W == 16
+
+inline void store_part(float* p, vf v, int n) {
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+}
+
+#endif
 
 inline int upto(int64_t left) {
     return left < W ? (int)left : W;
@@ -157,8 +178,8 @@ template <int STEP, int... I> inline void exchange(vf& a, vf& b, Lanes<I...>) {
     a = lower;
 }
 
-// W vectors as a square: lane j of v[i] and lane i of v[j] change places.
-template <int STEP = W / 2> inline void transpose(vf* v) {
+// W vectors as a square: lane j of v[i] and lane i of v[j] change places. In registers, so never a call.
+template <int STEP = W / 2> __attribute__((always_inline)) inline void transpose(vf* v) {
 #pragma GCC unroll 16
     for (int i = 0; i < W; i++)
         if (!(i & STEP))

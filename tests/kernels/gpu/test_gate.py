@@ -47,6 +47,7 @@ def test_every_kernel_compiles_for_every_gpu_as_the_table_says() -> None:
         (replace(GOOD, shared=4097), GOOD, ["shared memory"]),
         (replace(GOOD, stack=8), GOOD, ["spills"]),
         (replace(GOOD, spills=1), GOOD, ["spills"]),
+        (replace(GOOD, scratch=128), GOOD, ["scratch memory"]),
         (replace(GOOD, matrix="mma.sync"), GOOD, ["matrix instruction"]),
         (replace(GOOD, matrix=""), GOOD, ["no matrix instruction", "matrix instruction none"]),
         (replace(GOOD, shared=1 << 20), replace(GOOD, shared=1 << 20), ["the GPU has"]),

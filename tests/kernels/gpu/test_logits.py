@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels import reference
-from kernels.gpu.logits import PIECE, TOP_K_MAX, greedy, top_k
+from kernels.gpu.logits import PIECE, TOP_K_MAX, top
 from tests.kernels.gpu.steps import DEVICE, few
 
 SIZES = st.sampled_from([1, 2, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 7])
@@ -30,14 +30,20 @@ KINDS = st.sampled_from(["few", "bits", "normal"])
 
 
 @few
-@given(num_rows=st.integers(0, 3), size=SIZES, seed=st.integers(0, 999), kind=KINDS)
-def test_greedy_is_the_first_of_the_largest(num_rows: int, size: int, seed: int, kind: str) -> None:
-    logits = rows(num_rows, size, seed, kind)
-    places, is_finite = greedy(logits.to(DEVICE))
-    assert places.dtype == torch.int64
+@given(
+    num_rows=st.integers(0, 3),
+    size=SIZES,
+    count=st.sampled_from([1, 2, 5, TOP_K_MAX]),
+    seed=st.integers(0, 999),
+    kind=KINDS,
+)
+def test_it_finds_what_a_stable_sort_begins_with(num_rows: int, size: int, count: int, seed: int, kind: str) -> None:
+    logits, count = rows(num_rows, size, seed, kind), min(count, size)
+    columns, is_finite = top(logits.to(DEVICE), count)
+    assert columns.dtype == torch.int64
     assert is_finite.all()
-    assert places.tolist() == [int(row.argmax()) for row in logits.numpy()]
-    assert torch.equal(places.cpu(), reference.greedy(logits)[0])
+    assert torch.equal(columns.cpu(), reference.top(logits, count)[0])
+    assert columns[:, 0].tolist() == [int(row.argmax()) for row in logits.numpy()], "zeros of either sign are equal"
 
 
 @few
@@ -46,40 +52,32 @@ def test_greedy_is_the_first_of_the_largest(num_rows: int, size: int, seed: int,
     at=st.integers(0, 3 * PIECE),
     number=st.sampled_from([np.nan, -np.nan, np.inf, -np.inf]),
     largest=st.booleans(),
+    count=st.sampled_from([1, 3]),
 )
-def test_a_number_that_is_not_one_is_told_of_its_row_alone(size: int, at: int, number: float, largest: bool) -> None:
-    logits = rows(3, size, 1, "normal")
+def test_a_number_that_is_not_one_is_told_of_its_row_alone(
+    size: int, at: int, number: float, largest: bool, count: int
+) -> None:
+    logits, count = rows(3, size, 1, "normal"), min(count, size)
     if largest:
         logits[:, -1] = 1e30
     logits[1, at % size] = number
-    places, is_finite = greedy(logits.to(DEVICE))
-    twin = reference.greedy(logits)
+    columns, is_finite = top(logits.to(DEVICE), count)
+    twin = reference.top(logits, count)
     assert is_finite.tolist() == twin[1].tolist() == [True, False, True]
-    assert places[[0, 2]].tolist() == twin[0][[0, 2]].tolist()
-
-
-@few
-@given(size=SIZES, k=st.sampled_from([1, 2, 5, TOP_K_MAX]), seed=st.integers(0, 999), kind=KINDS)
-def test_top_k_is_what_a_stable_sort_begins_with(size: int, k: int, seed: int, kind: str) -> None:
-    k = min(k, size)
-    logits = rows(2, size, seed, kind)
-    values, places = top_k(logits.to(DEVICE), k)
-    want = reference.top_k(logits, k)
-    assert torch.equal(places.cpu(), want[1])
-    assert torch.equal(values.cpu(), want[0]), "zeros of either sign are equal"
-    assert torch.equal(places.cpu()[:, 0], reference.greedy(logits)[0])
+    assert columns[[0, 2]].tolist() == twin[0][[0, 2]].tolist()
 
 
 def test_a_row_has_its_answer_whatever_its_company() -> None:
     logits = rows(3, PIECE + 9, 5, "few").to(DEVICE)
-    together = (*greedy(logits), *top_k(logits, 7))
+    together = (top(logits, 1), top(logits, 7))
     for row in range(3):
         alone = logits[row : row + 1].contiguous()
-        for ours, theirs in zip((*greedy(alone), *top_k(alone, 7)), together, strict=True):
-            assert torch.equal(ours[0], theirs[row])
+        for ours, theirs in zip((top(alone, 1), top(alone, 7)), together, strict=True):
+            assert torch.equal(ours[0][0], theirs[0][row])
+            assert torch.equal(ours[1][0], theirs[1][row])
 
 
-@pytest.mark.parametrize("k", [0, TOP_K_MAX + 1])
-def test_more_than_a_program_holds_is_refused(k: int) -> None:
+@pytest.mark.parametrize("count", [0, TOP_K_MAX + 1])
+def test_more_than_a_program_holds_is_refused(count: int) -> None:
     with pytest.raises(AssertionError):
-        top_k(torch.zeros((1, 2 * TOP_K_MAX), device=DEVICE), k)
+        top(torch.zeros((1, 2 * TOP_K_MAX), device=DEVICE), count)
