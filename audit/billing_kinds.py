@@ -22,6 +22,18 @@ BILLING_KINDS = (
     Kind("price.drafted", 1, "A price was drafted; it charges nobody.", texts("draft_id", "model", "tier")),
     Kind("price.discarded", 1, "A draft of a price was thrown away.", texts("draft_id", "model", "tier")),
     Kind(
+        "price.withdrawn",
+        1,
+        "A scheduled price was taken back before it was in force: it never charged anybody.",
+        (*texts("price_id", "model", "tier", "currency", "reason"), *counts("effective_from_ns")),
+    ),
+    Kind(
+        "credit.limit_set",
+        1,
+        "A tenant became post-paid up to this limit, or pre-paid again where it is 0.",
+        (*texts("transfer_id", "reason"), *counts("limit_nano_usd")),
+    ),
+    Kind(
         "invoice.issuer_set",
         1,
         "Who sells was written down, or changed for documents to come.",

@@ -82,7 +82,7 @@ _ALL = (
         "An answer was given again under its idempotency key; nothing was run or charged.",
         _text("request_id", "original_request_id", "key_id"),
     ),
-    Kind("tenant.created", 1, "A tenant was created.", _text("organisation_id", "name")),
+    Kind("tenant.created", 2, "A tenant was created.", _text("organisation_id", "name", "currency")),
     Kind("project.created", 1, "A project of a tenant was created.", _text("project_id", "name")),
     Kind(
         "tenant.status_changed",

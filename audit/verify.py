@@ -63,7 +63,7 @@ KINDS: dict[str, dict[int, str]] = {
         "amount_nano_usd:d outcome:s"
     },
     "request.replayed": {1: "request_id:s original_request_id:s key_id:s"},
-    "tenant.created": {1: "organisation_id:s name:s"},
+    "tenant.created": {1: "organisation_id:s name:s", 2: "organisation_id:s name:s currency:s"},
     "tenant.status_changed": {1: "status:s reason:s"},
     "tenant.deleted": {1: "name:s reason:s num_keys_revoked:i credit_nano_usd:d"},
     "key.created": {
@@ -81,6 +81,8 @@ KINDS: dict[str, dict[int, str]] = {
     },
     "price.drafted": {1: "draft_id:s model:s tier:s"},
     "price.discarded": {1: "draft_id:s model:s tier:s"},
+    "price.withdrawn": {1: "price_id:s model:s tier:s currency:s reason:s effective_from_ns:d"},
+    "credit.limit_set": {1: "transfer_id:s reason:s limit_nano_usd:d"},
     "invoice.issuer_set": {1: "issuer_id:s number_prefix:s name:s tax_id:s payment_days:i"},
     "invoice.buyer_set": {1: "issuer_id:s name:s tax_id:s tax_rate_bp:i terms:s"},
     "invoice.drafted": {1: "invoice_id:s corrects_id:s invoice_kind:s since_ns:d until_ns:d"},

@@ -20,6 +20,7 @@ from tenancy import (
     budgets,
     closing,
     corrections,
+    credit_line,
     directory,
     failure_policy,
     keys,
@@ -34,6 +35,7 @@ from tenancy.credits import CreditKind
 from tenancy.failure_policy import FailurePolicy
 from tenancy.key_rules import UNRESTRICTED, KeyRules
 from tenancy.periods import Period
+from tenancy.posting import CURRENCY
 from tenancy.price_book import PriceTerms
 
 Body = dict[str, str | int | bool | list[str]]
@@ -49,7 +51,7 @@ class Clerk:
     entropy: Callable[[int], bytes]
     now_ns: int
 
-    async def create_tenant(self, name: str, *, organisation: str) -> tuple[str, str]:
+    async def create_tenant(self, name: str, *, organisation: str, currency: str = CURRENCY) -> tuple[str, str]:
         """A new organisation of that name (or the one that exists), a tenant, and its project `default`: their ids."""
         owner = await directory.get_organisation_by_name(self.conn, organisation)
         if owner is None:
@@ -57,12 +59,13 @@ class Clerk:
                 self.conn, organisation, entropy=self.entropy, now_ns=self.now_ns
             )
         tenant = await directory.create_tenant(
-            self.conn, owner.organisation_id, name, entropy=self.entropy, now_ns=self.now_ns
+            self.conn, owner.organisation_id, name, entropy=self.entropy, now_ns=self.now_ns, currency=currency
         )
         project = await directory.create_project(
             self.conn, tenant.tenant_id, "default", entropy=self.entropy, now_ns=self.now_ns
         )
-        await self._log("tenant.created", tenant.tenant_id, {"organisation_id": owner.organisation_id, "name": name})
+        created: Body = {"organisation_id": owner.organisation_id, "name": name, "currency": currency}
+        await self._log("tenant.created", tenant.tenant_id, created)
         return tenant.tenant_id, project.project_id
 
     async def create_project(self, tenant_id: str, name: str) -> directory.Project:
@@ -297,6 +300,21 @@ class Clerk:
             "amount_nano_usd": abs(amount_nano_usd),
         }
         await self._log("credit.adjusted", tenant_id, body)
+
+    async def set_credit_limit(self, tenant_id: str, limit_nano_usd: int, reason: str) -> bool:
+        """Make a tenant post-paid up to a limit, or with 0 pre-paid again. False: the limit was that already.
+
+        Raises CreditLineError.
+        """
+        transfer_id = new_id("trf", self.entropy)
+        line = await credit_line.set_limit(
+            self.conn, tenant_id, limit_nano_usd, transfer_id=transfer_id, now_ns=self.now_ns, memo=reason
+        )
+        if line is None:
+            return False
+        body: Body = {"transfer_id": transfer_id, "limit_nano_usd": limit_nano_usd, "reason": reason}
+        await self._log("credit.limit_set", tenant_id, body)
+        return True
 
     async def set_budget(
         self, kind: BudgetScope, scope_id: str, period: Period, *, hard: bool, limit_nano_usd: int

@@ -47,6 +47,21 @@ class PriceClerk:
         terms = await price_book.discard_draft(self.conn, draft_id, now_ns=self.now_ns)
         await self._log("price.discarded", {"draft_id": draft_id, "model": terms.model, "tier": terms.tier})
 
+    async def withdraw(self, price_id: str, reason: str) -> Price:
+        """A repeat changes and logs nothing. Raises PriceMissingError or PriceConflictError."""
+        price, is_new = await price_book.withdraw(self.conn, price_id, now_ns=self.now_ns)
+        if is_new:
+            body: dict[str, Value] = {
+                "price_id": price_id,
+                "model": price.model,
+                "tier": price.tier,
+                "currency": price.currency,
+                "reason": reason,
+                "effective_from_ns": price.effective_from_ns,
+            }
+            await self._log("price.withdrawn", body)
+        return price
+
     async def _log_added(self, price: Price) -> None:
         body: dict[str, Value] = {
             "price_id": price.price_id,

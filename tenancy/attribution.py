@@ -8,8 +8,10 @@
 
 An engine does not report yet how long its steps took nor which sequences were in them, so a request that waits counts
 as one that is served, and a long prompt's step as a short one's. Beside the share stand the counts that drive cost:
-prefill tokens (prompt less what the cache had), decode steps (one for each token of an answer), and token-seconds in
-the cache, as if an answer grew evenly. Rows are of requests that have ended; those still in flight count when they end.
+prefill tokens (prompt less what the cache had), decode steps (one for each token of an answer), and token-seconds and
+block-seconds in the cache, as if an answer grew evenly: a block is held whole from its first token on, and one that
+several requests share counts for each of them. Rows are of requests that have ended; those still in flight count when
+they end.
 """
 
 from collections.abc import Iterable
@@ -50,6 +52,7 @@ class Share:
     num_prefill_tokens: int = 0
     num_decode_steps: int = 0
     cache_token_seconds: int = 0
+    cache_block_ns: int = 0
     revenue_nano_usd: int = 0
 
 
@@ -61,8 +64,11 @@ class Attribution:
     idle_ns: int
 
 
-def attribute(spans: Iterable[Span], since_ns: int, until_ns: int) -> Attribution:
-    """Share [since_ns, until_ns) between the spans and idleness. Spans may begin before it and end after it."""
+def attribute(spans: Iterable[Span], since_ns: int, until_ns: int, *, block_size: int) -> Attribution:
+    """Share [since_ns, until_ns) between the spans and idleness. Spans may begin before it and end after it.
+
+    `block_size`: tokens in a block of the engine's cache.
+    """
     shares: dict[str, Share] = {}
     changes: list[tuple[int, str, int]] = []
     for span in spans:
@@ -73,6 +79,7 @@ def attribute(spans: Iterable[Span], since_ns: int, until_ns: int) -> Attributio
             share.num_decode_steps += span.num_completion_tokens
             held = 2 * span.num_prompt_tokens + span.num_completion_tokens  # twice the tokens in the cache on average
             share.cache_token_seconds += held * (span.finished_ns - span.started_ns) // (2 * SECOND_NS)
+            share.cache_block_ns += block_ns(span, block_size)
             share.revenue_nano_usd += span.amount_nano_usd
         start, end = max(span.started_ns, since_ns), min(span.finished_ns, until_ns)
         if start < end:
@@ -92,6 +99,22 @@ def attribute(spans: Iterable[Span], since_ns: int, until_ns: int) -> Attributio
         if not present[tenant_id]:
             del present[tenant_id]
     return Attribution(since_ns, until_ns, shares, idle_ns + until_ns - at_ns)
+
+
+def block_ns(span: Span, block_size: int) -> int:
+    """Blocks that the request held times ns, rounded down; its answer grew by a token in equal parts of its time."""
+    if block_size < 1:
+        raise ValueError(f"a block has at least one token, not {block_size}")
+    prompt, parts = span.num_prompt_tokens, max(1, span.num_completion_tokens)
+    # In the n-th part, from 0, it holds prompt + n tokens.
+    blocks = _blocks_up_to(prompt + parts - 1, block_size) - _blocks_up_to(prompt - 1, block_size)
+    return blocks * (span.finished_ns - span.started_ns) // parts
+
+
+def _blocks_up_to(num_tokens: int, block_size: int) -> int:
+    """The sum of ceil(n / block_size) for n = 0 .. num_tokens."""
+    full, rest = divmod(max(0, num_tokens), block_size)
+    return block_size * full * (full + 1) // 2 + rest * (full + 1)
 
 
 async def read_spans(conn: AsyncConnection, since_ns: int, until_ns: int) -> list[Span]:

@@ -14,10 +14,12 @@ from sqlalchemy import Select, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import quota_tables, tables
+from tenancy.credit_line import get_line
 from tenancy.directory import Tenant, set_tenant_status
 from tenancy.idempotency import forget_tenant
 from tenancy.keys import revoke_keys_of
 from tenancy.ledger import lock_balance
+from tenancy.posting import currency_of
 
 
 class MoneyHeldError(ValueError):
@@ -33,6 +35,7 @@ class Closed:
     tenant: Tenant
     num_keys_revoked: int
     credit_nano_usd: int  # prepaid and not spent: stays on the books
+    currency: str
 
 
 async def delete_tenant(conn: AsyncConnection, tenant_id: str, *, now_ns: int) -> Closed:
@@ -45,7 +48,9 @@ async def delete_tenant(conn: AsyncConnection, tenant_id: str, *, now_ns: int) -
     tenant = await set_tenant_status(conn, tenant_id, "deleted")
     await forget_tenant(conn, tenant_id)
     num_keys_revoked = await revoke_keys_of(conn, tenant_id, now_ns=now_ns)
-    return Closed(tenant, num_keys_revoked, balance.credit_nano_usd)
+    line = await get_line(conn, tenant_id)
+    left_nano_usd = balance.credit_nano_usd - (0 if line is None else line.left_nano_usd)
+    return Closed(tenant, num_keys_revoked, left_nano_usd, await currency_of(conn, tenant_id))
 
 
 async def deleted_tenants(conn: AsyncConnection) -> list[str]:

@@ -4,8 +4,10 @@
     adjustment   funding -x    credit +x      more credit: a grant was too small, goodwill
                  credit  -x    funding +x     less credit, never below zero: a grant was too large, money paid out
 
-What is given is paid credit without an end, also where the request had used promotional credit; what is taken comes
-first from the credit that `corrects_id` names. A refund does not give a budget back: a budget counts what was charged.
+What is given is paid credit without an end, also where the request had used promotional credit, but a refund first
+gives a credit line back what the request drew from it; what is taken comes first from the credit that `corrects_id`
+names, and never from a credit line, whose limit is another thing (credit_line.py). A refund does not give a budget
+back: a budget counts what was charged.
 Idempotent by the caller's transfer id, as grants are. Locks: the tenant's account rows only; a captured hold is
 terminal.
 """
@@ -16,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tenancy import credits, tables
 from tenancy.ledger import Hold, LedgerConflictError, get_hold
 from tenancy.money import require_amount, require_int
-from tenancy.posting import account_id, lock_accounts, post
+from tenancy.posting import lock_accounts, post
 
 
 class CorrectionError(ValueError):
@@ -54,7 +56,7 @@ async def refund(
         raise CorrectionError(f"of {request_id} {left_nano_usd} nano-USD are left to refund, not {amount_nano_usd}")
     changes = {"revenue": -amount_nano_usd, "credit": amount_nano_usd}
     await post(conn, tenant_id, balances, changes, transfer_id, "refund", now_ns, memo=reason, corrects_id=corrects_id)
-    await credits.give_back(conn, tenant_id, transfer_id, amount_nano_usd, now_ns)
+    await credits.give_back(conn, tenant_id, transfer_id, amount_nano_usd, now_ns, of=corrects_id)
     return tenant_id, True
 
 
@@ -84,8 +86,11 @@ async def adjust(
         owner = await conn.scalar(select(table.c.tenant_id).where(table.c.id == corrects_id))
         if owner != tenant_id:
             raise CorrectionError(f"the tenant has no transaction {corrects_id!r} to correct")
-    if balances["credit"] + amount_nano_usd < 0:
-        raise CorrectionError(f"{-amount_nano_usd} nano-USD cannot be taken: the credit is {balances['credit']}")
+    if amount_nano_usd < 0:
+        own = [one for one in await credits.list_credits(conn, tenant_id, now_ns) if one.kind != "line"]
+        free_nano_usd = min(balances["credit"], sum(one.left_nano_usd for one in own))
+        if -amount_nano_usd > free_nano_usd:
+            raise CorrectionError(f"{-amount_nano_usd} nano-USD cannot be taken: the credit is {free_nano_usd}")
     changes = {"funding": -amount_nano_usd, "credit": amount_nano_usd}
     await post(
         conn,
@@ -107,14 +112,15 @@ async def adjust(
 
 async def refundable_nano_usd(conn: AsyncConnection, hold: Hold) -> int:
     """What a captured hold cost, less what was refunded of it."""
-    transaction, entry = tables.ledger_transaction, tables.ledger_entry
+    transaction, entry, account = tables.ledger_transaction, tables.ledger_entry, tables.account
     refunded = await conn.scalar(
         select(func.coalesce(func.sum(entry.c.amount_nano_usd), 0))
         .join(transaction, transaction.c.id == entry.c.transaction_id)
+        .join(account, account.c.id == entry.c.account_id)
         .where(
             transaction.c.corrects_id == f"{hold.hold_id}:settle",
             transaction.c.kind == "refund",
-            entry.c.account_id == account_id(hold.tenant_id, "credit"),
+            account.c.kind == "credit",
         )
     )
     return (hold.captured_nano_usd or 0) - int(refunded or 0)
@@ -122,14 +128,15 @@ async def refundable_nano_usd(conn: AsyncConnection, hold: Hold) -> int:
 
 async def refunded_nano_usd(conn: AsyncConnection, tenant_id: str) -> int:
     """All that was refunded to a tenant: what its usage rows are above its revenue account."""
-    transaction, entry = tables.ledger_transaction, tables.ledger_entry
+    transaction, entry, account = tables.ledger_transaction, tables.ledger_entry, tables.account
     total = await conn.scalar(
         select(func.coalesce(func.sum(entry.c.amount_nano_usd), 0))
         .join(transaction, transaction.c.id == entry.c.transaction_id)
+        .join(account, account.c.id == entry.c.account_id)
         .where(
             transaction.c.tenant_id == tenant_id,
             transaction.c.kind == "refund",
-            entry.c.account_id == account_id(tenant_id, "credit"),
+            account.c.kind == "credit",
         )
     )
     return int(total or 0)

@@ -3,21 +3,22 @@
     left(credit) = amount - sum of its uses                          uses are rows that nobody changes
     sum of left over a tenant's credits = its accounts credit + held  (ledger.py)
 
-What is billed is taken in this order: what has expired and is still there, promotional before paid, the earliest end
-first, the oldest first. Money is held from the whole, not from one credit, and is taken when it is billed.
+What is billed is taken in this order: what has expired and is still there, promotional before paid before the credit
+line of a post-paid tenant (credit_line.py), the earliest end first, the oldest first. Money is held from the whole, not
+from one credit, and is taken when it is billed.
 
 Expiry: [created, expires). After it, what is left goes back where it came from (`expiry`: credit -x, funding +x), but
 for what is held at that moment: requests in flight may still need it, and the order above uses it first. When they
 leave some of it, that expires in the transaction in which they are settled. So expiry never refuses what was admitted,
 and nothing is admitted on credit that has expired: place_hold expires first.
 
-What comes back (a refund, an adjustment) is paid credit without an end, in one credit a tenant, `TENANT:corrections`.
+What comes back (a refund, an adjustment) is paid credit without an end, in one credit a tenant, `TENANT:corrections`;
+but a refund first gives a credit line back what the request had drawn from it.
 
 Everything here needs the locks of the tenant's account rows.
 """
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
@@ -27,10 +28,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
 from tenancy.money import require_int
-from tenancy.posting import post
+from tenancy.posting import Balances, post
 
-CreditKind = Literal["promotional", "paid"]
-CREDIT_KINDS: Final[tuple[CreditKind, ...]] = get_args(CreditKind)  # in the order in which they are used
+CreditKind = Literal["promotional", "paid"]  # what can be granted
+CREDIT_KINDS: Final[tuple[CreditKind, ...]] = get_args(CreditKind)
+AnyKind = Literal["promotional", "paid", "line"]
+ORDER: Final[tuple[AnyKind, ...]] = get_args(AnyKind)  # in which they are used
 OPEN_MAX: Final = 1_000  # of a tenant: bounds what a settlement reads
 
 
@@ -44,7 +47,7 @@ class Credit:
 
     credit_id: str
     tenant_id: str
-    kind: CreditKind
+    kind: AnyKind
     amount_nano_usd: int
     left_nano_usd: int
     expires_ns: int | None  # None: it has no end
@@ -57,7 +60,7 @@ class ExpiredCredit:
 
     credit_id: str
     tenant_id: str
-    kind: CreditKind
+    kind: AnyKind
     amount_nano_usd: int
     expires_ns: int
 
@@ -108,14 +111,23 @@ async def take(
             return
         used = min(credit.left_nano_usd, missing)
         missing -= used
-        await _use(conn, credit, transaction_id, used)
+        await use(conn, credit.credit_id, transaction_id, used)
     assert missing == 0, f"{transaction_id} takes {missing} nano-USD more than the credits of {tenant_id} hold"
 
 
 async def give_back(
-    conn: AsyncConnection, tenant_id: str, transaction_id: str, amount_nano_usd: int, now_ns: int
+    conn: AsyncConnection, tenant_id: str, transaction_id: str, amount_nano_usd: int, now_ns: int, *, of: str = ""
 ) -> None:
-    """What a posted refund or adjustment gives: paid credit without an end."""
+    """What a posted refund or adjustment gives: paid credit without an end.
+
+    `of`: the transaction that is refunded; what that drew from a credit line goes back there first.
+    """
+    if of and (drawn := await _drawn(conn, line_id(tenant_id), of)) > 0:
+        to_line = min(drawn, amount_nano_usd)
+        await use(conn, line_id(tenant_id), transaction_id, -to_line)
+        amount_nano_usd -= to_line
+        if amount_nano_usd == 0:
+            return
     dialect = postgresql if conn.dialect.name == "postgresql" else sqlite
     credit = Credit(corrections_id(tenant_id), tenant_id, "paid", 0, 0, None, now_ns)
     row = {
@@ -128,16 +140,16 @@ async def give_back(
         "created_ns": now_ns,
     }
     await conn.execute(dialect.insert(_CREDIT).on_conflict_do_nothing(index_elements=["id"]), [row])
-    await _use(conn, credit, transaction_id, -amount_nano_usd)
+    await use(conn, credit.credit_id, transaction_id, -amount_nano_usd)
 
 
 async def expire_due(
-    conn: AsyncConnection, tenant_id: str, balances: Mapping[str, int], now_ns: int
-) -> tuple[dict[str, int], tuple[ExpiredCredit, ...]]:
+    conn: AsyncConnection, tenant_id: str, balances: Balances, now_ns: int
+) -> tuple[Balances, tuple[ExpiredCredit, ...]]:
     """Post the expiry of what has expired and is not held; the balances after it, and what is to be logged."""
     found = [Credit(*row) for row in await conn.execute(_DUE_CREDITS, {"of": tenant_id, "at_ns": now_ns})]
     due = sorted(found, key=lambda one: _order(one, now_ns))
-    after = dict(balances)
+    after = balances
     free = sum(credit.left_nano_usd for credit in due) - balances["held"]
     expired: list[ExpiredCredit] = []
     for credit in reversed(due):  # what is held is covered by those that are used first
@@ -152,7 +164,7 @@ async def expire_due(
         after = await post(
             conn, tenant_id, after, changes, transaction_id, "expiry", now_ns, corrects_id=credit.credit_id
         )
-        await _use(conn, credit, transaction_id, amount)
+        await use(conn, credit.credit_id, transaction_id, amount)
         assert credit.expires_ns is not None
         expired.append(ExpiredCredit(credit.credit_id, tenant_id, credit.kind, amount, credit.expires_ns))
     return after, tuple(expired)
@@ -182,11 +194,15 @@ def corrections_id(tenant_id: str) -> str:
     return f"{tenant_id}:corrections"
 
 
+def line_id(tenant_id: str) -> str:
+    return f"{tenant_id}:line"
+
+
 def _order(credit: Credit, now_ns: int) -> tuple[Any, ...]:
     endless = credit.expires_ns is None
     alive = endless or (credit.expires_ns or 0) > now_ns
     end = (endless, credit.expires_ns or 0)
-    return (alive, CREDIT_KINDS.index(credit.kind), end, credit.created_ns, credit.credit_id)
+    return (alive, ORDER.index(credit.kind), end, credit.created_ns, credit.credit_id)
 
 
 async def _open(conn: AsyncConnection, tenant_id: str, *more: ColumnElement[bool]) -> list[Credit]:
@@ -194,11 +210,24 @@ async def _open(conn: AsyncConnection, tenant_id: str, *more: ColumnElement[bool
     return [Credit(*row) for row in await conn.execute(query, {"of": tenant_id})]
 
 
-async def _use(conn: AsyncConnection, credit: Credit, transaction_id: str, amount_nano_usd: int) -> None:
+async def use(conn: AsyncConnection, credit_id: str, transaction_id: str, amount_nano_usd: int) -> None:
+    """Take that much of one credit, or give it back where it is below zero, for a posted transaction."""
     # The caller holds the account locks, so what was read of the credit is still so.
-    use = {"transaction_id": transaction_id, "credit_id": credit.credit_id, "amount_nano_usd": amount_nano_usd}
-    await conn.execute(_NEW_USE, use)
-    await conn.execute(_LESS_LEFT, {"of": credit.credit_id, "amount": amount_nano_usd})
+    row = {"transaction_id": transaction_id, "credit_id": credit_id, "amount_nano_usd": amount_nano_usd}
+    await conn.execute(_NEW_USE, row)
+    await conn.execute(_LESS_LEFT, {"of": credit_id, "amount": amount_nano_usd})
+
+
+async def _drawn(conn: AsyncConnection, credit_id: str, transaction_id: str) -> int:
+    """What a transaction took of a credit and its refunds have not given back."""
+    table, transaction = tables.credit_use, tables.ledger_transaction
+    of = (transaction.c.id == transaction_id) | (transaction.c.corrects_id == transaction_id)
+    total = await conn.scalar(
+        select(func.coalesce(func.sum(table.c.amount_nano_usd), 0))
+        .join(transaction, transaction.c.id == table.c.transaction_id)
+        .where(of, table.c.credit_id == credit_id)
+    )
+    return int(total or 0)
 
 
 _CREDIT: Final = tables.credit

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
 from tenancy.ids import Entropy, new_id, require_name
-from tenancy.ledger import open_accounts
+from tenancy.posting import CURRENCY, open_accounts
 
 ScopeKind = Literal["organisation", "tenant", "project", "key"]
 TenantStatus = Literal["active", "suspended", "deleted"]
@@ -79,9 +79,18 @@ async def get_organisation_by_name(conn: AsyncConnection, name: str) -> Organisa
 
 
 async def create_tenant(
-    conn: AsyncConnection, organisation_id: str, name: str, *, entropy: Entropy, now_ns: int
+    conn: AsyncConnection,
+    organisation_id: str,
+    name: str,
+    *,
+    entropy: Entropy,
+    now_ns: int,
+    currency: str = CURRENCY,
 ) -> Tenant:
-    """A new active tenant with its ledger accounts open. Raises UnknownIdError or a name error."""
+    """A new active tenant with its ledger accounts open, in a currency that is chosen here and stays.
+
+    Raises UnknownIdError, CurrencyError or a name error.
+    """
     organisation, table = tables.organisation, tables.tenant
     if not await conn.scalar(select(organisation.c.id).where(organisation.c.id == organisation_id)):
         raise UnknownIdError(f"there is no organisation {organisation_id!r}")
@@ -93,7 +102,7 @@ async def create_tenant(
             id=made.tenant_id, organisation_id=organisation_id, name=name, status="active", created_ns=now_ns
         )
     )
-    await open_accounts(conn, made.tenant_id, now_ns=now_ns)
+    await open_accounts(conn, made.tenant_id, now_ns=now_ns, currency=currency)
     return made
 
 

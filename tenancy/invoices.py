@@ -4,7 +4,8 @@
 
 A draft is a period; its figures are read from the ledger each time, so that a preview shows what would be issued. At
 issue the issuer's next number is taken and the document is stored, append-only, in one transaction. PDF, CSV and JSON
-are functions of the document alone, so they can be made again, byte for byte.
+are functions of the document alone, so they can be made again, byte for byte. A post-paid tenant's documents also move
+its receivable, when they are issued, paid and voided (credit_line.py).
 
 Which document bills what (each thing is on exactly one):
 - an invoice bills its tenant's captures, refunds of them and adjustments in [since, until); a tenant's invoices that
@@ -23,10 +24,10 @@ from typing import Any, Final, Literal
 from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy import billed_lines, tables
+from tenancy import billed_lines, credit_line, tables
 from tenancy.billed_lines import Line
 from tenancy.ids import Entropy, new_id
-from tenancy.invoice_document import Heading, canonical, digest, make_document
+from tenancy.invoice_document import NANO, Heading, canonical, digest, make_document, minor_digits
 from tenancy.invoice_tables import invoice as _INVOICE
 from tenancy.invoice_tables import invoice_document as _DOCUMENT
 from tenancy.parties import Buyer, Issuer, get_buyer, get_issuer, take_number
@@ -151,12 +152,21 @@ async def issue(conn: AsyncConnection, invoice_id: str, *, now_ns: int) -> Docum
             invoice_id=invoice_id, issuer_id=issuer.issuer_id, number=number, document=text, sha256=made.sha256
         )
     )
+    due = await _due(conn, invoice, figures)
+    await credit_line.invoiced(conn, invoice.tenant_id, invoice_id, due, now_ns)
     return made
 
 
 async def pay(conn: AsyncConnection, invoice_id: str, reference: str, *, now_ns: int) -> Invoice:
-    """Raises InvoiceError."""
-    return await _end(conn, invoice_id, "paid", reference, now_ns)
+    """A payment of what was due; what it had drawn of a credit line can be used again.
+
+    Raises InvoiceError, or CreditLineError for a credit note whose money is in use again.
+    """
+    before = await get_invoice(conn, invoice_id)
+    after = await _end(conn, invoice_id, "paid", reference, now_ns)
+    if before.state != after.state:
+        await credit_line.paid(conn, after.tenant_id, invoice_id, reference, now_ns)
+    return after
 
 
 async def void(conn: AsyncConnection, invoice_id: str, reason: str, *, now_ns: int) -> Invoice:
@@ -166,7 +176,11 @@ async def void(conn: AsyncConnection, invoice_id: str, reason: str, *, now_ns: i
     )
     if credit_note is not None:
         raise InvoiceError(f"{invoice_id} has a credit note, {credit_note}: void that first")
-    return await _end(conn, invoice_id, "void", reason, now_ns)
+    before = await get_invoice(conn, invoice_id)
+    after = await _end(conn, invoice_id, "void", reason, now_ns)
+    if before.state != after.state:
+        await credit_line.voided(conn, after.tenant_id, invoice_id, reason, now_ns)
+    return after
 
 
 async def get_invoice(conn: AsyncConnection, invoice_id: str) -> Invoice:
@@ -220,14 +234,10 @@ async def _document(
     conn: AsyncConnection, invoice: Invoice, *, number: str, issued_ns: int, due_ns: int
 ) -> dict[str, Any]:
     buyer: Buyer = await get_buyer(conn, invoice.tenant_id)
-    corrects, period = "", (invoice.since_ns, invoice.until_ns)
-    if invoice.corrects_id is None:
-        prepaid_nano = await billed_lines.credit_used(conn, invoice.tenant_id, *period, "paid")
-    else:
-        of = await get_invoice(conn, invoice.corrects_id)
+    corrects = ""
+    if invoice.corrects_id is not None:
         corrects = (await get_document(conn, invoice.corrects_id)).figures["number"]
-        captured = (of.since_ns, of.until_ns)
-        prepaid_nano = await billed_lines.credit_used_by_refunds(conn, invoice.tenant_id, captured, period, "paid")
+    prepaid_nano = await _credit_used(conn, invoice, "paid")
     heading = Heading(
         invoice.kind,
         invoice.invoice_id,
@@ -241,6 +251,29 @@ async def _document(
     )
     lines = await lines_now(conn, invoice)
     return make_document(heading, await get_issuer(conn, invoice.issuer_id), buyer, lines, prepaid_nano)
+
+
+async def _credit_used(conn: AsyncConnection, invoice: Invoice, kind: str) -> int:
+    """What the document's ledger transactions took of credits of this kind."""
+    period = (invoice.since_ns, invoice.until_ns)
+    if invoice.corrects_id is None:
+        return await billed_lines.credit_used(conn, invoice.tenant_id, *period, kind)
+    of = await get_invoice(conn, invoice.corrects_id)
+    captured = (of.since_ns, of.until_ns)
+    return await billed_lines.credit_used_by_refunds(conn, invoice.tenant_id, captured, period, kind)
+
+
+async def _due(conn: AsyncConnection, invoice: Invoice, figures: dict[str, Any]) -> credit_line.Due:
+    unit_nano = NANO // 10 ** minor_digits(figures["currency"])
+    paid_credit_nano = 0
+    if figures["buyer"]["terms"] == "on_account":  # due, as what was drawn of the line is
+        paid_credit_nano = await _credit_used(conn, invoice, "paid")
+    return credit_line.Due(
+        due_nano=figures["due_minor"] * unit_nano,
+        line_nano=await _credit_used(conn, invoice, "line"),
+        paid_credit_nano=paid_credit_nano,
+        tax_nano=figures["tax_minor"] * unit_nano,
+    )
 
 
 async def _require_over(conn: AsyncConnection, invoice: Invoice, now_ns: int) -> None:

@@ -9,6 +9,7 @@ Every tenant has four accounts, and every transaction moves money between them s
     expired   held    -x    credit  +x                       nobody settled it in time
     refund, adjustment                                       set an earlier one right: corrections.py
     expiry    credit  -x    funding +x                       a credit ended with this much left: credits.py
+    limit, invoiced, payment, invoice_voided                 of post-paid tenants: credit_line.py
 
     hold states:  pending -> captured | voided | expired     (the last three are terminal: exactly once)
 
@@ -27,27 +28,17 @@ budget counters, which nobody touches without those.
 place_hold takes the accounts first, but never waits for a hold row. A transaction touches one tenant.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Literal, cast
 
 from sqlalchemy import Select, bindparam, insert, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import budget_use, credits, tables
 from tenancy.budget_use import BudgetAlert, BudgetUse, Spender
 from tenancy.credits import CreditKind, ExpiredCredit
 from tenancy.money import MoneyRangeError, require_amount, require_int
-from tenancy.posting import (
-    ACCOUNT_KINDS,
-    CURRENCY,
-    account_id,
-    find_transaction,
-    lock_accounts,
-    post,
-    read_accounts,
-)
+from tenancy.posting import Balances, find_transaction, lock_accounts, post, read_accounts
 from tenancy.tables import ExactInteger
 
 HoldState = Literal["pending", "captured", "voided", "expired"]
@@ -132,23 +123,6 @@ class Balance:
     credit_nano_usd: int  # free to spend
     held_nano_usd: int  # promised to requests in flight
     captured_nano_usd: int  # billed so far
-
-
-async def open_accounts(conn: AsyncConnection, tenant_id: str, *, now_ns: int) -> None:
-    """Open a tenant's four accounts; opening twice does nothing."""
-    dialect = postgresql if conn.dialect.name == "postgresql" else sqlite
-    rows = [
-        {
-            "id": account_id(tenant_id, kind),
-            "tenant_id": tenant_id,
-            "kind": kind,
-            "currency": CURRENCY,
-            "balance_nano_usd": 0,
-            "created_ns": now_ns,
-        }
-        for kind in ACCOUNT_KINDS
-    ]
-    await conn.execute(dialect.insert(tables.account).on_conflict_do_nothing(index_elements=["id"]), rows)
 
 
 async def grant_credit(
@@ -365,7 +339,7 @@ def _asked(hold: Hold) -> tuple[str, str, str, str, int, int]:
     return hold.tenant_id, hold.request_id, hold.price_id, hold.tier, hold.amount_nano_usd, hold.expires_ns
 
 
-def _balance(balances: Mapping[str, int]) -> Balance:
+def _balance(balances: Balances) -> Balance:
     return Balance(balances["credit"], balances["held"], balances["revenue"])
 
 

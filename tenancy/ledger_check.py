@@ -3,7 +3,9 @@
 Checked: every transaction has at least two entries and sums to zero; every account's balance is the sum of its
 entries; every tenant's held balance is the sum of its pending holds; every settled hold has one settling transaction
 and every pending one has none; every credit has left its amount less its uses, and a tenant's credits have left what
-its accounts `credit` and `held` have. Not checked: that the amounts are the right ones (that is usage against prices).
+its accounts `credit` and `held` have; every entry of a transaction is on its tenant's accounts, which have one
+currency, and every hold's price is in it. Not checked: that the amounts are the right ones (that is usage against
+prices).
 """
 
 from dataclasses import dataclass
@@ -27,11 +29,13 @@ class LedgerCheck:
     wrong_holds: list[str]  # hold ids whose state and settling transaction disagree
     wrong_credits: list[str]  # credit ids whose rest is not their amount less their uses
     wrong_money: list[str]  # tenant ids whose credits are not what the accounts have
+    wrong_currency: list[str]  # ids of transactions with entries, and of holds with a price, in another currency
 
     @property
     def ok(self) -> bool:
         found = (self.unbalanced, self.wrong_balances, self.wrong_held, self.wrong_holds)
-        return not (self.total_nano_usd or any(found) or self.wrong_credits or self.wrong_money)
+        more = (self.wrong_credits, self.wrong_money, self.wrong_currency)
+        return not (self.total_nano_usd or any(found) or any(more))
 
 
 async def check_ledger(conn: AsyncConnection) -> LedgerCheck:
@@ -100,6 +104,27 @@ async def check_ledger(conn: AsyncConnection) -> LedgerCheck:
         .order_by(account.c.tenant_id)
     )
 
+    first = account.alias("first")  # a tenant's account `credit`
+    mixed = (
+        select(transaction.c.id)
+        .join(entry, entry.c.transaction_id == transaction.c.id)
+        .join(account, account.c.id == entry.c.account_id)
+        .join(first, first.c.tenant_id == transaction.c.tenant_id)
+        .where(
+            first.c.kind == "credit",
+            or_(account.c.currency != first.c.currency, account.c.tenant_id != transaction.c.tenant_id),
+        )
+        .group_by(transaction.c.id)
+        .order_by(transaction.c.id)
+    )
+    priced = (
+        select(hold.c.id)
+        .join(tables.price, tables.price.c.id == hold.c.price_id)
+        .join(first, (first.c.tenant_id == hold.c.tenant_id) & (first.c.kind == "credit"))
+        .where(tables.price.c.currency != first.c.currency)
+        .order_by(hold.c.id)
+    )
+
     async def ids(query: Select[tuple[str]]) -> list[str]:
         return list(await conn.scalars(query.limit(FINDINGS_MAX)))
 
@@ -113,4 +138,5 @@ async def check_ledger(conn: AsyncConnection) -> LedgerCheck:
         wrong_holds=await ids(wrong_holds),
         wrong_credits=await ids(wrong_credits),
         wrong_money=await ids(wrong_money),
+        wrong_currency=[*await ids(mixed), *await ids(priced)],
     )

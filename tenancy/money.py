@@ -57,3 +57,9 @@ def format_nano_usd(nano_usd: int) -> str:
     whole, fraction = divmod(abs(nano_usd), NANO_PER_USD)
     digits = f"{fraction:09d}".rstrip("0").ljust(2, "0")
     return f"{sign}${whole:,}.{digits}"
+
+
+def format_nano(nano: int, currency: str) -> str:
+    """The same for an account in any currency: ``$1.25``, ``EUR 1.25``."""
+    text = format_nano_usd(nano)
+    return text if currency == "USD" else text.replace("$", f"{currency} ")

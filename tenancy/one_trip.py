@@ -3,6 +3,7 @@
     place_hold     the price is the one in force and has no steps, credit and budgets cover the amount, no credit is due
                    to expire, tenant, key and epoch are as they were when the lease was granted
     settle_hold    the hold is pending, one credit covers the charge, no budget reaches a threshold
+    both           the tenant is pre-paid, its accounts are in USD: four of them
 
 Each looks, under the same locks in the same order as ledger.py, whether its case is the common one. Where it is not it
 says so and has changed nothing: the general way then decides, with its errors. So nothing is decided here that is not

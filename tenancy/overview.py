@@ -28,6 +28,7 @@ class TenantOverview:
     held_nano_usd: int
     credit_nano_usd: int
     limits: ScopeLimits
+    currency: str = CURRENCY
 
 
 async def tenant_overview(conn: AsyncConnection, since_ns: int = 0, until_ns: int = BIGINT_MAX) -> list[TenantOverview]:
@@ -50,11 +51,13 @@ async def tenant_overview(conn: AsyncConnection, since_ns: int = 0, until_ns: in
         .order_by(tenant.c.name)
     )
     accounts = await conn.execute(
-        select(account.c.tenant_id, account.c.kind, account.c.balance_nano_usd).where(
-            account.c.kind.in_(("credit", "held")), account.c.currency == CURRENCY
+        select(account.c.tenant_id, account.c.kind, account.c.balance_nano_usd, account.c.currency).where(
+            account.c.kind.in_(("credit", "held"))
         )
     )
-    money = {(tenant_id, kind): amount for tenant_id, kind, amount in accounts}
+    money, currencies = {}, {}
+    for tenant_id, kind, amount, currency in accounts:
+        money[tenant_id, kind], currencies[tenant_id] = amount, currency
     used = {usage.tenant_id: usage for usage in await usage_by_tenant(conn, since_ns, until_ns)}
     overview = []
     for id_, name, status, organisation_id, rpm, tpm, concurrency_max, weight, tpd, shadow in tenants:
@@ -74,6 +77,7 @@ async def tenant_overview(conn: AsyncConnection, since_ns: int = 0, until_ns: in
                 limits=ScopeLimits(
                     id_, rpm, tpm, concurrency_max, organisation_id, weight or 1, tpd, limit_names(shadow)
                 ),
+                currency=currencies.get(id_, CURRENCY),
             )
         )
     return overview

@@ -2,28 +2,33 @@
 
     draft -> scheduled -> active -> ended           a draft is no row yet: it can be discarded, and charges nobody
              [from, until)                          until = the next row's from: intervals cannot overlap
+             scheduled -> withdrawn                 it was never in force; another may begin at the same instant
 
     price_at(model, tier, t) = of the tier's rows the one with the largest effective_from_ns <= t, or, where the tier
                                has none by then, the default tier's, at the percent that it states
 
 The price in force when a request starts is pinned to it and its id is stamped on the hold and the usage row, so a
-later price never changes an earlier charge. What is scheduled stands: tenants may have been told.
+later price never changes an earlier charge. A row is never changed: that it was withdrawn is a row of its own, written
+WITHDRAW_NS before it would be in force at the latest. That is longer than replicas' clocks are apart and than any
+transaction, so no request has been admitted at it.
 """
 
 import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
-from sqlalchemy import ScalarSelect, Select, case, insert, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, Select, case, exists, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import price_tables, tables
 from tenancy.ids import Entropy, new_id
 from tenancy.money import require_int
+from tenancy.periods import SECOND_NS
 from tenancy.prices import DEFAULT_TIER, Price, PriceConflictError, PriceError, PriceMissingError, Step
 
-PriceState = Literal["scheduled", "active", "ended"]
+PriceState = Literal["scheduled", "active", "ended", "withdrawn"]
 DRAFTS_MAX: Final = 1_000
+WITHDRAW_NS: Final = 300 * SECOND_NS
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +122,30 @@ async def schedule(
             f"a price of {terms.model} cannot begin in the past: {effective_from_ns} is before {now_ns}"
         )
     values = {name: getattr(made, name) for name in _COLUMNS if name != "price_id"}
-    await conn.execute(insert(tables.price).values(id=made.price_id, created_ns=now_ns, **values))
+    values |= {"id": made.price_id, "created_ns": now_ns, "attempt": await _num_withdrawn(conn, made)}
+    await conn.execute(insert(tables.price).values(values))
     if terms.steps:
         rows = [{"price_id": made.price_id, **asdict(step)} for step in terms.steps]
         await conn.execute(insert(price_tables.price_step), rows)
     return made
+
+
+async def withdraw(conn: AsyncConnection, price_id: str, *, now_ns: int) -> tuple[Price, bool]:
+    """Take a scheduled price back before it is in force; False for a repeat. What was in force before it goes on.
+
+    Raises PriceMissingError, or PriceConflictError where it is, or is about to be, in force.
+    """
+    price = await get_price(conn, price_id)
+    table = price_tables.price_withdrawal
+    if await conn.scalar(select(table.c.price_id).where(table.c.price_id == price_id)) is not None:
+        return price, False
+    if price.effective_from_ns < require_int(now_ns, "now_ns") + WITHDRAW_NS:
+        raise PriceConflictError(
+            f"{price_id} is in force from {price.effective_from_ns}, it is {now_ns}: a price can be withdrawn until "
+            f"{WITHDRAW_NS // SECOND_NS} seconds before; schedule another instead"
+        )
+    await conn.execute(insert(table).values(price_id=price_id, withdrawn_ns=now_ns))
+    return price, True
 
 
 async def price_at(
@@ -140,6 +164,7 @@ async def price_at(
                 table.c.tier.in_((tier, DEFAULT_TIER)),
                 table.c.effective_from_ns <= at_ns,
                 table.c.currency == (_currency_of(tenant_id) if tenant_id else "USD"),
+                _STANDS,
             )
             .order_by(case((table.c.tier == tier, 0), else_=1), table.c.effective_from_ns.desc())
             .limit(1)
@@ -159,15 +184,12 @@ async def get_price(conn: AsyncConnection, price_id: str) -> Price:
 
 
 async def list_prices(conn: AsyncConnection, model: str | None = None) -> list[Price]:
-    """The price book, or one model's part of it, by model, tier, currency and date."""
-    table = tables.price
-    query = _PRICES.order_by(table.c.model, table.c.tier, table.c.currency, table.c.effective_from_ns)
-    rows = await conn.execute(query if model is None else query.where(table.c.model == model))
-    return await _with_steps(conn, list(rows))
+    """The price book, or one model's part of it, by model, tier, currency and date; without what was withdrawn."""
+    return await _list(conn, model, _STANDS)
 
 
 async def list_book(conn: AsyncConnection, now_ns: int, model: str | None = None) -> list[BookEntry]:
-    """The same with each row's interval and what it is at `now_ns`."""
+    """The same with each row's interval and what it is at `now_ns`; those that were withdrawn are the last."""
     prices = await list_prices(conn, model)
     entries = []
     for price, following in zip(prices, [*prices[1:], None], strict=True):
@@ -179,7 +201,8 @@ async def list_book(conn: AsyncConnection, now_ns: int, model: str | None = None
         elif until_ns is not None and until_ns <= now_ns:
             state = "ended"
         entries.append(BookEntry(price, state, until_ns))
-    return entries
+    gone = await _list(conn, model, ~_STANDS)
+    return [*entries, *(BookEntry(price, "withdrawn", price.effective_from_ns) for price in gone)]
 
 
 async def add_draft(conn: AsyncConnection, terms: PriceTerms, *, entropy: Entropy, now_ns: int) -> Draft:
@@ -226,6 +249,21 @@ async def _end_draft(conn: AsyncConnection, draft_id: str, now_ns: int) -> Price
     return PriceTerms.read(text or "")
 
 
+async def _list(conn: AsyncConnection, model: str | None, which: ColumnElement[bool]) -> list[Price]:
+    table = tables.price
+    order = (table.c.model, table.c.tier, table.c.currency, table.c.effective_from_ns, table.c.attempt)
+    query = _PRICES.where(which).order_by(*order)
+    rows = await conn.execute(query if model is None else query.where(table.c.model == model))
+    return await _with_steps(conn, list(rows))
+
+
+async def _num_withdrawn(conn: AsyncConnection, price: Price) -> int:
+    """How many prices for the same instant were withdrawn. Of two that schedule at once the index refuses one."""
+    table = tables.price
+    same = tuple(table.c[name] == getattr(price, name) for name in ("model", "tier", "currency", "effective_from_ns"))
+    return await conn.scalar(select(func.count()).select_from(table).where(*same, ~_STANDS)) or 0
+
+
 async def _with_steps(conn: AsyncConnection, rows: list[Any]) -> list[Price]:
     """One more query, and only where a row says that it has steps."""
     table = price_tables.price_step
@@ -250,6 +288,7 @@ def _line(price: Price) -> tuple[str, str, str]:
 _DRAFT: Final = price_tables.price_draft
 _DRAFTS: Final = select(_DRAFT.c.id, _DRAFT.c.terms, _DRAFT.c.created_ns)
 _COLUMNS: Final = tuple(name for name in Price.__slots__ if name != "steps")
+_STANDS: Final = ~exists().where(price_tables.price_withdrawal.c.price_id == tables.price.c.id)
 _PRICES: Final[Select[Any]] = select(
     *(tables.price.c[name.removeprefix("price_") if name == "price_id" else name] for name in _COLUMNS),
     select(price_tables.price_step.c.price_id)

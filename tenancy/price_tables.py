@@ -1,6 +1,7 @@
 """What belongs to prices beside their rows: graduated steps, drafts, and how far each account is on those steps.
 
-Steps are append-only as prices are. A draft is a current value until it is scheduled or discarded; a volume only grows.
+Steps and withdrawals are append-only as prices are. A draft is a current value until it is scheduled or discarded; a
+volume only grows.
 """
 
 from sqlalchemy import CheckConstraint, Column, ForeignKey, String, Table, Text
@@ -19,6 +20,14 @@ price_step = Table(
     CheckConstraint("input_pico_usd >= 0 AND cached_input_pico_usd >= 0 AND output_pico_usd >= 0", name="not_negative"),
 )
 make_append_only(price_step)
+
+price_withdrawal = Table(
+    "price_withdrawal",
+    metadata,
+    Column("price_id", String(64), ForeignKey("price.id"), primary_key=True),
+    Column("withdrawn_ns", ExactInteger(), nullable=False),
+)
+make_append_only(price_withdrawal)
 
 price_draft = Table(
     "price_draft",

@@ -145,7 +145,8 @@ price = Table(
     _int("flex_percent", server_default="100"),  # of a default row: what a tier without a row of its own costs
     _int("batch_percent", server_default="100"),
     _int("priority_percent", server_default="100"),
-    UniqueConstraint("model", "tier", "currency", "effective_from_ns"),
+    _int("attempt", server_default="0"),  # how many for the same instant were withdrawn before it
+    UniqueConstraint("model", "tier", "currency", "effective_from_ns", "attempt"),
     CheckConstraint("tier IN ('default', 'flex', 'batch', 'priority')", name="tier"),
     CheckConstraint(
         "input_pico_usd >= 0 AND cached_input_pico_usd >= 0 AND output_pico_usd >= 0 AND request_nano_usd >= 0",
@@ -153,7 +154,8 @@ price = Table(
     ),
 )
 
-# One row per tenant, kind and currency; the id is made of the three, so opening twice finds the first.
+# One row per tenant and kind; the id is made of the two and the currency, so opening twice finds the first. A tenant's
+# accounts have one currency, so there is no second account of a kind in another.
 account = Table(
     "account",
     metadata,
@@ -164,6 +166,7 @@ account = Table(
     _int("balance_nano_usd"),
     _int("created_ns"),
     UniqueConstraint("tenant_id", "kind", "currency"),
+    Index("ux_account_one_of_a_kind", "tenant_id", "kind", unique=True),
     CheckConstraint("kind NOT IN ('credit', 'held') OR balance_nano_usd >= 0", name="never_negative"),
 )
 
@@ -202,7 +205,7 @@ ledger_transaction = Table(
     metadata,
     _id(128),
     _ref("tenant_id", "tenant.id"),
-    Column("kind", String(16), nullable=False),  # grant, hold, captured, voided, expired, refund, adjustment, expiry
+    Column("kind", String(16), nullable=False),  # ledger.py has the list
     Column("hold_id", String(64), nullable=True),
     Column("memo", Text, nullable=False),
     _int("created_ns"),
@@ -232,7 +235,7 @@ credit = Table(
     _int("left_nano_usd"),
     _int("expires_ns", nullable=True),
     _int("created_ns"),
-    CheckConstraint("kind IN ('promotional', 'paid')", name="kind"),
+    CheckConstraint("kind IN ('promotional', 'paid', 'line')", name="kind"),
     CheckConstraint("left_nano_usd >= 0", name="not_negative"),
     Index(
         "ix_credit_open",

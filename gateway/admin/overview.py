@@ -15,6 +15,7 @@ from gateway.admin.limits import LimitUse, limits_in_use
 from gateway.admin.wording import NS_PER_S, utc, utc_minute
 from gateway.services import Services
 from tenancy.overview import tenant_overview
+from tenancy.posting import CURRENCY
 
 NUM_MINUTES = 60  # of the charts
 MINUTE_NS = 60 * NS_PER_S
@@ -62,6 +63,7 @@ class TenantFigures:
     num_blocks: int
     limits: Mapping[str, LimitUse]  # "requests", "tokens", "concurrency"
     minutes: tuple[Bar, ...]  # the last NUM_MINUTES, oldest first; the last one is not over yet
+    currency: str = CURRENCY  # of its amounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ async def gather(services: Services, period: Period) -> Overview:
             num_blocks=blocks.get(t.tenant_id, 0),  # a tenant's domain in the engine is its id
             limits=limits[t.tenant_id],
             minutes=minutes.get(t.tenant_id) or empty_minutes(now_ns),
+            currency=t.currency,
         )
         for t in tenants
     )
@@ -152,7 +155,8 @@ def empty_minutes(now_ns: int) -> tuple[Bar, ...]:
 
 
 def add_up(rows: Sequence[TenantFigures], now_ns: int) -> TenantFigures:
-    """The totals row: the sum of exactly these rows."""
+    """The totals row: the sum of exactly these rows; of money, of those in CURRENCY."""
+    money = [row for row in rows if row.currency == CURRENCY]
     minutes = tuple(
         Bar(
             empty.label,
@@ -170,9 +174,9 @@ def add_up(rows: Sequence[TenantFigures], now_ns: int) -> TenantFigures:
         num_prompt_tokens=sum(row.num_prompt_tokens for row in rows),
         num_cached_tokens=sum(row.num_cached_tokens for row in rows),
         num_completion_tokens=sum(row.num_completion_tokens for row in rows),
-        billed_nano_usd=sum(row.billed_nano_usd for row in rows),
-        held_nano_usd=sum(row.held_nano_usd for row in rows),
-        credit_nano_usd=sum(row.credit_nano_usd for row in rows),
+        billed_nano_usd=sum(row.billed_nano_usd for row in money),
+        held_nano_usd=sum(row.held_nano_usd for row in money),
+        credit_nano_usd=sum(row.credit_nano_usd for row in money),
         num_blocks=sum(row.num_blocks for row in rows),
         limits={},
         minutes=minutes,

@@ -11,7 +11,6 @@ from sqlalchemy import Select, and_, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy.meter import TenantUsage
-from tenancy.posting import CURRENCY
 from tenancy.tables import account, api_key, hold, ledger_entry, operator, project, tenant, usage_record
 
 
@@ -108,7 +107,7 @@ async def minute_sums(
 async def account_balances(conn: AsyncConnection, tenant_id: str) -> dict[str, int]:
     """Account kind -> balance in nano-USD, as the ledger keeps it."""
     a = account.c
-    query = select(a.kind, a.balance_nano_usd).where(a.tenant_id == tenant_id, a.currency == CURRENCY)
+    query = select(a.kind, a.balance_nano_usd).where(a.tenant_id == tenant_id)
     return {kind: int(balance) for kind, balance in await conn.execute(query)}
 
 
@@ -118,7 +117,7 @@ async def entry_sums(conn: AsyncConnection, tenant_id: str) -> dict[str, int]:
         select(account.c.kind, func.coalesce(func.sum(ledger_entry.c.amount_nano_usd), 0))
         .select_from(account)
         .outerjoin(ledger_entry, ledger_entry.c.account_id == account.c.id)
-        .where(account.c.tenant_id == tenant_id, account.c.currency == CURRENCY)
+        .where(account.c.tenant_id == tenant_id)
         .group_by(account.c.kind)
     )
     return {kind: int(total) for kind, total in await conn.execute(query)}

@@ -14,7 +14,7 @@ from tenancy.corrections import refunded_nano_usd
 from tenancy.credits import Credit, list_credits
 from tenancy.meter import TenantUsage
 from tenancy.money import format_nano_usd
-from tenancy.posting import CURRENCY
+from tenancy.posting import currency_of
 
 REQUESTS_PER_PAGE = 50
 KEYS_MAX = 200
@@ -124,13 +124,14 @@ async def gather(services: Services, tenant_id: str, *, before: str) -> TenantPa
         keys = await queries.tenant_keys(conn, tenant_id, KEYS_MAX)
         uses = await budget_uses(conn, tenant_id, now_ns)
         credits = await list_credits(conn, tenant_id, now_ns)
+        currency = await currency_of(conn, tenant_id)
     shown = requests[:REQUESTS_PER_PAGE]
     return TenantPage(
         tenant_id=tenant.tenant_id,
         name=tenant.name,
         status=tenant.status,
         as_of=utc(now_ns),
-        currency=CURRENCY,
+        currency=currency,
         money=_money(balances, billed, refunded, num_held),
         check=check_account(balances, sums, billed.amount_nano_usd - refunded, held_nano_usd),
         chart=stacked_bars(minutes or empty_minutes(now_ns), subject=tenant.name),

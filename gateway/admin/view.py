@@ -93,9 +93,9 @@ def _add_figures(
         f"{key}.prompt": count(figures.num_prompt_tokens),
         f"{key}.cached": count(figures.num_cached_tokens),
         f"{key}.completion": count(figures.num_completion_tokens),
-        f"{key}.billed": usd_in_column(figures.billed_nano_usd),
-        f"{key}.held": usd_in_column(figures.held_nano_usd),
-        f"{key}.credit": usd_in_column(figures.credit_nano_usd),
+        f"{key}.billed": usd_in_column(figures.billed_nano_usd, figures.currency),
+        f"{key}.held": usd_in_column(figures.held_nano_usd, figures.currency),
+        f"{key}.credit": usd_in_column(figures.credit_nano_usd, figures.currency),
         f"{key}.blocks": count(figures.num_blocks),
         f"{key}.chart": chart.title,
     }

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 
-from tenancy.money import format_nano_usd
+from tenancy.money import format_nano
 
 NS_PER_S = 10**9
 DECIMALS_MAX = 9  # of a nano-USD amount in USD
@@ -13,9 +13,9 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
-def usd_in_column(nano_usd: int) -> str:
-    """format_nano_usd, filled up with figure spaces so that decimal points stand under each other."""
-    text = format_nano_usd(nano_usd)
+def usd_in_column(nano_usd: int, currency: str = "USD") -> str:
+    """format_nano, filled up with figure spaces so that decimal points stand under each other."""
+    text = format_nano(nano_usd, currency)
     return text + FIGURE_SPACE * (DECIMALS_MAX - len(text.partition(".")[2]))
 
 

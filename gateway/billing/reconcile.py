@@ -6,6 +6,7 @@
     usage   = ledger    each usage row has one capture (or, of nothing, a void) of the same amount, which is its counts
                         at its price, tier and volume, computed again; each capture has a usage row
     ledger  = invoice   each issued document of the period says what the ledger gives now; its hash is that of its text
+                        what is due on a post-paid tenant's issued documents is its receivable, now and not of a period
     ledger  = export    the FOCUS file of the period, written and read back, adds up to what the revenue account gained,
                         tenant by tenant
 
@@ -14,6 +15,7 @@ Every difference is one line that names the request, document or tenant; none is
 
 import csv
 import io
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -27,6 +29,7 @@ from gateway.billing.focus import REVENUE_KINDS, focus_rows, write_focus
 from tenancy import tables
 from tenancy.directory import list_tenants
 from tenancy.invoice_document import NANO, digest, lines_of
+from tenancy.invoice_tables import invoice, invoice_document
 from tenancy.invoices import get_document, lines_now, list_invoices
 from tenancy.meter import Usage, UsageRecord
 from tenancy.price_book import get_price
@@ -63,6 +66,7 @@ async def reconcile(
     await _usage_and_ledger(conn, found, journals)
     await _engine_without_usage(conn, found, journals)
     await _documents(conn, found)
+    await _receivables(conn, found)
     await _export(conn, found)
     return found
 
@@ -155,21 +159,44 @@ async def _engine_without_usage(conn: AsyncConnection, found: Reconciliation, jo
 
 
 async def _documents(conn: AsyncConnection, found: Reconciliation) -> None:
-    for invoice in await list_invoices(conn, within=(found.since_ns, found.until_ns)):
-        if invoice.state not in ("issued", "paid"):
+    for one in await list_invoices(conn, within=(found.since_ns, found.until_ns)):
+        if one.state not in ("issued", "paid"):
             continue
         found.num_documents += 1
-        document = await get_document(conn, invoice.invoice_id)
+        document = await get_document(conn, one.invoice_id)
         figures = document.figures
         if digest(document.text) != document.sha256:
             found.differs("ledger and invoice", f"{figures['number']} is not the document that was issued")
-        said, now = lines_of(figures), await lines_now(conn, invoice)
+        said, now = lines_of(figures), await lines_now(conn, one)
         if said != now:
             nano = tuple(sum(line.exact_nano for line in lines) for lines in (said, now))
             found.differs(
                 "ledger and invoice",
                 f"{figures['number']} says {nano[0]} nano-units, the ledger {nano[1]}, line by line",
             )
+
+
+async def _receivables(conn: AsyncConnection, found: Reconciliation) -> None:
+    """Of documents that were issued to a tenant with a credit line, by the transaction that says so."""
+    account, transaction = tables.account, tables.ledger_transaction
+    query = (
+        select(invoice.c.tenant_id, invoice_document.c.document)
+        .join(invoice_document, invoice_document.c.invoice_id == invoice.c.id)
+        .join(transaction, transaction.c.id == invoice.c.id + ":issued")
+        .where(invoice.c.state == "issued")
+    )
+    due: dict[str, int] = {}
+    async with conn.stream(query) as rows:
+        async for tenant_id, text in rows:
+            figures = json.loads(text)
+            nano = figures["due_minor"] * NANO // 10 ** figures["minor_digits"]
+            due[tenant_id] = due.get(tenant_id, 0) + nano
+    receivable = select(account.c.tenant_id, account.c.balance_nano_usd).where(account.c.kind == "receivable")
+    for tenant_id, balance_nano in (await conn.execute(receivable.order_by(account.c.tenant_id))).all():
+        said = due.get(tenant_id, 0)
+        if said != -balance_nano:
+            what = f"{tenant_id} owes {said} nano-units by its documents, its receivable is {-balance_nano}"
+            found.differs("ledger and invoice", what)
 
 
 async def _export(conn: AsyncConnection, found: Reconciliation) -> None:

@@ -91,7 +91,8 @@ def invoice_margin(
     rate = exact(cost_per_hour, NANO_PER_USD, "--cost-per-hour")
 
     async def work(conn: AsyncConnection) -> tuple[Attribution, dict[str, str]]:
-        found = attribute(await read_spans(conn, since_ns, until_ns), since_ns, until_ns)
+        spans = await read_spans(conn, since_ns, until_ns)
+        found = attribute(spans, since_ns, until_ns, block_size=session.settings.block_size)
         return found, {one.tenant_id: one.name for one in await list_tenants(conn)}
 
     found, names = in_snapshot(session, work)
@@ -110,12 +111,13 @@ def invoice_margin(
             row["tenant"],
             *(f"{row[name]:,}" for name in ("num_requests", "num_prefill_tokens", "num_decode_steps")),
             f"{row['cache_token_seconds']:,}",
+            f"{row['cache_block_ns'] / 1e9:,.1f}",
             f"{row['engine_ns'] / 3.6e12:.3f}",
             *(format_nano_usd(row[name]) for name in ("revenue_nano_usd", "cost_nano_usd", "margin_nano_usd")),
         )
         for row in rows
     ]
-    nothing = ("",) * 4
+    nothing = ("",) * 5
     table.append(("(idle)", *nothing, f"{found.idle_ns / 3.6e12:.3f}", "", format_nano_usd(idle_cost), ""))
-    columns = ("tenant", "requests", "prefill", "decode", "token-seconds", "engine hours", "revenue", "cost", "margin")
-    print_table(columns, table, numbers_from=1)
+    counts = ("tenant", "requests", "prefill", "decode", "token-seconds", "block-seconds")
+    print_table((*counts, "engine hours", "revenue", "cost", "margin"), table, numbers_from=1)

@@ -1,4 +1,4 @@
-"""bulkhead credit grant, list: prepaid credit, of a kind and with an end or without."""
+"""bulkhead credit grant, limit, list: prepaid credit, of a kind and with an end or without, and credit lines."""
 
 from typing import Annotated
 
@@ -6,20 +6,25 @@ import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.commands.corrections import credit_adjust, credit_refund
-from gateway.commands.directory import NANO_PER_USD, TenantName, clerk, exact, find_tenant, print_table
+from gateway.commands.directory import NANO_PER_USD, Reason, TenantName, clerk, exact, find_tenant, print_table
 from gateway.commands.keys import Expires, instant_ns, iso
 from gateway.commands.session import in_transaction, open_session
+from tenancy.credit_line import CreditLine, get_line
 from tenancy.credits import CreditKind, list_credits
 from tenancy.ledger import balance
-from tenancy.money import format_nano_usd
+from tenancy.money import format_nano
+from tenancy.posting import currency_of
 
 credit_app = typer.Typer(no_args_is_help=True, help="Prepaid credit.")
+
+
+Usd = Annotated[str, typer.Option(help="amount in the account's currency, a decimal number")]
 
 
 @credit_app.command("grant")
 def credit_grant(
     tenant: TenantName,
-    usd: Annotated[str, typer.Option(help="amount in USD, a decimal number")],
+    usd: Usd,
     memo: Annotated[str, typer.Option(help="kept with the transfer")] = "credit",
     kind: Annotated[CreditKind, typer.Option(help="promotional credit is used before paid credit")] = "paid",
     expires: Expires = "",
@@ -28,16 +33,37 @@ def credit_grant(
     """Add prepaid credit."""
     session = open_session()
 
-    async def work(conn: AsyncConnection) -> int:
+    async def work(conn: AsyncConnection) -> str:
         found = await find_tenant(conn, tenant)
         amount, expires_ns = exact(usd, NANO_PER_USD, "--usd"), instant_ns(session, expires)
         one = clerk(session, conn)
         await one.grant_credit(
             found.tenant_id, amount, transfer_id=transfer_id, memo=memo, kind=kind, expires_ns=expires_ns
         )
-        return (await balance(conn, found.tenant_id)).credit_nano_usd
+        credit_nano_usd = (await balance(conn, found.tenant_id)).credit_nano_usd
+        return format_nano(credit_nano_usd, await currency_of(conn, found.tenant_id))
 
-    typer.echo(f"{tenant} now has {format_nano_usd(in_transaction(session, work))}")
+    typer.echo(f"{tenant} now has {in_transaction(session, work)}")
+
+
+@credit_app.command("limit")
+def credit_limit(tenant: TenantName, usd: Usd, reason: Reason = "") -> None:
+    """Make a tenant post-paid up to a limit, change the limit, or with 0 make it pre-paid again."""
+    session = open_session()
+    limit_nano_usd = exact(usd, NANO_PER_USD, "--usd")
+
+    async def work(conn: AsyncConnection) -> tuple[CreditLine | None, str]:
+        found = await find_tenant(conn, tenant)
+        await clerk(session, conn).set_credit_limit(found.tenant_id, limit_nano_usd, reason)
+        return await get_line(conn, found.tenant_id), await currency_of(conn, found.tenant_id)
+
+    line, currency = in_transaction(session, work)
+    if line is None or not line.limit_nano_usd:
+        typer.echo(f"{tenant} is pre-paid")
+        return
+    names = ("limit", "drawn", "receivable")
+    limit, drawn, due = (format_nano(getattr(line, f"{name}_nano_usd"), currency) for name in names)
+    typer.echo(f"{tenant} is post-paid up to {limit}; used and not paid {drawn}, of that billed with tax {due}")
 
 
 @credit_app.command("list")
@@ -47,13 +73,14 @@ def credit_list(tenant: TenantName) -> None:
 
     async def work(conn: AsyncConnection) -> list[tuple[str, ...]]:
         found = await find_tenant(conn, tenant)
+        currency = await currency_of(conn, found.tenant_id)
         return [
             (
                 one.credit_id,
                 one.kind,
                 iso(one.expires_ns),
-                format_nano_usd(one.amount_nano_usd),
-                format_nano_usd(one.left_nano_usd),
+                format_nano(one.amount_nano_usd, currency),
+                format_nano(one.left_nano_usd, currency),
             )
             for one in await list_credits(conn, found.tenant_id, session.world.now_ns())
         ]

@@ -16,7 +16,8 @@ from tenancy.closing import Closed
 from tenancy.directory import Tenant, get_tenant_by_name, list_tenants
 from tenancy.ledger import balance
 from tenancy.limits import LIMIT_NAMES, LimitName, ScopeLimits, get_limits
-from tenancy.money import format_nano_usd
+from tenancy.money import format_nano
+from tenancy.posting import CURRENCY, currency_of
 
 NANO_PER_USD = 10**9
 WIDTH_MAX = 500  # tables are never cut: what does not fit a terminal is wrapped there
@@ -58,13 +59,14 @@ def tenant_create(
     requests_per_minute: Annotated[int | None, typer.Option(min=0)] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=0)] = None,
     concurrency: Annotated[int | None, typer.Option(min=0, help="requests at the same time")] = None,
+    currency: Annotated[str, typer.Option(help="of its accounts, prices and invoices, for good: ISO 4217")] = CURRENCY,
 ) -> None:
     """Create a tenant with one project, its ledger accounts and its limits."""
     session = open_session()
 
     async def work(conn: AsyncConnection) -> str:
         one = clerk(session, conn)
-        tenant_id, _ = await one.create_tenant(name, organisation=organisation or name)
+        tenant_id, _ = await one.create_tenant(name, organisation=organisation or name, currency=currency)
         await one.set_limits("tenant", tenant_id, requests_per_minute, tokens_per_minute, concurrency)
         return tenant_id
 
@@ -83,13 +85,14 @@ def tenant_list() -> None:
         for tenant in tenants:
             money = await balance(conn, tenant.tenant_id)
             rule = rules.get(tenant.tenant_id, ScopeLimits(tenant.tenant_id))
+            currency = await currency_of(conn, tenant.tenant_id)
             amounts = (money.credit_nano_usd, money.held_nano_usd, money.captured_nano_usd)
             rows.append(
                 (
                     tenant.name,
                     tenant.tenant_id,
                     tenant.status,
-                    *(format_nano_usd(amount) for amount in amounts),
+                    *(format_nano(amount, currency) for amount in amounts),
                     *(limit_text(rule, name) for name in LIMIT_NAMES),
                     str(rule.weight),
                 )
@@ -149,7 +152,7 @@ def tenant_delete(name: TenantArgument, reason: Reason = "") -> None:
         return await clerk(session, conn).delete_tenant((await find_tenant(conn, name)).tenant_id, reason)
 
     closed = in_transaction(session, work)
-    left = format_nano_usd(closed.credit_nano_usd)
+    left = format_nano(closed.credit_nano_usd, closed.currency)
     typer.echo(f"tenant {name} is deleted; {closed.num_keys_revoked} keys revoked, unspent credit {left}")
 
 

@@ -16,6 +16,7 @@ from tenancy.attribution import TooManyRequestsError
 from tenancy.budgets import BudgetError
 from tenancy.closing import MoneyHeldError
 from tenancy.corrections import CorrectionError
+from tenancy.credit_line import CreditLineError
 from tenancy.credits import TooManyCreditsError
 from tenancy.directory import DuplicateNameError, TenantStatusError, UnknownIdError
 from tenancy.ids import InvalidNameError
@@ -28,7 +29,8 @@ from tenancy.limits import LimitError
 from tenancy.money import MoneyRangeError
 from tenancy.operators import DuplicateOperatorError
 from tenancy.parties import PartyError
-from tenancy.prices import PriceConflictError, PriceError
+from tenancy.posting import CurrencyError
+from tenancy.prices import PriceConflictError, PriceError, PriceMissingError
 from tenancy.rotation import RotationError
 from tenancy.webhooks import WebhookError
 
@@ -37,6 +39,8 @@ KNOWN_ERRORS = (
     ChildFailedError,
     CommandError,
     CorrectionError,
+    CreditLineError,
+    CurrencyError,
     DuplicateNameError,
     DuplicateOperatorError,
     InvalidNameError,
@@ -50,6 +54,7 @@ KNOWN_ERRORS = (
     PartyError,
     PriceConflictError,
     PriceError,
+    PriceMissingError,
     RotationError,
     TenantStatusError,
     TooManyCreditsError,

@@ -1,4 +1,4 @@
-"""bulkhead price: add, draft, schedule, discard, list."""
+"""bulkhead price: add, draft, schedule, withdraw, discard, list."""
 
 from decimal import Decimal
 from typing import Annotated
@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.commands.directory import NANO_PER_USD, exact, print_table
+from gateway.commands.directory import NANO_PER_USD, Reason, exact, print_table
 from gateway.commands.keys import iso
 from gateway.commands.periods import instant_of
 from gateway.commands.session import CommandError, Session, in_snapshot, in_transaction, open_session
 from gateway.price_clerk import PriceClerk
-from tenancy.money import format_nano_usd
+from tenancy.money import format_nano
 from tenancy.price_book import PriceTerms, list_book, list_drafts
 from tenancy.prices import BATCH_PERCENT, DEFAULT_TIER, FLEX_PERCENT, PERCENT_MAX, PRIORITY_PERCENT, Step, Tier
 
@@ -90,7 +90,7 @@ def price_draft(
 
 @price_app.command("schedule")
 def price_schedule(draft: DraftId, from_: From = "") -> None:
-    """Put a draft in force from a date on; it stands then."""
+    """Put a draft in force from a date on."""
     session = open_session()
     from_ns = start_of(session, from_)
 
@@ -98,6 +98,19 @@ def price_schedule(draft: DraftId, from_: From = "") -> None:
         return (await price_clerk(session, conn).schedule_draft(draft, from_ns)).price_id
 
     typer.echo(f"price {in_transaction(session, work)} is in force from {iso(from_ns)} on")
+
+
+@price_app.command("withdraw")
+def price_withdraw(
+    price: Annotated[str, typer.Argument(help="the price's id, from: bulkhead price list")], reason: Reason = ""
+) -> None:
+    """Take a scheduled price back before it is in force."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> int:
+        return (await price_clerk(session, conn).withdraw(price, reason)).effective_from_ns
+
+    typer.echo(f"price {price}, scheduled for {iso(in_transaction(session, work))}, is withdrawn")
 
 
 @price_app.command("discard")
@@ -207,5 +220,5 @@ def _row(terms: PriceTerms, name: str, state: str, since: str, until: str) -> tu
         terms.currency,
         "\n".join(f"{step.from_tokens:,}" for step in steps),
         *(column(f"{kind}_pico_usd") for kind in ("input", "cached_input", "output")),
-        format_nano_usd(terms.request_nano_usd),
+        format_nano(terms.request_nano_usd, terms.currency),
     )

@@ -12,6 +12,7 @@ from gateway.api.auth import Caller
 from gateway.api.problems import InvalidRequestError
 from gateway.organization.desk import NS, Desk
 from gateway.organization.query import SECONDS_MAX, Query
+from tenancy.posting import currency_of
 from tenancy.usage_buckets import GROUPS, BucketSums, Filter, GroupBy, usage_buckets
 
 WIDTHS_S = {"1m": 60, "1h": 3_600, "1d": 86_400}
@@ -69,9 +70,10 @@ class UsageDesk(Desk):
                 group_by=group_by,
                 only=only,
             )
+            currency = (await currency_of(conn, caller.principal.tenant_id)).lower()
         by_start: dict[int, list[Any]] = {}
         for one in sums:
-            by_start.setdefault(one.start_ns // NS, []).append(result(one))
+            by_start.setdefault(one.start_ns // NS, []).append(result(one, currency))
         buckets = [
             {
                 "object": "bucket",
@@ -90,7 +92,7 @@ class UsageDesk(Desk):
         }
 
 
-def _usage_result(sums: BucketSums) -> dict[str, Any]:
+def _usage_result(sums: BucketSums, _currency: str) -> dict[str, Any]:
     return {
         "object": "organization.usage.completions.result",
         "input_tokens": sums.num_prompt_tokens,
@@ -106,11 +108,14 @@ def _usage_result(sums: BucketSums) -> dict[str, Any]:
     }
 
 
-def _cost_result(sums: BucketSums) -> dict[str, Any]:
+def _cost_result(sums: BucketSums, currency: str) -> dict[str, Any]:
     """``value`` is written with all its digits, as no float could be; ``amount_nano_usd`` is the integer itself."""
     return {
         "object": "organization.costs.result",
-        "amount": {"value": msgspec.Raw(f"{Decimal(sums.amount_nano_usd).scaleb(-9):f}".encode()), "currency": "usd"},
+        "amount": {
+            "value": msgspec.Raw(f"{Decimal(sums.amount_nano_usd).scaleb(-9):f}".encode()),
+            "currency": currency,
+        },
         "amount_nano_usd": str(sums.amount_nano_usd),
         "project_id": sums.group.get("project_id"),
         "api_key_id": sums.group.get("api_key_id"),

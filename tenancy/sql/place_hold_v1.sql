@@ -12,8 +12,8 @@ DECLARE
     scopes text[] := ARRAY[p_tenant, p_project, p_key];
 BEGIN
     PERFORM set_config('bulkhead.tenant', p_tenant, true);
-    -- The tenant's accounts, in id order, as everybody takes them. Each statement after this sees what is so now.
-    FOR one IN SELECT a.kind, a.balance_nano_usd AS nano FROM account a WHERE a.tenant_id = p_tenant
+    -- The tenant's accounts, the four of a pre-paid tenant in USD, in id order, as everybody takes them. Each statement after this sees what is so now.
+    FOR one IN SELECT a.kind, a.balance_nano_usd AS nano FROM account a WHERE a.tenant_id = p_tenant AND a.currency = 'USD'
                ORDER BY a.id FOR UPDATE LOOP
         num_accounts := num_accounts + 1;
         IF one.kind = 'credit' THEN available := one.nano; END IF;
@@ -29,6 +29,7 @@ BEGIN
     IF p_price IS DISTINCT FROM (
         SELECT p.id FROM price p
         WHERE p.model = p_model AND p.tier IN (p_tier, 'default') AND p.effective_from_ns <= p_now
+          AND NOT EXISTS (SELECT 1 FROM price_withdrawal w WHERE w.price_id = p.id)
           AND p.currency = (SELECT a.currency FROM account a WHERE a.tenant_id = p_tenant AND a.kind = 'credit')
         ORDER BY p.tier <> p_tier, p.effective_from_ns DESC LIMIT 1
     ) THEN RETURN false; END IF;

@@ -19,7 +19,7 @@ BEGIN
         WHERE h.id = p_hold AND h.tenant_id = p_tenant AND h.state = 'pending' AND h.amount_nano_usd >= p_captured
         FOR UPDATE;
     IF NOT FOUND THEN RETURN false; END IF;
-    FOR one IN SELECT a.kind, a.balance_nano_usd AS nano FROM account a WHERE a.tenant_id = p_tenant
+    FOR one IN SELECT a.kind, a.balance_nano_usd AS nano FROM account a WHERE a.tenant_id = p_tenant AND a.currency = 'USD'
                ORDER BY a.id FOR UPDATE LOOP
         num_accounts := num_accounts + 1;
         IF one.kind = 'revenue' THEN revenue := one.nano; END IF;

@@ -20,12 +20,13 @@ from gateway.billing.reconcile import reconcile, reconciled_entry, reconciled_si
 from tenancy import tables
 from tenancy.directory import list_tenants
 from tenancy.invoice_document import digest
-from tenancy.invoices import get_document
+from tenancy.invoices import get_document, pay
 from tenancy.meter import Usage
 from tenancy.parties import Buyer
 from tenancy.periods import DAY_NS
 from tests.tenancy.books import MONTH_NS, Books, open_books
 from tests.tenancy.conftest import database_url, opened, postgres_url, sqlite_url
+from tests.tenancy.test_credit_line import post_paid_books
 from tests.tenancy.test_invoices import add_prices, revenue_of
 from tests.tenancy.world import counting_entropy
 
@@ -66,6 +67,34 @@ async def differences(conn: AsyncConnection, journals: dict[str, Usage], since_n
     found = await reconcile(conn, journals, since_ns, since_ns + DAY_NS)
     assert found.num_differences == len(found.differences)
     return found.differences
+
+
+def test_a_receivable_is_what_documents_say_is_due(database_url: str) -> None:
+    async def run() -> None:
+        async with opened(database_url) as database:
+            async with database.transaction() as conn:
+                await conn.run_sync(audit_tables.metadata.create_all)
+                books = await post_paid_books(conn)
+                usage = Usage(1_000_000, 0, 100_000)
+                journals = {await books.serve(usage, DAY + number * 10**9): usage for number in range(2)}
+                invoice, _ = await books.bill(DAY, DAY + DAY_NS)
+                assert await differences(conn, journals) == []
+            async with database.read() as conn:  # always rolled back
+                receivable = f"{books.who.tenant_id}:receivable:USD"
+                await conn.execute(
+                    text("UPDATE account SET balance_nano_usd = balance_nano_usd + 1 WHERE id = :of"),
+                    {"of": receivable},
+                )
+                (found,) = await differences(conn, journals)
+                assert found.startswith(f"ledger and invoice: {books.who.tenant_id} owes")
+            async with database.read() as conn:  # paid, and nobody told the ledger
+                await conn.execute(text("UPDATE invoice SET state = 'paid', ended_ns = 1"))
+                assert len(await differences(conn, journals)) == 1
+            async with database.transaction() as conn:
+                await pay(conn, invoice.invoice_id, "", now_ns=DAY + 3 * DAY_NS)
+                assert await differences(conn, journals) == []
+
+    asyncio.run(run())
 
 
 def test_books_agree_and_what_is_planted_between_two_is_found(database_url: str) -> None:

@@ -1,4 +1,4 @@
-"""Credit is used to the last token and never beyond, however many ask at once, on both databases."""
+"""Credit and a credit line are used to the last token and never beyond, however many ask at once, on both databases."""
 
 import asyncio
 from pathlib import Path
@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
+from tenancy.credit_line import get_line, set_limit
 from tenancy.prices import Price, affordable_tokens, worst_case_nano_usd
 from tests.fakes.byte_model import write_byte_model
 from tests.fakes.hall import USD, open_hall, world
@@ -27,9 +28,11 @@ def test_what_is_afforded_is_the_most_that_is_covered(
     assert affordable_tokens(price, num, top, available) == max(fits, default=0)
 
 
+@pytest.mark.parametrize("line", [0, 140 * USD])
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_many_at_once_spend_all_and_no_more(
     kind: str,
+    line: int,
     request: pytest.FixtureRequest,
     runner: asyncio.Runner,
     redis: Redis,
@@ -37,14 +40,17 @@ def test_many_at_once_spend_all_and_no_more(
     tmp_path: Path,
 ) -> None:
     url = request.getfixturevalue("postgres_server").new_database() if kind == "postgresql" else ""
-    credit = 200 * USD + USD // 2
+    credit = 200 * USD + USD // 2  # of it `line` is a post-paid tenant's limit
 
     async def scenario() -> None:
-        worker = IntegerWorker(short_folder / f"credit-{kind}.sock", model=IntegerModel(eos_every=1_000_003))
+        worker = IntegerWorker(short_folder / f"credit-{kind}-{line}.sock", model=IntegerModel(eos_every=1_000_003))
         await worker.start()
         model = write_byte_model(tmp_path / "model")
-        how = {"credit_nano_usd": credit, "output_pico_usd": 10**12}  # one USD a token
+        how = {"credit_nano_usd": credit - line, "output_pico_usd": 10**12}  # one USD a token
         async with open_hall(tmp_path, redis, model, worker.path, world=world(), database_url=url, **how) as hall:
+            async with hall.database.transaction() as conn:
+                tenant_id = hall.accounts["acme"].tenant_id
+                await set_limit(conn, tenant_id, line, transfer_id="limit", now_ns=hall.services.world.now_ns())
             answers = []
             for _ in range(6):  # until nothing is left: what one gives back, the next may use
                 answers += await asyncio.gather(*(hall.chat(max_tokens=30, stream=n % 2 == 0) for n in range(12)))
@@ -60,6 +66,9 @@ def test_many_at_once_spend_all_and_no_more(
             money = await hall.credit()
             assert money.captured_nano_usd + money.credit_nano_usd == credit
             assert 0 <= money.credit_nano_usd < USD
+            async with hall.database.read() as conn:
+                drawn = await get_line(conn, tenant_id)
+            assert (0 if drawn is None else drawn.drawn_nano_usd) == max(0, money.captured_nano_usd - credit + line)
         await worker.stop()
 
     runner.run(scenario())

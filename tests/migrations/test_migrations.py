@@ -1,6 +1,7 @@
 """The migrations build exactly the tables that the rooms declare, triggers included, on both databases."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def run(url: str, work: Any) -> Any:
 def test_head_equals_the_declared_tables(url: str) -> None:
     assert migrate(url) is True
     assert migrate(url) is False
+    differences_are_none(url)
 
+
+def differences_are_none(url: str) -> None:
     def differences(connection: Connection) -> Any:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         return compare_metadata(context, merged())
@@ -170,3 +174,73 @@ def test_budgets_go_down_and_up_again(url: str) -> None:
     command.downgrade(config, "0002")
     command.upgrade(config, "head")
     assert run(url, owners) == [("proj_1", "key_1")]
+
+
+def scripts(url: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", "migrations:")
+    config.attributes["url"] = url
+    return config
+
+
+def test_every_revision_goes_down_and_up_again(url: str) -> None:
+    """One by one to the first and back, with a billed hold: each step leaves what the next one expects."""
+    migrate(url)
+    config = scripts(url)
+    count = len(list(ScriptDirectory.from_config(config).walk_revisions()))
+    run(url, lambda connection: [connection.execute(text(one)) for one in BILLED_HOLD.split(";")[:-1]])
+    for _ in range(count - 1):
+        command.downgrade(config, "-1")
+    rows = "SELECT count(*) FROM hold JOIN usage_record USING (request_id)"
+    assert run(url, lambda connection: connection.execute(text(rows)).scalar()) == 1
+    for _ in range(count - 1):
+        command.upgrade(config, "+1")
+    assert run(url, lambda connection: connection.execute(text(rows)).scalar()) == 1
+    differences_are_none(url)
+
+
+@pytest.mark.parametrize(
+    ("planted", "reason"),
+    [
+        ("INSERT INTO price_withdrawal (price_id, withdrawn_ns) VALUES ('price_1', 1)", "withdrawn"),
+        (
+            (
+                "INSERT INTO credit (id, tenant_id, kind, amount_nano_usd, left_nano_usd, created_ns)"
+                " VALUES ('ten_1:line', 'ten_1', 'line', 1, 1, 1)"
+            ),
+            "ck_credit_kind",
+        ),
+    ],
+)
+def test_what_the_version_before_would_misread_is_kept_from_it(url: str, planted: str, reason: str) -> None:
+    """0015 does not go down where there is a withdrawn price or a credit line, and nothing of it is half done."""
+    migrate(url)
+    run(url, lambda connection: [connection.execute(text(one)) for one in [*BILLED_HOLD.split(";")[:-1], planted]])
+    with pytest.raises(Exception, match=reason):
+        command.downgrade(scripts(url), "0014")
+    differences_are_none(url)
+
+
+def test_a_migration_does_not_wait_behind_a_lock(postgres_server: PostgresServer) -> None:
+    """Traffic holds a table: the upgrade gives up within its timeout, changes nothing and says why; then it works."""
+    url = postgres_server.new_database()
+    migrate(url)
+    command.downgrade(scripts(url), "0014")
+
+    async def blocked() -> float:
+        engine = create_async_engine(url)
+        try:
+            async with engine.begin() as conn:
+                await conn.execute(text("LOCK TABLE account IN ROW EXCLUSIVE MODE"))
+                began = time.monotonic()
+                with pytest.raises(MigrationError, match="lock timeout"):
+                    await asyncio.to_thread(migrate, url)
+                return time.monotonic() - began
+        finally:
+            await engine.dispose()
+
+    assert asyncio.run(blocked()) < 10
+    revision = "SELECT version_num FROM alembic_version"
+    assert run(url, lambda connection: connection.execute(text(revision)).scalar()) == "0014"
+    migrate(url)
+    differences_are_none(url)

@@ -271,6 +271,68 @@ def test_a_revoked_key_is_dead_at_once(server: Server) -> None:
     assert key.split("-", 2)[2] not in listed
 
 
+def test_nothing_of_a_deleted_tenant_is_left_but_its_books_and_a_receipt(server: Server) -> None:
+    """Keys, holds, retained answers and cache blocks go; ledger, usage and the log stay, and the log says what went."""
+    server.run("tenant", "create", "--name", "initech")
+    assert "post-paid up to $1.00" in server.run("credit", "limit", "--tenant", "initech", "--usd", "1")
+    key = server.run("key", "create", "--tenant", "initech", "--name", "k").splitlines()[0]
+    headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": "the-only-one"}
+    long = "Count the sheep on the hill, one after the other, and tell me when you are tired of it. " * 5
+    body: Any = {"messages": [{"role": "user", "content": long}], "max_tokens": 8}
+
+    def rows(query: str) -> list[Any]:
+        with closing(open_database(server)) as db:
+            of = "(SELECT id FROM tenant WHERE name = 'initech')"
+            return db.execute(query.replace("INITECH", of)).fetchall()
+
+    def logged(kind: str) -> list[Any]:
+        opened = "SELECT o.body FROM log_leaf l JOIN log_opening o ON o.leaf_index = l.leaf_index WHERE l.kind = ?"
+        with closing(open_database(server)) as db:
+            return [json.loads(one) for (one,) in db.execute(opened, (kind,))]
+
+    with server.http() as http:
+        model = http.get("/v1/models", headers=headers).json()["data"][0]["id"]
+        answer = http.post("/v1/chat/completions", headers=headers, json={"model": model, **body})
+        assert answer.status_code == 200, answer.text
+        kept = "SELECT 1 FROM idempotency_key WHERE tenant_id = INITECH AND answer IS NOT NULL"
+        wait_until(lambda: rows(kept), what="keeping the answer")
+        with ThreadPoolExecutor(1) as pool:
+            asked = {"model": model, **body, "max_tokens": 2_000, "stream": True, "ignore_eos": True}
+            plain = {"Authorization": f"Bearer {key}"}
+            running = pool.submit(http.post, "/v1/chat/completions", headers=plain, json=asked)
+            wait_until(lambda: rows("SELECT 1 FROM hold WHERE tenant_id = INITECH AND state = 'pending'"))
+            assert "suspend it" in server.run("tenant", "delete", "initech", expect=1)
+            server.run("tenant", "suspend", "initech")
+            assert "account_inactive" in running.result(60).text
+        wait_until(lambda: not rows("SELECT 1 FROM hold WHERE tenant_id = INITECH AND state = 'pending'"))
+        said = server.run("tenant", "delete", "initech", "--reason", "contract ended")
+        assert "1 keys revoked, unspent credit $0.00" in said  # what is left of a line is nobody's
+        assert http.get("/v1/models", headers=headers).status_code == 401
+
+    assert rows(
+        "SELECT count(*) FROM api_key k JOIN project p ON p.id = k.project_id WHERE p.tenant_id = INITECH "
+        "AND k.revoked_ns IS NULL"
+    ) == [(0,)]
+    assert rows("SELECT count(*) FROM idempotency_key WHERE tenant_id = INITECH") == [(0,)]
+    assert rows("SELECT balance_nano_usd FROM account WHERE tenant_id = INITECH AND kind = 'held'") == [(0,)]
+    assert rows("SELECT count(*) FROM usage_record WHERE tenant_id = INITECH") == [(2,)]
+    [(tenant_id,)] = rows("SELECT INITECH")
+    wait_until(lambda: logged("cache.erased"), what="erasing the cache")
+    (receipt,) = [one for one in logged("tenant.deleted") if "contract ended" in str(one)]
+    assert "num_keys_revoked" in str(receipt)
+    assert any("num_blocks" in str(one) for one in logged("cache.erased"))
+    with closing(open_database(server)) as db:
+        kinds = [
+            kind
+            for (kind,) in db.execute(
+                "SELECT l.kind FROM log_leaf l JOIN log_opening o ON o.leaf_index = l.leaf_index"
+                " WHERE instr(o.body, CAST(? AS BLOB))",
+                (tenant_id,),
+            )
+        ]
+    assert {"tenant.created", "tenant.deleted", "cache.erased", "request.settled"} <= set(kinds)
+
+
 def test_budgets_on_the_command_line(server: Server) -> None:
     which = ("--scope", "tenant", "--of", "globex", "--period", "month", "--soft")
     server.run("budget", "set", *which, "--usd", "12.5")

@@ -29,14 +29,13 @@ from tenancy.ledger import (
     expire,
     get_hold,
     grant_credit,
-    open_accounts,
     pending_holds,
     place_hold,
     void,
 )
 from tenancy.ledger_check import check_ledger
 from tenancy.money import MoneyRangeError
-from tenancy.posting import UnknownAccountError
+from tenancy.posting import UnknownAccountError, open_accounts
 from tests.tenancy.conftest import create_tables, opened
 from tests.tenancy.world import SECOND, T0, Populated, counting_entropy, populate
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from tenancy.meter import Usage
 from tenancy.price_book import (
+    WITHDRAW_NS,
     PriceTerms,
     add_draft,
     discard_draft,
@@ -19,6 +21,7 @@ from tenancy.price_book import (
     price_at,
     schedule,
     schedule_draft,
+    withdraw,
 )
 from tenancy.prices import (
     TIERS,
@@ -226,6 +229,55 @@ def test_the_life_of_a_draft(database_url: str) -> None:
             late = PriceTerms("m", 1, 1, 1, tier="batch")
             with pytest.raises(PriceConflictError, match="in the past"):  # a tier's own first price, too
                 await schedule(conn, late, effective_from_ns=T0 + 4, entropy=entropy, now_ns=T0 + 5)
+
+    asyncio.run(run())
+
+
+def test_a_scheduled_price_is_withdrawn_before_it_is_in_force(database_url: str) -> None:
+    """What was in force goes on without a gap; another may begin at the same instant."""
+
+    async def run() -> None:
+        entropy = counting_entropy()
+        begins = T0 + 2 * WITHDRAW_NS
+        async with opened(database_url) as database, database.transaction() as conn:
+
+            async def put(cost: int, at_ns: int, **more: Any) -> Price:
+                terms = PriceTerms("m", cost, cost, cost, **more)
+                return await schedule(conn, terms, effective_from_ns=at_ns, entropy=entropy, now_ns=T0)
+
+            old = await put(1, T0)
+            steps = (Step(1_000, 3, 2, 1),)
+            wrong, later, euro = (
+                await put(2, begins, steps=steps),
+                await put(4, begins + 9),
+                await put(5, begins, currency="EUR"),
+            )
+            with pytest.raises(PriceConflictError, match="another price"):
+                await put(3, begins)
+            for price, now_ns in ((old, T0), (wrong, begins - WITHDRAW_NS + 1), (wrong, begins), (wrong, begins + 20)):
+                with pytest.raises(PriceConflictError, match="withdrawn until"):
+                    await withdraw(conn, price.price_id, now_ns=now_ns)
+            with pytest.raises(PriceMissingError):
+                await withdraw(conn, "price_none", now_ns=T0)
+            assert await withdraw(conn, wrong.price_id, now_ns=begins - WITHDRAW_NS) == (wrong, True)
+            assert await withdraw(conn, wrong.price_id, now_ns=begins + 20) == (wrong, False)
+            in_force = [(await price_at(conn, "m", begins + at)).price_id for at in (-1, 0, 8, 9)]
+            assert in_force == [old.price_id] * 3 + [later.price_id]
+            book = [(e.price.price_id, e.state, e.until_ns) for e in await list_book(conn, begins)]
+            assert (old.price_id, "active", begins + 9) in book
+            assert book[-1] == (wrong.price_id, "withdrawn", begins)
+
+            right = await put(3, begins)
+            assert (await price_at(conn, "m", begins)).price_id == right.price_id
+            assert (await price_at(conn, "m", begins - 1)).price_id == old.price_id
+            assert [e.until_ns for e in await list_book(conn, begins) if e.price == old] == [begins]
+            assert await put(3, begins) == right
+            await withdraw(conn, right.price_id, now_ns=T0)
+            again = await put(2, begins, steps=steps)  # the terms of the first, which is not it
+            assert again.price_id != wrong.price_id
+            assert await list_prices(conn) == sorted(
+                [old, again, later, euro], key=lambda one: (one.currency, one.effective_from_ns)
+            )
 
     asyncio.run(run())
 
