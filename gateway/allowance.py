@@ -2,7 +2,7 @@
 
     the store answers                        its counters decide, under the organisation's epoch
     it counts under another epoch, or none   the counters are made anew from SQL first, by one gateway; others wait
-    it does not answer                       the tenant's policy: closed, lease or open (tenancy/failure_policy.py)
+    it does not answer                       the tenant's policy (tenancy/quotas/failure_policy.py): closed, lease, open
     it is back                               an organisation for which this gateway admitted by itself is made anew, too
 
 What a policy admits is marked in SQL with its hold, so that it is counted also when this process dies before.
@@ -22,18 +22,18 @@ import structlog
 from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit.entry import Entry
-from audit.outbox import append
+from audit.transparency.entry import Entry
+from audit.transparency.outbox import append
 from gateway.breaker import Breaker
 from gateway.database import Database, DatabaseUnavailableError
 from gateway.metrics import Metrics
 from gateway.world import World, new_id
-from tenancy.keys import Principal
-from tenancy.limits import ScopeLimits
-from tenancy.open_cap import OpenCap
-from tenancy.quota import EpochMismatch, Lease, Quota, QuotaSnapshot, QuotaUnavailableError, Refused
-from tenancy.quota_epochs import change_epoch, counters_of, current_epoch, lock_epoch, lock_tenants
-from tenancy.slices import Slice, Slices
+from tenancy.access.keys import Principal
+from tenancy.quotas.limits import ScopeLimits
+from tenancy.quotas.open_cap import OpenCap
+from tenancy.quotas.quota import EpochMismatch, Lease, Quota, QuotaSnapshot, QuotaUnavailableError, Refused
+from tenancy.quotas.quota_epochs import change_epoch, counters_of, current_epoch, lock_epoch, lock_tenants
+from tenancy.quotas.slices import Slice, Slices
 
 EPOCH_TRIES = 4  # how often a request follows an epoch that changes under it
 SLICE_TTL_S = 120  # how long an outage may last before `lease` has nothing left

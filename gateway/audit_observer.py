@@ -12,11 +12,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from audit.block_digests import Digest
-from audit.isolation import BLOCKS_PER_STEP, SLOTS_PER_STEP, IsolationAuditor
-from audit.launch import KernelArrays, Launch, Logprob
-from audit.released_tokens import Output
-from audit.sampling_rows import SampledRow, SamplingFacts, ScoredRow
+from audit.runtime.block_digests import Digest
+from audit.runtime.isolation import BLOCKS_PER_STEP, SLOTS_PER_STEP, IsolationAuditor
+from audit.runtime.launch import KernelArrays, Launch, Logprob
+from audit.runtime.released_tokens import Output
+from audit.runtime.sampling_rows import SampledRow, SamplingFacts, ScoredRow
 from engine.errors import BrokenOffError
 from engine.events import EngineEvent, SamplingState, StepEvidence, Violation, Watched, Words
 from engine.events import KernelArrays as HeldArrays

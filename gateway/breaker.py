@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from gateway.world import World
-from tenancy.quota import QuotaUnavailableError
+from tenancy.quotas.quota import QuotaUnavailableError
 
 CALL_TIMEOUT_S = 1.0  # of one call; a script takes well under a millisecond
 PROBE_TIMEOUT_S = 0.5

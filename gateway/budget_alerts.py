@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit.entry import Entry
-from audit.outbox import append
-from tenancy.budget_use import Budget, BudgetAlert
-from tenancy.credits import ExpiredCredit
-from tenancy.ledger import Settled
+from audit.transparency.entry import Entry
+from audit.transparency.outbox import append
+from tenancy.accounts.budget_use import Budget, BudgetAlert
+from tenancy.accounts.credits import ExpiredCredit
+from tenancy.accounts.ledger import Settled
 
 
 async def append_settled(

@@ -11,32 +11,22 @@ from urllib.parse import urlsplit
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit.entry import Entry
-from audit.outbox import append
+from audit.transparency.entry import Entry
+from audit.transparency.outbox import append
 from gateway.budget_alerts import append_alerts, budget_fields
 from gateway.price_clerk import PriceClerk
 from gateway.world import new_id
-from tenancy import (
-    budgets,
-    closing,
-    corrections,
-    credit_line,
-    directory,
-    failure_policy,
-    keys,
-    ledger,
-    limits,
-    operators,
-    rotation,
-    webhooks,
-)
-from tenancy.budget_use import BudgetScope
-from tenancy.credits import CreditKind
-from tenancy.failure_policy import FailurePolicy
-from tenancy.key_rules import UNRESTRICTED, KeyRules
-from tenancy.periods import Period
-from tenancy.posting import CURRENCY
-from tenancy.price_book import PriceTerms
+from tenancy import closing, webhooks
+from tenancy.access import directory, keys, operators, rotation
+from tenancy.access.key_rules import UNRESTRICTED, KeyRules
+from tenancy.accounts import budgets, corrections, credit_line, ledger
+from tenancy.accounts.budget_use import BudgetScope
+from tenancy.accounts.credits import CreditKind
+from tenancy.accounts.posting import CURRENCY
+from tenancy.invoicing.periods import Period
+from tenancy.pricing.price_book import PriceTerms
+from tenancy.quotas import failure_policy, limits
+from tenancy.quotas.failure_policy import FailurePolicy
 
 Body = dict[str, str | int | bool | list[str]]
 KEY_SCOPES = frozenset({"inference"})

@@ -84,7 +84,7 @@ class Database:
 
     async def one_trip(self, text: str, arguments: tuple[object, ...]) -> Any:
         """One statement that is a transaction of its own, on PostgreSQL; the value that it gives. No transaction is
-        begun and ended around it, so it binds itself where it has to (tenancy/one_trip.py)."""
+        begun and ended around it, so it binds itself where it has to (tenancy/accounts/one_trip.py)."""
         assert self._trips is not None, "SQLite has no server to spare trips to"
         with _mapped_errors():
             return await self._trips.value(text, arguments)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from gateway.database import Database
-from tenancy.keys import note_uses
+from tenancy.access.keys import note_uses
 
 
 @dataclass(slots=True)

@@ -1,9 +1,9 @@
 """The auditor's own sequences: what it wants to be run, as the engine takes it, and what comes of it.
 
 Two kinds. A replay is a finished sequence of a tenant, or a canary, run again while the engine has nothing else to do
-(audit/replay.py). It has a domain of its own for each tenant and a new salt each time: it must never find blocks that
-the first run has left, since a hit would repeat what went wrong there, and it must not be counted, limited or punished
-as the tenant's. A canary is a synthetic request that runs beside real ones (audit/canary.py).
+(audit/runtime/replay.py). It has a domain of its own for each tenant and a new salt each time: it must never find
+blocks that the first run has left, since a hit would repeat what went wrong there, and it must not be counted, limited
+or punished as the tenant's. A canary is a synthetic request that runs beside real ones (audit/runtime/canary.py).
 
 Both rank below everything else, and what they say goes nowhere: the engine gives it to its observer only.
 """
@@ -16,9 +16,9 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from audit.canary import Canaries
-from audit.released_tokens import Output
-from audit.replay import BYTES_MAX, COMPLETE, OWN, Record, Replays
+from audit.runtime.canary import Canaries
+from audit.runtime.released_tokens import Output
+from audit.runtime.replay import BYTES_MAX, COMPLETE, OWN, Record, Replays
 from engine.events import EngineEvent, Violation
 from engine.protocol import SamplingParams, Submit
 from engine.scheduling.tiers import TIERS

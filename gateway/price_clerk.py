@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit.entry import Entry, Value
-from audit.outbox import append
-from tenancy import price_book
-from tenancy.price_book import Draft, PriceTerms
-from tenancy.prices import Price
+from audit.transparency.entry import Entry, Value
+from audit.transparency.outbox import append
+from tenancy.pricing import price_book
+from tenancy.pricing.price_book import Draft, PriceTerms
+from tenancy.pricing.prices import Price
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ import hmac
 from typing import TYPE_CHECKING
 
 from gateway.world import World
-from tenancy.keys import PresentedKey
-from tenancy.prices import Price
+from tenancy.access.keys import PresentedKey
+from tenancy.pricing.prices import Price
 
 if TYPE_CHECKING:
     from gateway.api.auth import Caller

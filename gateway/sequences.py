@@ -7,7 +7,7 @@ hold no dot. Whoever reads the engine's counts, while it runs or from its journa
 from collections.abc import Iterable, Mapping
 
 from engine.journal import JournalRecord
-from tenancy.meter import Usage
+from tenancy.usage.meter import Usage
 
 
 def sequence_id(request_id: str, index: int) -> str:

@@ -15,7 +15,7 @@ from gateway.running import Running
 from gateway.secrets import Secrets
 from gateway.settings import Settings
 from gateway.world import World
-from tenancy.quota import Quota
+from tenancy.quotas.quota import Quota
 
 
 @dataclass(frozen=True, slots=True)

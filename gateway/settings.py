@@ -113,12 +113,12 @@ class Settings:
     prefix_cache: bool = _setting(True, _boolean)  # share computed blocks within a tenant
     cache_floor_percent: int = _setting(10, _percent(0, 50))  # engine/cache/cache_shares.py
     cache_ceiling_percent: int = _setting(100, _percent(1, 100))
-    audit_slots_per_step: int = _setting(256, _not_negative)  # audit/cache_bytes.py
-    audit_blocks_per_step: int = _setting(1, _not_negative)  # audit/block_digests.py
-    audit_replay_percent: int = _setting(5, _percent(0, 100))  # audit/replay.py
+    audit_slots_per_step: int = _setting(256, _not_negative)  # audit/runtime/cache_bytes.py
+    audit_blocks_per_step: int = _setting(1, _not_negative)  # audit/runtime/block_digests.py
+    audit_replay_percent: int = _setting(5, _percent(0, 100))  # audit/runtime/replay.py
     audit_replay_bytes_max: int = _setting(8 * 1024 * 1024, _positive)
     audit_idle_percent: int = _setting(25, _percent(1, 100))  # engine/own_runs.py
-    audit_canary_interval_s: int = _setting(300, _not_negative)  # audit/canary.py
+    audit_canary_interval_s: int = _setting(300, _not_negative)  # audit/runtime/canary.py
     violating_steps_max: int = _setting(3, _positive)  # engine/engine_thread.py
     body_bytes_max: int = _setting(4 * 1024 * 1024, _positive)
     header_bytes_max: int = _setting(32 * 1024, _positive)

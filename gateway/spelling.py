@@ -8,7 +8,7 @@ text is not compared, and the auditor's counts say so.
 from collections.abc import Callable
 from random import Random
 
-from audit.released_text import say
+from audit.runtime.released_text import say
 from engine.text.tokenizer import Tokenizer
 
 NUM_TRIALS = 400

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from audit.isolation import BLOCKS_PER_STEP, SLOTS_PER_STEP
+from audit.runtime.isolation import BLOCKS_PER_STEP, SLOTS_PER_STEP
 from gateway.audit_observer import observer_of
 from gateway.own_runs import OwnRunSettings
 

@@ -10,7 +10,7 @@ from alembic import context
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from audit import tables as audit_tables
+from audit.transparency import tables as audit_tables
 from tenancy import row_security as row_security  # and with it all tables that are in the same metadata
 from tenancy import tables as tenancy_tables
 

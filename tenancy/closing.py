@@ -13,13 +13,14 @@ from typing import Any, Final
 from sqlalchemy import Select, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy import quota_tables, tables
-from tenancy.credit_line import get_line
-from tenancy.directory import Tenant, set_tenant_status
+from tenancy import tables
+from tenancy.access.directory import Tenant, set_tenant_status
+from tenancy.access.keys import revoke_keys_of
+from tenancy.accounts.credit_line import get_line
+from tenancy.accounts.ledger import lock_balance
+from tenancy.accounts.posting import currency_of
 from tenancy.idempotency import forget_tenant
-from tenancy.keys import revoke_keys_of
-from tenancy.ledger import lock_balance
-from tenancy.posting import currency_of
+from tenancy.quotas import quota_tables
 
 
 class MoneyHeldError(ValueError):

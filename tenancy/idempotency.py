@@ -17,7 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
-from tenancy.ledger import HoldState
+from tenancy.accounts.ledger import HoldState
 from tenancy.money import require_int
 
 KEY_CHARS_MAX: Final = 255

@@ -12,7 +12,10 @@ from typing import Final
 
 from sqlalchemy import DDL, Table, event
 
-from tenancy import invoice_tables, price_tables, quota_tables, tables, webhook_tables
+from tenancy import tables, webhook_tables
+from tenancy.invoicing import invoice_tables
+from tenancy.pricing import price_tables
+from tenancy.quotas import quota_tables
 
 _TENANT: Final = "current_setting('bulkhead.tenant', true)"
 UNBOUND: Final = f"coalesce({_TENANT}, '') = ''"

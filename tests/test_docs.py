@@ -9,7 +9,7 @@ import click
 import pytest
 import typer
 
-from audit.entry import KINDS
+from audit.transparency.entry import KINDS
 from gateway.cli import app
 from gateway.settings import PREFIX, Settings, load_settings
 
@@ -64,6 +64,9 @@ def test_structure_has_one_line_a_file() -> None:
     expected = {name for name in tracked_files() if name.startswith(rooms) and not name.endswith("__init__.py")}
     assert set(described) == expected
     assert len(described) == len(set(described))
+    for section in text.split("\n## "):
+        names = re.findall(r"^- `([^`]+)`: \S", section, re.MULTILINE)
+        assert names == sorted(names)
 
 
 def test_links_between_documents_lead_somewhere() -> None:

@@ -10,7 +10,7 @@ import msgspec
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit.tables import checkpoint, log_leaf, log_opening, outbox
+from audit.transparency.tables import checkpoint, log_leaf, log_opening, outbox
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from gateway.admin.render import SESSION_SCOPE, Pages
 from gateway.database import DatabaseUnavailableError
-from tenancy.quota import QuotaUnavailableError
+from tenancy.quotas.quota import QuotaUnavailableError
 
 HOME = "/admin"
 LOGIN = "/admin/login"

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gateway.admin.wording import count
-from tenancy.limits import ScopeLimits
-from tenancy.quota import Quota
+from tenancy.quotas.limits import ScopeLimits
+from tenancy.quotas.quota import Quota
 
 
 @dataclass(frozen=True, slots=True)

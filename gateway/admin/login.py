@@ -3,7 +3,7 @@
 The order matters:
 1. count the attempt                     (Valkey; refused here costs no memory)
 2. wait for one of HASHES_MAX places     (argon2 takes tens of MiB each: memory is what an attacker would spend)
-3. check the password                   (tenancy/operators.py does it in a thread, as slowly for unknown names)
+3. check the password                   (tenancy/access/operators.py does it in a thread, as slowly for unknown names)
 4. write the audit entry and commit      (fails: the log-in is refused. Unlogged means unserved)
 5. start the session, forgive the count
 """
@@ -12,14 +12,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from audit.entry import Entry
-from audit.outbox import append
+from audit.transparency.entry import Entry
+from audit.transparency.outbox import append
 from gateway.admin.attempts import Attempts
 from gateway.admin.queries import operator_exists
 from gateway.admin.sessions import SessionStore
 from gateway.services import Services
+from tenancy.access.operators import PASSWORD_LENGTH_MAX, Operator, verify_operator
 from tenancy.ids import NAME_LENGTH_MAX
-from tenancy.operators import PASSWORD_LENGTH_MAX, Operator, verify_operator
 
 HASHES_MAX = 2  # argon2 computations at a time
 WAITERS_MAX = 16  # log-ins waiting for a place; more are told to come back

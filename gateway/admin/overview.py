@@ -14,8 +14,8 @@ from gateway.admin.chart import Bar
 from gateway.admin.limits import LimitUse, limits_in_use
 from gateway.admin.wording import NS_PER_S, utc, utc_minute
 from gateway.services import Services
-from tenancy.overview import tenant_overview
-from tenancy.posting import CURRENCY
+from tenancy.accounts.posting import CURRENCY
+from tenancy.usage.overview import tenant_overview
 
 NUM_MINUTES = 60  # of the charts
 MINUTE_NS = 60 * NS_PER_S

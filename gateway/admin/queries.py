@@ -1,6 +1,6 @@
 """What the admin page reads from the tenancy tables. Read only; one snapshot, the caller's; money as the ledger has it.
 
-The overview's rows come from tenancy/overview.py; here is what it does not have. Every list is bounded.
+The overview's rows come from tenancy/usage/overview.py; here is what it does not have. Every list is bounded.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import Select, and_, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy.meter import TenantUsage
 from tenancy.tables import account, api_key, hold, ledger_entry, operator, project, tenant, usage_record
+from tenancy.usage.meter import TenantUsage
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ from gateway.admin.sessions import COOKIE, Session, SessionStore
 from gateway.admin.view import overview_view
 from gateway.database import Database
 from gateway.services import Services
+from tenancy.access.operators import PASSWORD_LENGTH_MAX
 from tenancy.ids import NAME_LENGTH_MAX
-from tenancy.operators import PASSWORD_LENGTH_MAX
 
 LOGOUT = "/admin/logout"
 LIVE = "/admin/overview.json"

@@ -9,12 +9,12 @@ from gateway.admin.health import Fact
 from gateway.admin.overview import empty_minutes, gather_minutes
 from gateway.admin.wording import count, duration, plural, usd_in_column, utc
 from gateway.services import Services
-from tenancy.budget_use import BudgetUse, budget_uses
-from tenancy.corrections import refunded_nano_usd
-from tenancy.credits import Credit, list_credits
-from tenancy.meter import TenantUsage
+from tenancy.accounts.budget_use import BudgetUse, budget_uses
+from tenancy.accounts.corrections import refunded_nano_usd
+from tenancy.accounts.credits import Credit, list_credits
+from tenancy.accounts.posting import currency_of
 from tenancy.money import format_nano_usd
-from tenancy.posting import currency_of
+from tenancy.usage.meter import TenantUsage
 
 REQUESTS_PER_PAGE = 50
 KEYS_MAX = 200

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from gateway.admin.chart import BAR_WIDTH, HEIGHT, Chart, stacked_bars
 from gateway.admin.overview import NUM_MINUTES, Overview, TenantFigures
 from gateway.admin.wording import count, usd_in_column, utc
-from tenancy.posting import CURRENCY
+from tenancy.accounts.posting import CURRENCY
 
 TOTAL = "total"
 

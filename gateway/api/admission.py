@@ -17,8 +17,8 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit.entry import Entry
-from audit.outbox import append
+from audit.transparency.entry import Entry
+from audit.transparency.outbox import append
 from gateway.api.auth import Caller
 from gateway.api.one_trip import do_and_tell
 from gateway.api.problems import ClaimTakenError, CreditExhaustedError, Headers, NeverFitsError, RateLimitedError
@@ -26,17 +26,17 @@ from gateway.api.translation import Work
 from gateway.budget_alerts import append_expired
 from gateway.services import Services
 from gateway.world import new_id
+from tenancy.access.keys import InvalidApiKeyError, Principal, require_alive
+from tenancy.accounts.ledger import Hold, InsufficientCredit, place_hold
+from tenancy.accounts.one_trip import place_hold as place_in_one_trip
 from tenancy.closing import TenantInactiveError, require_active
 from tenancy.idempotency import IdempotencyKey, TooManyKeysError
 from tenancy.idempotency import claim as take_key
-from tenancy.keys import InvalidApiKeyError, Principal, require_alive
-from tenancy.ledger import Hold, InsufficientCredit, place_hold
-from tenancy.one_trip import place_hold as place_in_one_trip
-from tenancy.price_book import price_at
-from tenancy.prices import Price, PriceMissingError, affordable_tokens, worst_case_nano_usd
-from tenancy.quota import Lease, QuotaSnapshot, QuotaUnavailableError, Refused
-from tenancy.quota_epochs import mark_strayed
-from tenancy.volume import volume_of
+from tenancy.pricing.price_book import price_at
+from tenancy.pricing.prices import Price, PriceMissingError, affordable_tokens, worst_case_nano_usd
+from tenancy.pricing.volume import volume_of
+from tenancy.quotas.quota import Lease, QuotaSnapshot, QuotaUnavailableError, Refused
+from tenancy.quotas.quota_epochs import mark_strayed
 
 EPOCH_TRIES = 3  # how often a request is admitted again because its counters were made anew meanwhile
 

@@ -11,9 +11,9 @@ from starlette.types import Scope
 
 from gateway.api.problems import MissingScopeError
 from gateway.services import Services
-from tenancy.callers import identify
-from tenancy.keys import PresentedKey, Principal
-from tenancy.limits import ScopeLimits
+from tenancy.access.callers import identify
+from tenancy.access.keys import PresentedKey, Principal
+from tenancy.quotas.limits import ScopeLimits
 
 INFERENCE_SCOPE = "inference"
 KEY_CHARS_MAX = 512

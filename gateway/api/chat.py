@@ -10,7 +10,7 @@ from gateway.api.tool_reader import Arguments, CallBegins, Event, Text, ToolRead
 from gateway.api.translation import Translator
 from gateway.api.wire import ChatRequest, parse_chat
 from gateway.services import Services
-from tenancy.meter import Usage
+from tenancy.usage.meter import Usage
 
 
 def chat_route(services: Services, settler: Settler, translator: Translator) -> GenerationRoute[ChatRequest]:

@@ -10,7 +10,7 @@ from collections import deque
 from engine.client import EngineClient, Generation
 from engine.protocol import Submit, TokenOutput
 from gateway.sequences import together
-from tenancy.meter import Usage
+from tenancy.usage.meter import Usage
 
 NOTHING = Usage(num_prompt_tokens=0, num_cached_tokens=0, num_completion_tokens=0)
 

@@ -9,7 +9,7 @@ from gateway.api.shapes import Choice, Frame, Json, Logprobs, usage_json
 from gateway.api.translation import Translator
 from gateway.api.wire import CompletionRequest, parse_completion
 from gateway.services import Services
-from tenancy.meter import Usage
+from tenancy.usage.meter import Usage
 
 
 def completions_route(

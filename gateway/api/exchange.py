@@ -45,8 +45,8 @@ from gateway.api.translation import Work, submits_of
 from gateway.services import Services
 from tenancy.closing import TenantInactiveError
 from tenancy.idempotency import IdempotencyKey
-from tenancy.meter import Usage
-from tenancy.quota import QuotaUnavailableError
+from tenancy.quotas.quota import QuotaUnavailableError
+from tenancy.usage.meter import Usage
 
 FINAL_COUNTS_S = 30.0  # how long an aborted sequence's last frame is awaited: nobody but its place waits for it
 SETTLE_WAIT_S = 2.0  # how long the last frame waits for T2; then it is settled behind the client's back

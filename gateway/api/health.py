@@ -11,7 +11,7 @@ from sqlalchemy import func, select, text
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from audit.tables import outbox
+from audit.transparency.tables import outbox
 from gateway.api.shapes import Json
 from gateway.services import Services
 

@@ -18,8 +18,8 @@ from contextlib import suppress
 import structlog
 from starlette.types import Message, Receive, Scope, Send
 
-from audit.entry import Entry
-from audit.outbox import append
+from audit.transparency.entry import Entry
+from audit.transparency.outbox import append
 from gateway.api.admission import show_limits
 from gateway.api.auth import Caller
 from gateway.api.problems import (

@@ -4,18 +4,18 @@
          told AS (its entry goes to the outbox, if that was done)
     SELECT done
 
-One statement is one transaction: tenancy's part of it (tenancy/one_trip.py) and audit's (audit/outbox.py) become true
-together or not at all. Where the case is not the common one nothing has happened, and the general way is taken,
+One statement is one transaction: tenancy's part of it (tenancy/accounts/one_trip.py) and audit's
+(audit/transparency/outbox.py) become true together or not at all. Where the case is not the common one nothing has happened, and the general way is taken,
 statement by statement.
 """
 
 from collections.abc import Callable
 from functools import cache
 
-from audit.entry import Entry
-from audit.outbox import append_where, values_of
+from audit.transparency.entry import Entry
+from audit.transparency.outbox import append_where, values_of
 from gateway.database import Database
-from tenancy.one_trip import Statement
+from tenancy.accounts.one_trip import Statement
 
 
 async def do_and_tell(

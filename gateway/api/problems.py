@@ -21,12 +21,12 @@ from starlette.exceptions import HTTPException
 from engine.errors import EngineGoneError
 from gateway.database import DatabaseUnavailableError
 from gateway.engine_link import EngineUnavailableError
+from tenancy.access.keys import InvalidApiKeyError
+from tenancy.accounts.ledger import Limiter
 from tenancy.closing import TenantInactiveError
 from tenancy.idempotency import TooManyKeysError
-from tenancy.keys import InvalidApiKeyError
-from tenancy.ledger import Limiter
-from tenancy.prices import PriceMissingError
-from tenancy.quota import QuotaUnavailableError
+from tenancy.pricing.prices import PriceMissingError
+from tenancy.quotas.quota import QuotaUnavailableError
 
 Headers = tuple[tuple[str, str], ...]
 FINAL: Headers = (("x-should-retry", "false"),)

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from gateway.secrets import metrics_token
 from gateway.services import Services
-from tenancy.keys import InvalidApiKeyError
+from tenancy.access.keys import InvalidApiKeyError
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -22,8 +22,8 @@ from typing import Any
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit.entry import Entry
-from audit.outbox import append
+from audit.transparency.entry import Entry
+from audit.transparency.outbox import append
 from gateway.api.admission import Admission, Claim
 from gateway.api.choices import NOTHING
 from gateway.api.one_trip import do_and_tell
@@ -31,12 +31,12 @@ from gateway.api.problems import bug_report
 from gateway.budget_alerts import append_settled
 from gateway.database import Database, DatabaseUnavailableError
 from gateway.services import Services
-from tenancy.ledger import HoldSettledError, capture, get_hold, void
-from tenancy.meter import Usage, UsageConflictError, UsageRecord, get_usage, record_usage
-from tenancy.one_trip import settle_hold
-from tenancy.prices import charge_nano_usd
-from tenancy.quota import Lease, QuotaUnavailableError
-from tenancy.volume import lock_hold, take_volume
+from tenancy.accounts.ledger import HoldSettledError, capture, get_hold, void
+from tenancy.accounts.one_trip import settle_hold
+from tenancy.pricing.prices import charge_nano_usd
+from tenancy.pricing.volume import lock_hold, take_volume
+from tenancy.quotas.quota import Lease, QuotaUnavailableError
+from tenancy.usage.meter import Usage, UsageConflictError, UsageRecord, get_usage, record_usage
 
 FIRST_RETRY_S = 0.1
 RETRY_MAX_S = 5.0

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from engine.protocol import Ready, TokenLogprob
 from gateway.api.logprobs import TokenBytes, prompt_logprobs
 from gateway.api.translation import Work
-from tenancy.meter import Usage
+from tenancy.usage.meter import Usage
 
 Json = dict[str, Any]
 Logprobs = tuple[TokenLogprob, ...]

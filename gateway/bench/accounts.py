@@ -12,7 +12,7 @@ from gateway.clerk import Clerk
 from gateway.sequences import usage_by_request
 from gateway.world import World
 from tenancy import tables
-from tenancy.failure_policy import FailurePolicy
+from tenancy.quotas.failure_policy import FailurePolicy
 
 TOKEN_PICO_USD = 1_000  # of every token: one nano-USD, so that a budget in nano-USD is one in tokens
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit.entry import Entry, Value
-from audit.outbox import append
-from tenancy import invoices, parties
-from tenancy.invoices import Document, Invoice
-from tenancy.parties import Buyer, Issuer
+from audit.transparency.entry import Entry, Value
+from audit.transparency.outbox import append
+from tenancy.invoicing import invoices, parties
+from tenancy.invoicing.invoices import Document, Invoice
+from tenancy.invoicing.parties import Buyer, Issuer
 
 
 @dataclass(frozen=True, slots=True)

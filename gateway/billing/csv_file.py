@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 from gateway.billing.wording import describe, instant, unit_decimal
-from tenancy.invoice_document import NANO
+from tenancy.invoicing.invoice_document import NANO
 
 COLUMNS = (
     "document",

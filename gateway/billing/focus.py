@@ -24,14 +24,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.billing.csv_file import text_cell
 from gateway.billing.wording import PICO, TOKENS, instant
-from tenancy import billed_lines
-from tenancy.billed_lines import Line
-from tenancy.directory import Tenant, list_projects
-from tenancy.invoice_document import NANO
-from tenancy.invoices import Invoice, get_document, list_invoices
-from tenancy.parties import PartyError, get_buyer, get_issuer
-from tenancy.periods import DAY_NS, period_end_ns, period_start_ns
-from tenancy.posting import currency_of
+from tenancy.access.directory import Tenant, list_projects
+from tenancy.accounts.posting import currency_of
+from tenancy.invoicing import billed_lines
+from tenancy.invoicing.billed_lines import Line
+from tenancy.invoicing.invoice_document import NANO
+from tenancy.invoicing.invoices import Invoice, get_document, list_invoices
+from tenancy.invoicing.parties import PartyError, get_buyer, get_issuer
+from tenancy.invoicing.periods import DAY_NS, period_end_ns, period_start_ns
 
 COLUMNS: Final = (
     "AvailabilityZone",

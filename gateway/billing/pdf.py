@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.billing.wording import amount, day, describe, exact_amount, interval, quantity, unit_price
-from tenancy.periods import SECOND_NS
+from tenancy.invoicing.periods import SECOND_NS
 
 TEMPLATE = Path(__file__).parent / "templates" / "invoice.typ"
 TITLES = {"invoice": "Invoice", "credit_note": "Credit note"}

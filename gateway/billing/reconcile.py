@@ -23,17 +23,17 @@ from decimal import Decimal
 from sqlalchemy import RowMapping, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit.entry import Entry, Value
-from audit.tables import log_leaf, outbox
+from audit.transparency.entry import Entry, Value
+from audit.transparency.tables import log_leaf, outbox
 from gateway.billing.focus import REVENUE_KINDS, focus_rows, write_focus
 from tenancy import tables
-from tenancy.directory import list_tenants
-from tenancy.invoice_document import NANO, digest, lines_of
-from tenancy.invoice_tables import invoice, invoice_document
-from tenancy.invoices import get_document, lines_now, list_invoices
-from tenancy.meter import Usage, UsageRecord
-from tenancy.price_book import get_price
-from tenancy.prices import Price, charge_nano_usd
+from tenancy.access.directory import list_tenants
+from tenancy.invoicing.invoice_document import NANO, digest, lines_of
+from tenancy.invoicing.invoice_tables import invoice, invoice_document
+from tenancy.invoicing.invoices import get_document, lines_now, list_invoices
+from tenancy.pricing.price_book import get_price
+from tenancy.pricing.prices import Price, charge_nano_usd
+from tenancy.usage.meter import Usage, UsageRecord
 
 DIFFERENCES_MAX = 1_000
 LOGGED_MAX = 100  # of them in a log entry

@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from tenancy.invoice_document import NANO
-from tenancy.periods import SECOND_NS
+from tenancy.invoicing.invoice_document import NANO
+from tenancy.invoicing.periods import SECOND_NS
 
 PICO = 10**12
 TOKENS = {"input": "Input tokens", "cached_input": "Cached input tokens", "output": "Output tokens"}

@@ -11,17 +11,17 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import gateway
-from audit.checkpoint import parse_checkpoint, parse_note
-from audit.entry import Entry
-from audit.keyring import Keyring, load_keyring
-from audit.log import publish, sequence
-from audit.outbox import append
-from audit.tables import log_leaf, log_opening
+from audit.transparency.checkpoint import parse_checkpoint, parse_note
+from audit.transparency.entry import Entry
+from audit.transparency.keyring import Keyring, load_keyring
+from audit.transparency.log import publish, sequence
+from audit.transparency.outbox import append
+from audit.transparency.tables import log_leaf, log_opening
 from gateway.commands.audit_probe import audit_probe
 from gateway.commands.bench_process import speak
 from gateway.commands.session import CommandError, Session, in_transaction, open_session
 from gateway.host.folders import FolderError, only_server
-from tenancy.directory import list_tenants
+from tenancy.access.directory import list_tenants
 
 app = typer.Typer(no_args_is_help=True, help="The transparency log, reports and their verification; probes.")
 app.command("probe")(audit_probe)
@@ -94,7 +94,7 @@ def audit_report(
     out: Annotated[Path | None, typer.Option(help="folder; default: reports in the data folder")] = None,
 ) -> None:
     """Write a signed report of a period as DSSE JSON and PDF."""
-    from audit.report import Report, build_report, write_report  # loads typst, which other commands do not need
+    from audit.reports.report import Report, build_report, write_report  # loads typst, which other commands do not need
 
     session = open_session()
     now_ns = session.world.now_ns()

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from audit.probe_verdict import ALPHA, MARGIN, overall
+from audit.probes.probe_verdict import ALPHA, MARGIN, overall
 from gateway.commands.session import CommandError
 from gateway.probe.run import PROBES, Plan, ProbeError, run_probes
 from gateway.world import real_world

@@ -17,10 +17,10 @@ from gateway.commands.invoices import invoice_app as invoice_app  # with the com
 from gateway.commands.periods import instant_of, period_of
 from gateway.commands.session import CommandError, in_snapshot, open_session
 from gateway.sequences import usage_by_request
-from tenancy.attribution import Attribution, attribute, cost_nano_usd, read_spans
-from tenancy.directory import list_tenants
+from tenancy.access.directory import list_tenants
+from tenancy.invoicing.periods import DAY_NS, period_start_ns
 from tenancy.money import format_nano_usd
-from tenancy.periods import DAY_NS, period_start_ns
+from tenancy.usage.attribution import Attribution, attribute, cost_nano_usd, read_spans
 
 
 @invoice_app.command("focus")

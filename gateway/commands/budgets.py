@@ -7,10 +7,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.commands.directory import NANO_PER_USD, clerk, exact, find_tenant, print_table
 from gateway.commands.session import in_transaction, open_session
-from tenancy.budget_use import BudgetScope, budget_uses
-from tenancy.directory import list_tenants
+from tenancy.access.directory import list_tenants
+from tenancy.accounts.budget_use import BudgetScope, budget_uses
+from tenancy.invoicing.periods import Period
 from tenancy.money import format_nano_usd
-from tenancy.periods import Period
 
 budget_app = typer.Typer(no_args_is_help=True, help="Budgets per day, month or in all.")
 

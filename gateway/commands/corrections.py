@@ -7,8 +7,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.commands.directory import NANO_PER_USD, TenantName, clerk, exact, find_tenant
 from gateway.commands.session import in_transaction, open_session
-from tenancy.corrections import captured_hold, refundable_nano_usd
-from tenancy.ledger import balance
+from tenancy.accounts.corrections import captured_hold, refundable_nano_usd
+from tenancy.accounts.ledger import balance
 from tenancy.money import format_nano_usd
 
 TransferId = Annotated[str, typer.Option(help="makes a repeat harmless")]

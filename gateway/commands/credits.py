@@ -9,11 +9,11 @@ from gateway.commands.corrections import credit_adjust, credit_refund
 from gateway.commands.directory import NANO_PER_USD, Reason, TenantName, clerk, exact, find_tenant, print_table
 from gateway.commands.keys import Expires, instant_ns, iso
 from gateway.commands.session import in_transaction, open_session
-from tenancy.credit_line import CreditLine, get_line
-from tenancy.credits import CreditKind, list_credits
-from tenancy.ledger import balance
+from tenancy.accounts.credit_line import CreditLine, get_line
+from tenancy.accounts.credits import CreditKind, list_credits
+from tenancy.accounts.ledger import balance
+from tenancy.accounts.posting import currency_of
 from tenancy.money import format_nano
-from tenancy.posting import currency_of
 
 credit_app = typer.Typer(no_args_is_help=True, help="Prepaid credit.")
 

@@ -12,12 +12,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gateway.clerk import Clerk
 from gateway.commands.session import CommandError, Session, in_transaction, open_session
 from gateway.secrets import metrics_token
+from tenancy.access.directory import Tenant, get_tenant_by_name, list_tenants
+from tenancy.accounts.ledger import balance
+from tenancy.accounts.posting import CURRENCY, currency_of
 from tenancy.closing import Closed
-from tenancy.directory import Tenant, get_tenant_by_name, list_tenants
-from tenancy.ledger import balance
-from tenancy.limits import LIMIT_NAMES, LimitName, ScopeLimits, get_limits
 from tenancy.money import format_nano
-from tenancy.posting import CURRENCY, currency_of
+from tenancy.quotas.limits import LIMIT_NAMES, LimitName, ScopeLimits, get_limits
 
 NANO_PER_USD = 10**9
 WIDTH_MAX = 500  # tables are never cut: what does not fit a terminal is wrapped there

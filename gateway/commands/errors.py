@@ -1,7 +1,7 @@
 """Errors that end a command in one clear line. Anything else is our bug and shows its traceback."""
 
-from audit.keyring import KeyringError
-from audit.publish import LogForkError
+from audit.transparency.keyring import KeyringError
+from audit.transparency.publish import LogForkError
 from gateway.commands.session import CommandError
 from gateway.database import DatabaseUnavailableError
 from gateway.host.demo_model import ModelError
@@ -12,26 +12,26 @@ from gateway.host.same_keys import ForeignKeysError
 from gateway.host.supervisor import ChildFailedError
 from gateway.host.tls import TlsError
 from gateway.settings import SettingsError
-from tenancy.attribution import TooManyRequestsError
-from tenancy.budgets import BudgetError
+from tenancy.access.directory import DuplicateNameError, TenantStatusError, UnknownIdError
+from tenancy.access.key_rules import KeyRuleError
+from tenancy.access.keys import KeyScopeError
+from tenancy.access.operators import DuplicateOperatorError
+from tenancy.access.rotation import RotationError
+from tenancy.accounts.budgets import BudgetError
+from tenancy.accounts.corrections import CorrectionError
+from tenancy.accounts.credit_line import CreditLineError
+from tenancy.accounts.credits import TooManyCreditsError
+from tenancy.accounts.ledger import LedgerConflictError
+from tenancy.accounts.posting import CurrencyError
 from tenancy.closing import MoneyHeldError
-from tenancy.corrections import CorrectionError
-from tenancy.credit_line import CreditLineError
-from tenancy.credits import TooManyCreditsError
-from tenancy.directory import DuplicateNameError, TenantStatusError, UnknownIdError
 from tenancy.ids import InvalidNameError
-from tenancy.invoice_document import TooManyLinesError
-from tenancy.invoices import InvoiceError
-from tenancy.key_rules import KeyRuleError
-from tenancy.keys import KeyScopeError
-from tenancy.ledger import LedgerConflictError
-from tenancy.limits import LimitError
+from tenancy.invoicing.invoice_document import TooManyLinesError
+from tenancy.invoicing.invoices import InvoiceError
+from tenancy.invoicing.parties import PartyError
 from tenancy.money import MoneyRangeError
-from tenancy.operators import DuplicateOperatorError
-from tenancy.parties import PartyError
-from tenancy.posting import CurrencyError
-from tenancy.prices import PriceConflictError, PriceError, PriceMissingError
-from tenancy.rotation import RotationError
+from tenancy.pricing.prices import PriceConflictError, PriceError, PriceMissingError
+from tenancy.quotas.limits import LimitError
+from tenancy.usage.attribution import TooManyRequestsError
 from tenancy.webhooks import WebhookError
 
 KNOWN_ERRORS = (

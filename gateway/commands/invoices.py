@@ -16,10 +16,10 @@ from gateway.billing.wording import amount, day, describe, interval, quantity, u
 from gateway.commands.directory import Reason, TenantName, exact, find_tenant, print_table
 from gateway.commands.periods import period_of
 from gateway.commands.session import CommandError, Session, in_snapshot, in_transaction, open_session
-from tenancy.directory import list_tenants
-from tenancy.invoice_document import canonical
-from tenancy.invoices import Invoice, get_document, get_invoice, list_invoices, preview
-from tenancy.parties import PAYMENT_DAYS_MAX, Buyer, Terms, find_issuer
+from tenancy.access.directory import list_tenants
+from tenancy.invoicing.invoice_document import canonical
+from tenancy.invoicing.invoices import Invoice, get_document, get_invoice, list_invoices, preview
+from tenancy.invoicing.parties import PAYMENT_DAYS_MAX, Buyer, Terms, find_issuer
 
 BP_PER_PERCENT = 100
 

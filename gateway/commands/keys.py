@@ -8,9 +8,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.commands.directory import Reason, TenantName, clerk, find_tenant, print_table
 from gateway.commands.session import CommandError, Session, in_transaction, open_session
-from tenancy.directory import list_projects, owner_of
-from tenancy.key_rules import TIERS, read_rules
-from tenancy.keys import ApiKey, list_keys
+from tenancy.access.directory import list_projects, owner_of
+from tenancy.access.key_rules import TIERS, read_rules
+from tenancy.access.keys import ApiKey, list_keys
 
 NS_PER_S = 10**9
 

@@ -8,8 +8,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.commands.directory import clerk, find_tenant
 from gateway.commands.session import CommandError, in_transaction, open_session
-from tenancy.directory import get_organisation_by_name
-from tenancy.limits import WEIGHT_MAX, LimitName
+from tenancy.access.directory import get_organisation_by_name
+from tenancy.quotas.limits import WEIGHT_MAX, LimitName
 
 SHADOW_NAMES: Final[Mapping[str, LimitName]] = {
     "requests-per-minute": "requests_per_minute",

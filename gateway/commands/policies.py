@@ -7,7 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.commands.directory import clerk, find_tenant
 from gateway.commands.session import CommandError, in_transaction, open_session
-from tenancy.failure_policy import (
+from tenancy.quotas.failure_policy import (
     SLICE_PERCENT,
     SLICE_PERCENT_MAX,
     FailureMode,

@@ -12,8 +12,8 @@ from gateway.commands.periods import instant_of
 from gateway.commands.session import CommandError, Session, in_snapshot, in_transaction, open_session
 from gateway.price_clerk import PriceClerk
 from tenancy.money import format_nano
-from tenancy.price_book import PriceTerms, list_book, list_drafts
-from tenancy.prices import BATCH_PERCENT, DEFAULT_TIER, FLEX_PERCENT, PERCENT_MAX, PRIORITY_PERCENT, Step, Tier
+from tenancy.pricing.price_book import PriceTerms, list_book, list_drafts
+from tenancy.pricing.prices import BATCH_PERCENT, DEFAULT_TIER, FLEX_PERCENT, PERCENT_MAX, PRIORITY_PERCENT, Step, Tier
 
 PICO_PER_USD_PER_MILLION = 10**6  # 1 USD per million tokens is 10**6 pico-USD per token
 

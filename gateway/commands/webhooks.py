@@ -11,7 +11,7 @@ from gateway.commands.session import CommandError, in_transaction, open_session
 from gateway.webhooks.events import ALERT_KINDS, EVENT_KINDS, num_leaves
 from gateway.webhooks.post import PostError, check_url
 from gateway.webhooks.signature import endpoint_secret
-from tenancy.directory import list_tenants
+from tenancy.access.directory import list_tenants
 from tenancy.webhooks import deliveries, endpoints, get_endpoint
 
 webhook_app = typer.Typer(no_args_is_help=True, help="Signed messages about budgets, keys and isolation.")

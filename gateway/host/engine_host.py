@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 import msgspec
 import structlog
 
-from audit.entry import Entry
-from audit.outbox import append
+from audit.transparency.entry import Entry
+from audit.transparency.outbox import append
 from engine.client import EngineClient
 from engine.protocol import Incident
 from gateway.database import Database, DatabaseUnavailableError
@@ -26,7 +26,7 @@ from gateway.world import World
 NEW_COUNTS_S = 1.5
 START_TIMEOUT_S = 180.0  # a cold disk and two busy cores; a warm start takes a few seconds
 
-SAMPLED = (  # audit/figures.py
+SAMPLED = (  # audit/reports/figures.py
     "slots_per_step",
     "num_slots_read",
     "replay_percent",

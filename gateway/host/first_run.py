@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.clerk import Clerk
-from tenancy.directory import list_tenants
-from tenancy.prices import BATCH_PERCENT, FLEX_PERCENT, PRIORITY_PERCENT
+from tenancy.access.directory import list_tenants
+from tenancy.pricing.prices import BATCH_PERCENT, FLEX_PERCENT, PRIORITY_PERCENT
 
 NANO_USD = 10**9
 DEMO_TENANTS = ("acme", "globex")

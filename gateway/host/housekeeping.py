@@ -5,10 +5,10 @@ import asyncio
 
 import structlog
 
-from audit.entry import Entry
-from audit.keyring import Keyring
-from audit.log import publish, sequence
-from audit.outbox import append
+from audit.transparency.entry import Entry
+from audit.transparency.keyring import Keyring
+from audit.transparency.log import publish, sequence
+from audit.transparency.outbox import append
 from engine.journal import read_journals
 from gateway import __version__
 from gateway.billing.reconcile import reconcile, reconciled_entry, reconciled_since
@@ -20,12 +20,12 @@ from gateway.host.overdue import abandoned_holds, settle_abandoned
 from gateway.sequences import usage_by_request
 from gateway.services import Services
 from gateway.webhooks.delivery import Webhooks
+from tenancy.accounts.credits import tenants_with_due_credit
+from tenancy.accounts.ledger import expire_credit
 from tenancy.closing import deleted_tenants, inactive_among
-from tenancy.credits import tenants_with_due_credit
 from tenancy.idempotency import forget_expired
-from tenancy.invoices import SETTLE_NS
-from tenancy.ledger import expire_credit
-from tenancy.periods import DAY_NS, SECOND_NS, period_start_ns
+from tenancy.invoicing.invoices import SETTLE_NS
+from tenancy.invoicing.periods import DAY_NS, SECOND_NS, period_start_ns
 
 REAP_INTERVAL_S = 5.0
 REAP_BATCH_MAX = 256  # holds settled in one round

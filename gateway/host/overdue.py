@@ -18,18 +18,18 @@ import json
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit.entry import Entry
-from audit.outbox import append
-from audit.tables import log_leaf, log_opening, outbox
+from audit.transparency.entry import Entry
+from audit.transparency.outbox import append
+from audit.transparency.tables import log_leaf, log_opening, outbox
 from gateway.budget_alerts import append_settled
 from gateway.services import Services
-from tenancy.keys import get_key
-from tenancy.ledger import Hold, capture, claim_pending, due_holds, expire, void
-from tenancy.meter import Usage, UsageRecord, record_usage
-from tenancy.periods import SECOND_NS
-from tenancy.price_book import get_price
-from tenancy.prices import charge_nano_usd
-from tenancy.volume import take_volume
+from tenancy.access.keys import get_key
+from tenancy.accounts.ledger import Hold, capture, claim_pending, due_holds, expire, void
+from tenancy.invoicing.periods import SECOND_NS
+from tenancy.pricing.price_book import get_price
+from tenancy.pricing.prices import charge_nano_usd
+from tenancy.pricing.volume import take_volume
+from tenancy.usage.meter import Usage, UsageRecord, record_usage
 
 FINISH_REASON = "gateway_lost"
 

@@ -14,7 +14,7 @@ from gateway.host.folders import Folders
 from gateway.host.overdue import settle_abandoned
 from gateway.sequences import usage_by_request
 from gateway.services import Services
-from tenancy.ledger import pending_holds
+from tenancy.accounts.ledger import pending_holds
 
 log = structlog.get_logger(__name__)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit.checkpoint import parse_note
-from audit.keyring import Keyring
-from audit.tables import checkpoint
+from audit.transparency.checkpoint import parse_note
+from audit.transparency.keyring import Keyring
+from audit.transparency.tables import checkpoint
 
 
 class ForeignKeysError(Exception):

@@ -17,7 +17,7 @@ import uvloop
 from rich.console import Console
 from sqlalchemy.exc import IntegrityError
 
-from audit.keyring import load_keyring
+from audit.transparency.keyring import load_keyring
 from engine.text.tokenizer import Tokenizer
 from gateway.admin.routes import admin_routes
 from gateway.api.app import create_app
@@ -41,8 +41,8 @@ from gateway.secrets import load_secrets
 from gateway.services import Services
 from gateway.settings import Settings
 from gateway.world import World
-from tenancy.directory import DuplicateNameError
-from tenancy.quota import Quota
+from tenancy.access.directory import DuplicateNameError
+from tenancy.quotas.quota import Quota
 
 WORKER_GRACE_S = 5.0
 VALKEY_GRACE_S = 5.0

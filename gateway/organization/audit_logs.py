@@ -11,8 +11,8 @@ from typing import Any
 from sqlalchemy import or_, select
 from starlette.requests import Request
 
-from audit.entry import KINDS
-from audit.tables import log_leaf, log_opening
+from audit.transparency.entry import KINDS
+from audit.transparency.tables import log_leaf, log_opening
 from gateway.api.auth import Caller
 from gateway.api.problems import NotThereError
 from gateway.organization.desk import NS, PAGE_DEFAULT, PAGE_MAX, Desk, listing

@@ -13,10 +13,10 @@ from gateway.api.auth import INFERENCE_SCOPE, Caller
 from gateway.api.problems import InvalidRequestError, NotThereError
 from gateway.organization.desk import NS, PAGE_DEFAULT, PAGE_MAX, Desk, body_of, listing, page_of
 from gateway.organization.query import Query
-from tenancy.directory import DuplicateNameError, Project, list_projects
+from tenancy.access.directory import DuplicateNameError, Project, list_projects
+from tenancy.access.keys import ApiKey, list_keys
 from tenancy.ids import InvalidNameError
-from tenancy.keys import ApiKey, list_keys
-from tenancy.limits import PER_MINUTE_MAX, ScopeLimits, get_limits
+from tenancy.quotas.limits import PER_MINUTE_MAX, ScopeLimits, get_limits
 
 EXPIRES_SECONDS_MAX = 10 * 366 * 86_400
 PROJECTS_MAX = 1_000

@@ -12,8 +12,8 @@ from gateway.api.auth import Caller
 from gateway.api.problems import InvalidRequestError
 from gateway.organization.desk import NS, Desk
 from gateway.organization.query import SECONDS_MAX, Query
-from tenancy.posting import currency_of
-from tenancy.usage_buckets import GROUPS, BucketSums, Filter, GroupBy, usage_buckets
+from tenancy.accounts.posting import currency_of
+from tenancy.usage.usage_buckets import GROUPS, BucketSums, Filter, GroupBy, usage_buckets
 
 WIDTHS_S = {"1m": 60, "1h": 3_600, "1d": 86_400}
 # bucket width -> buckets of a page: by default, and at most

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from audit.probe_verdict import Seen, seen_of_canaries
+from audit.probes.probe_verdict import Seen, seen_of_canaries
 from gateway.probe.client import Client
 from gateway.probe.words import Entropy, Marker
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from audit.probe_verdict import Company, Seen, seen_in_company
+from audit.probes.probe_verdict import Company, Seen, seen_in_company
 from gateway.probe.client import Client, OutOfTimeError, ProbeError
 from gateway.probe.words import Entropy, fresh_text
 

@@ -4,7 +4,7 @@ with every name equal that a client can give (cache_salt, user, prompt_cache_key
 
 from typing import Any
 
-from audit.probe_verdict import Seen
+from audit.probes.probe_verdict import Seen
 from gateway.probe.client import Client
 from gateway.probe.words import Entropy, fresh_text
 

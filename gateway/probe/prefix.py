@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from audit.probe_verdict import Arms
+from audit.probes.probe_verdict import Arms
 from gateway.probe.client import Client, Reply
 from gateway.probe.words import Entropy, fresh_text
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from audit.probe_verdict import Arms, Finding, Seen, conclude, seen_in_arms
+from audit.probes.probe_verdict import Arms, Finding, Seen, conclude, seen_in_arms
 from gateway.probe.canary import listen
 from gateway.probe.client import Client, Endpoint, OutOfTimeError
 from gateway.probe.client import ProbeError as ProbeError  # what a run raises

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 
-from audit.probe_verdict import Seen
+from audit.probes.probe_verdict import Seen
 from gateway.probe.client import Client, Reply
 from gateway.probe.words import Entropy
 

@@ -6,8 +6,8 @@ import ssl
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit.entry import Entry
-from audit.outbox import append
+from audit.transparency.entry import Entry
+from audit.transparency.outbox import append
 from gateway import __version__
 from gateway.services import Services
 from gateway.webhooks.events import new_events, payload

@@ -12,8 +12,8 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit.entry import KINDS
-from audit.tables import log_leaf, log_opening, log_state
+from audit.transparency.entry import KINDS
+from audit.transparency.tables import log_leaf, log_opening, log_state
 from tenancy.webhooks import Endpoint
 
 LEAVES_MAX = 500  # looked at in one round for one endpoint

@@ -7,7 +7,7 @@ constraint, so the price table is copied there; its triggers go with the old one
 import sqlalchemy as sa
 from alembic import op
 
-from tenancy.price_tables import price_step
+from tenancy.pricing.price_tables import price_step
 from tenancy.tables import append_only_ddl, price
 
 revision = "0012"

@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-from tenancy.invoice_tables import invoice_document
+from tenancy.invoicing.invoice_tables import invoice_document
 from tenancy.tables import append_only_ddl
 
 revision = "0013"

@@ -8,7 +8,7 @@ them.
 import sqlalchemy as sa
 from alembic import op
 
-from tenancy.price_tables import price_withdrawal
+from tenancy.pricing.price_tables import price_withdrawal
 from tenancy.tables import append_only_ddl, price
 
 revision = "0015"

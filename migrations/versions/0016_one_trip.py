@@ -1,8 +1,8 @@
-"""The functions that place and settle a hold in one statement, on PostgreSQL (tenancy/one_trip.py)."""
+"""The functions that place and settle a hold in one statement, on PostgreSQL (tenancy/accounts/one_trip.py)."""
 
 from alembic import op
 
-from tenancy.one_trip import function_ddl
+from tenancy.accounts.one_trip import function_ddl
 
 revision = "0016"
 down_revision = "0015"

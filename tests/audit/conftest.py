@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from audit.keyring import Keyring, load_keyring
+from audit.transparency.keyring import Keyring, load_keyring
 from tests.servers import PostgresServer
 
 ORIGIN = "test.example/log"

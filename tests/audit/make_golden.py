@@ -7,9 +7,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from audit.checkpoint import Checkpoint, sign_checkpoint
-from audit.dsse import sign_envelope
-from audit.keyring import load_keyring
+from audit.reports.dsse import sign_envelope
+from audit.transparency.checkpoint import Checkpoint, sign_checkpoint
+from audit.transparency.keyring import load_keyring
 
 PATH = Path(__file__).parent / "golden" / "checkpoint.json"
 ORIGIN = "golden.example/log"

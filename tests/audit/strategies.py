@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from audit.entry import INT64_MAX, KINDS, SAFE_INT_MAX, Entry, Field, Value, is_decimal_field
+from audit.transparency.entry import INT64_MAX, KINDS, SAFE_INT_MAX, Entry, Field, Value, is_decimal_field
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audit.block_digests import BlockDigests
+from audit.runtime.block_digests import BlockDigests
 from engine.cache.kv_cache import KVCache
 from engine.core import EngineCore
 from engine.models.facts import CacheLayer

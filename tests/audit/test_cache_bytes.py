@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audit.cache_bytes import CacheBytes
+from audit.runtime.cache_bytes import CacheBytes
 
 NUM_BLOCKS, BLOCK_SIZE = 5, 3
 SLOTS = np.arange(NUM_BLOCKS * BLOCK_SIZE)

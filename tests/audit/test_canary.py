@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audit.canary import MARKER_BYTES, MARKERS_MAX, Canaries
-from audit.released_tokens import Output
+from audit.runtime.canary import MARKER_BYTES, MARKERS_MAX, Canaries
+from audit.runtime.released_tokens import Output
 from engine.core import EngineCore
 from engine.own_runs import OwnRuns as EngineOwnRuns
 from engine.protocol import SamplingParams, Submit, TokenOutput

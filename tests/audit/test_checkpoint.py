@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from audit import verify
-from audit.checkpoint import (
+from audit.transparency.checkpoint import (
     Checkpoint,
     NoteError,
     Verifier,
@@ -21,7 +21,7 @@ from audit.checkpoint import (
     sign_checkpoint,
     verify_checkpoint,
 )
-from audit.keyring import Keyring, KeyringError, key_id, load_keyring
+from audit.transparency.keyring import Keyring, KeyringError, key_id, load_keyring
 from tests.audit import make_golden
 from tests.audit.conftest import ORIGIN, seeded
 

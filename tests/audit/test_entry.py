@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 
 from audit import verify
-from audit.commitment import commit, leaf_bytes, pseudonym
-from audit.entry import INT64_MAX, KINDS, Entry, EntryError, is_decimal_field
-from audit.entry_kind import SAFE_INT_MAX
+from audit.transparency.commitment import commit, leaf_bytes, pseudonym
+from audit.transparency.entry import INT64_MAX, KINDS, Entry, EntryError, is_decimal_field
+from audit.transparency.entry_kind import SAFE_INT_MAX
 from tests.audit.strategies import entries
 from tests.audit.world import admitted
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from audit import isolation, step_check
-from audit.cache_bytes import CacheBytes
-from audit.isolation import IsolationAuditor
+from audit.runtime import isolation, step_check
+from audit.runtime.cache_bytes import CacheBytes
+from audit.runtime.isolation import IsolationAuditor
 from tests.audit.traces import Event, Happening, ModelEngine, Step, audit, check
 
 SIZES = {"num_blocks": 24, "block_size": 4}

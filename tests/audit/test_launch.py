@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from audit.launch import PADDING_SLOT, KernelArrays, array_problems
+from audit.runtime.launch import PADDING_SLOT, KernelArrays, array_problems
 
 APPROVED = KernelArrays(
     token_ids=np.array([3, 4, 5]),

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from audit import outbox, tables
-from audit.checkpoint import Verifier, verify_checkpoint
-from audit.commitment import commit
-from audit.keyring import Keyring
-from audit.log import LogForkError, request_erasure, sequence
-from audit.merkle import leaf_hash, root_of
+from audit.transparency import outbox, tables
+from audit.transparency.checkpoint import Verifier, verify_checkpoint
+from audit.transparency.commitment import commit
+from audit.transparency.keyring import Keyring
+from audit.transparency.log import LogForkError, request_erasure, sequence
+from audit.transparency.merkle import leaf_hash, root_of
 from tests.audit.conftest import ORIGIN
 from tests.audit.test_merkle import naive_root
 from tests.audit.world import START_NS, World, note, open_world
@@ -180,8 +180,8 @@ def test_a_break_at_any_statement_changes_nothing(database_url: str, keyring: Ke
 KILLED = """
 import asyncio, os, sys
 from pathlib import Path
-from audit.keyring import load_keyring
-from audit.log import sequence
+from audit.transparency.keyring import load_keyring
+from audit.transparency.log import sequence
 from gateway.database import Database
 
 class Killing:

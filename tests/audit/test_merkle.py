@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from audit import verify
-from audit.merkle import (
+from audit.transparency.merkle import (
     Frontier,
     ProofError,
     consistency_proof,

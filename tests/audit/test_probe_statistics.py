@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audit.probe_statistics import (
+from audit.probes.probe_statistics import (
     NUM_PAIRS_MAX,
     equivalence_p,
     holm,

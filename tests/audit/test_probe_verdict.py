@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audit.probe_verdict import (
+from audit.probes.probe_verdict import (
     ALPHA,
     Arms,
     Company,

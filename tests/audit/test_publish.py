@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from audit import tiles, verify
-from audit.keyring import Keyring
-from audit.log import LogForkError, request_erasure
+from audit import verify
+from audit.transparency import tiles
+from audit.transparency.keyring import Keyring
+from audit.transparency.log import LogForkError, request_erasure
 from tests.audit.world import START_NS, note, open_world
 
 

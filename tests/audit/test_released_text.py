@@ -3,7 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from audit.released_text import say
+from audit.runtime.released_text import say
 from engine.text.detokenizer import IncrementalDetokenizer
 
 TOKENS = st.lists(st.binary(min_size=0, max_size=4) | st.text(max_size=2).map(str.encode), max_size=12)

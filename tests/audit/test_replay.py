@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from audit.launch import Logprob
-from audit.released_tokens import Output
-from audit.replay import OWN, RECORD_BYTES, TRIES_MAX, Replays
+from audit.runtime.launch import Logprob
+from audit.runtime.released_tokens import Output
+from audit.runtime.replay import OWN, RECORD_BYTES, TRIES_MAX, Replays
 from engine.build import build
 from engine.config import WorkerConfig
 from engine.events import NullObserver, Observer

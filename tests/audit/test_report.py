@@ -15,13 +15,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from audit import dsse, verify, wording
-from audit.entry import Entry
-from audit.figures import COVERAGE_KINDS, OpenLeaf, Scope, count_figures
-from audit.keyring import Keyring, load_keyring
-from audit.log import request_erasure
-from audit.report import Report, ReportError, build_report, plain, sign_report, write_report
-from audit.report_pdf import render_pdf, usd
+from audit import verify
+from audit.reports import dsse, wording
+from audit.reports.figures import COVERAGE_KINDS, OpenLeaf, Scope, count_figures
+from audit.reports.report import Report, ReportError, build_report, plain, sign_report, write_report
+from audit.reports.report_pdf import render_pdf, usd
+from audit.transparency.entry import Entry
+from audit.transparency.keyring import Keyring, load_keyring
+from audit.transparency.log import request_erasure
 from tests.audit.conftest import ORIGIN, seeded
 from tests.audit.test_verify import make_log
 from tests.audit.world import (

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from audit.isolation import IsolationAuditor
-from audit.released_tokens import Output
-from audit.sampling_rows import SampledRow, SamplingFacts
+from audit.runtime.isolation import IsolationAuditor
+from audit.runtime.released_tokens import Output
+from audit.runtime.sampling_rows import SampledRow, SamplingFacts
 
 FACTS = {name: SamplingFacts(name.encode(), b"form", b"bias", (True, True, True, False)) for name in "ab"}
 PROMPT = {"a": (3, 4), "b": (5, 6)}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from audit.isolation import IsolationAuditor
+from audit.runtime.isolation import IsolationAuditor
 from tests.audit.traces import Step, check
 
 PROMPT = (1, 2, 3, 4, 5)  # blocks of two: two full ones, and the last token

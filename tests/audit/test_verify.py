@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audit import verify
-from audit.checkpoint import Checkpoint, sign_checkpoint
-from audit.entry import Entry
-from audit.keyring import Keyring, load_keyring
-from audit.log import request_erasure
-from audit.merkle import leaf_hash, root_of
+from audit.transparency.checkpoint import Checkpoint, sign_checkpoint
+from audit.transparency.entry import Entry
+from audit.transparency.keyring import Keyring, load_keyring
+from audit.transparency.log import request_erasure
+from audit.transparency.merkle import leaf_hash, root_of
 from tests.audit.conftest import ORIGIN, seeded
 from tests.audit.world import START_NS, admitted, heartbeat, note, open_world, settled, violation
 

@@ -10,7 +10,7 @@ from random import Random
 
 import numpy as np
 
-from audit.isolation import IsolationAuditor, Violation
+from audit.runtime.isolation import IsolationAuditor, Violation
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from audit import log, outbox, tables
-from audit.entry import Entry
-from audit.keyring import Keyring
+from audit.transparency import log, outbox, tables
+from audit.transparency.entry import Entry
+from audit.transparency.keyring import Keyring
 from gateway.database import Database
 from tests.audit.conftest import ORIGIN, seeded
 

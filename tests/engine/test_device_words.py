@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audit.cache_bytes import CacheBytes
+from audit.runtime.cache_bytes import CacheBytes
 from engine.cache.device_words import DeviceWords
 from engine.cache.kv_cache import KVCache
 from engine.models.facts import CacheLayer

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from audit import replay
+from audit.runtime import replay
 from engine import own_runs
 from engine.engine_thread import Connection, EngineThread, Received, Wake
 from engine.events import Violation

@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from sqlalchemy import func, select
 from starlette.applications import Starlette
 
-from audit import tables as audit_tables
+from audit.transparency import tables as audit_tables
 from engine.client import EngineClient
 from engine.text.tokenizer import Tokenizer
 from gateway.api.app import create_app
@@ -29,13 +29,13 @@ from gateway.services import Services
 from gateway.settings import Settings
 from gateway.world import World
 from tenancy import tables as tenancy_tables
-from tenancy.directory import create_organisation, create_project, create_tenant
-from tenancy.keys import mint_key
-from tenancy.ledger import balance, grant_credit, pending_holds
-from tenancy.ledger_check import check_ledger
-from tenancy.price_book import add_price
-from tenancy.quota import Quota, QuotaUnavailableError
-from tenancy.quota_epochs import change_epoch, counters_of, lock_epoch, lock_tenants
+from tenancy.access.directory import create_organisation, create_project, create_tenant
+from tenancy.access.keys import mint_key
+from tenancy.accounts.ledger import balance, grant_credit, pending_holds
+from tenancy.accounts.ledger_check import check_ledger
+from tenancy.pricing.price_book import add_price
+from tenancy.quotas.quota import Quota, QuotaUnavailableError
+from tenancy.quotas.quota_epochs import change_epoch, counters_of, lock_epoch, lock_tenants
 from tests.fakes.asgi import Answer, Call
 from tests.fakes.flaky_database import FlakyDatabase
 

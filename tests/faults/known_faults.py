@@ -88,7 +88,7 @@ KNOWN = {
     "F69": ("log probabilities of another", PLANTED),
     "F70": ("ids of objects without scope", NONE + "no stored objects"),
     "F71": ("an HTTP cache keeps an answer", TESTED + "tests/gateway/test_app.py"),
-    "F72": ("a key comparison takes its time", BUILT + "tenancy/keys.py compares digests in constant time"),
+    "F72": ("a key comparison takes its time", BUILT + "tenancy/access/keys.py compares digests in constant time"),
     "F73": ("an open twin of a route", TESTED + "tests/gateway/test_app.py: one route table"),
     "F74": ("an error echoes another's content", TESTED + "tests/gateway/test_problems.py"),
     "F75": ("a hit across tenants shows in time", TESTED + "tests/engine/test_prefix_cache.py"),

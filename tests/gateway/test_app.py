@@ -18,7 +18,7 @@ from gateway.api.health import Readiness
 from gateway.api.streaming import event
 from gateway.clerk import Clerk
 from gateway.engine_link import EngineLink, EngineStatus
-from tenancy.limits import set_limits
+from tenancy.quotas.limits import set_limits
 from tests.fakes.asgi import Answer
 from tests.fakes.hall import USD, Hall, chat_body
 from tests.fakes.integer_worker import IntegerModel, IntegerWorker, Script, text_of

@@ -7,7 +7,7 @@ from starlette.routing import Route
 
 from gateway.clerk import Clerk
 from gateway.secrets import metrics_token
-from tenancy.key_rules import read_rules
+from tenancy.access.key_rules import read_rules
 from tests.fakes.asgi import Answer
 from tests.fakes.hall import Hall, chat_body
 from tests.gateway.conftest import Stage

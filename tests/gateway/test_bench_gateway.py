@@ -19,7 +19,7 @@ from gateway.bench.overhead import Plan as OverheadPlan
 from gateway.bench.overhead import measure_overhead, open_loop
 from gateway.bench.overshoot import Plan, measure_overshoot
 from gateway.world import real_world
-from tenancy.ledger_check import check_ledger
+from tenancy.accounts.ledger_check import check_ledger
 from tests.gateway.conftest import Stage
 
 GOALS = {

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import insert, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from audit import tables as audit_tables
+from audit.transparency import tables as audit_tables
 from gateway.billing import focus
 from gateway.billing.bookkeeper import Bookkeeper
 from gateway.billing.csv_file import render_csv
@@ -18,12 +18,12 @@ from gateway.billing.focus import COLUMNS, focus_rows, write_focus
 from gateway.billing.pdf import page_data, render_pdf
 from gateway.billing.reconcile import reconcile, reconciled_entry, reconciled_since
 from tenancy import tables
-from tenancy.directory import list_tenants
-from tenancy.invoice_document import digest
-from tenancy.invoices import get_document, pay
-from tenancy.meter import Usage
-from tenancy.parties import Buyer
-from tenancy.periods import DAY_NS
+from tenancy.access.directory import list_tenants
+from tenancy.invoicing.invoice_document import digest
+from tenancy.invoicing.invoices import get_document, pay
+from tenancy.invoicing.parties import Buyer
+from tenancy.invoicing.periods import DAY_NS
+from tenancy.usage.meter import Usage
 from tests.tenancy.books import MONTH_NS, Books, open_books
 from tests.tenancy.conftest import database_url, opened, postgres_url, sqlite_url
 from tests.tenancy.test_credit_line import post_paid_books

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from tenancy.budgets import set_budget
+from tenancy.accounts.budgets import set_budget
 from tests.fakes.byte_model import write_byte_model
 from tests.fakes.hall import USD, open_hall, world
 from tests.fakes.integer_worker import IntegerModel, IntegerWorker

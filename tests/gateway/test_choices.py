@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from gateway.sequences import request_id_of, sequence_id, together
-from tenancy.meter import Usage
+from tenancy.usage.meter import Usage
 from tests.fakes.byte_model import write_byte_model
 from tests.fakes.hall import USD, Hall, open_hall, world
 from tests.fakes.integer_worker import EOS, IntegerModel, IntegerWorker, Script, logprob_of, prompt_logprobs_of, text_of

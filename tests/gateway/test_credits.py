@@ -7,8 +7,8 @@ from typing import Any
 from sqlalchemy import func, select
 
 from tenancy import tables
-from tenancy.ledger import grant_credit
-from tenancy.ledger_check import check_ledger
+from tenancy.accounts.ledger import grant_credit
+from tenancy.accounts.ledger_check import check_ledger
 from tests.fakes.hall import Hall
 from tests.gateway.conftest import Stage
 from tests.gateway.test_key_rules import house

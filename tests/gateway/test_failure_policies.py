@@ -16,9 +16,9 @@ from redis.asyncio import Redis
 
 from gateway.clerk import Clerk
 from gateway.host.valkey import connect_redis, valkey_child
-from tenancy.failure_policy import FailurePolicy, FailurePolicyError, get_policy
-from tenancy.limits import ScopeLimits
-from tenancy.open_cap import OpenCap
+from tenancy.quotas.failure_policy import FailurePolicy, FailurePolicyError, get_policy
+from tenancy.quotas.limits import ScopeLimits
+from tenancy.quotas.open_cap import OpenCap
 from tests.fakes.byte_model import write_byte_model
 from tests.fakes.hall import Hall, open_hall, world
 from tests.fakes.integer_worker import IntegerWorker

@@ -36,11 +36,11 @@ from gateway.running import Running
 from gateway.settings import Settings
 from gateway.world import World
 from tenancy import tables
-from tenancy.keys import Principal
-from tenancy.ledger import HoldSettledError
-from tenancy.ledger_check import check_ledger
-from tenancy.meter import Usage, UsageConflictError
-from tenancy.quota import Lease, QuotaSnapshot
+from tenancy.access.keys import Principal
+from tenancy.accounts.ledger import HoldSettledError
+from tenancy.accounts.ledger_check import check_ledger
+from tenancy.quotas.quota import Lease, QuotaSnapshot
+from tenancy.usage.meter import Usage, UsageConflictError
 from tests.gateway.test_money_machine import prepared
 from tests.tenancy.test_ledger import MEMORY_DISK
 from tests.tenancy.world import SECOND, T0, counting_entropy

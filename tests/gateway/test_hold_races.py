@@ -19,10 +19,10 @@ from gateway.host.folders import open_folders
 from gateway.host.housekeeping import Housekeeping
 from gateway.host.overdue import settle_abandoned
 from gateway.host.recovery import recover
-from tenancy.ledger import Hold, get_hold, pending_holds
-from tenancy.ledger_check import check_ledger
-from tenancy.meter import Usage
+from tenancy.accounts.ledger import Hold, get_hold, pending_holds
+from tenancy.accounts.ledger_check import check_ledger
 from tenancy.tables import hold as hold_table
+from tenancy.usage.meter import Usage
 from tests.fakes.hall import Hall
 from tests.fakes.integer_worker import IntegerModel, Script
 from tests.gateway.conftest import Stage

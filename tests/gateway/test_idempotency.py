@@ -10,10 +10,10 @@ from sqlalchemy import func, select
 
 from gateway.api import idempotency
 from tenancy import tables
+from tenancy.accounts.ledger import capture, place_hold, void
 from tenancy.closing import delete_tenant
 from tenancy.idempotency import IdempotencyKey, claim, forget_expired
-from tenancy.ledger import capture, place_hold, void
-from tenancy.price_book import list_prices
+from tenancy.pricing.price_book import list_prices
 from tests.fakes.byte_model import write_byte_model
 from tests.fakes.hall import Hall, chat_body, open_hall, world
 from tests.fakes.integer_worker import IntegerModel, IntegerWorker, Script

@@ -13,9 +13,9 @@ from gateway.clerk import Clerk
 from gateway.host.folders import open_folders
 from gateway.host.housekeeping import Housekeeping
 from gateway.host.recovery import recover
-from tenancy.key_rules import read_rules
-from tenancy.keys import get_key
-from tenancy.ledger import get_hold
+from tenancy.access.key_rules import read_rules
+from tenancy.access.keys import get_key
+from tenancy.accounts.ledger import get_hold
 from tests.fakes.asgi import Answer
 from tests.fakes.hall import Account, Hall, chat_body, reconnect
 from tests.fakes.integer_worker import IntegerModel, Script

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
-from tenancy.credit_line import get_line, set_limit
-from tenancy.prices import Price, affordable_tokens, worst_case_nano_usd
+from tenancy.accounts.credit_line import get_line, set_limit
+from tenancy.pricing.prices import Price, affordable_tokens, worst_case_nano_usd
 from tests.fakes.byte_model import write_byte_model
 from tests.fakes.hall import USD, open_hall, world
 from tests.fakes.integer_worker import IntegerModel, IntegerWorker

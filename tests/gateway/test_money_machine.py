@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from audit import tables as audit_tables
+from audit.transparency import tables as audit_tables
 from engine.protocol import SamplingParams
 from gateway.api.admission import Admission, write_admission
 from gateway.api.auth import Caller
@@ -33,16 +33,16 @@ from gateway.database import Database
 from gateway.host.overdue import settle_abandoned
 from gateway.settings import Settings
 from tenancy import tables
-from tenancy.budget_use import budget_uses
-from tenancy.corrections import CorrectionError
-from tenancy.keys import Principal
-from tenancy.ledger import Balance, balance, due_holds, get_hold, pending_holds, place_hold
-from tenancy.ledger_check import check_ledger
-from tenancy.limits import ScopeLimits
-from tenancy.meter import Usage
-from tenancy.price_book import list_prices
-from tenancy.prices import Step
-from tenancy.quota import Lease, Quota
+from tenancy.access.keys import Principal
+from tenancy.accounts.budget_use import budget_uses
+from tenancy.accounts.corrections import CorrectionError
+from tenancy.accounts.ledger import Balance, balance, due_holds, get_hold, pending_holds, place_hold
+from tenancy.accounts.ledger_check import check_ledger
+from tenancy.pricing.price_book import list_prices
+from tenancy.pricing.prices import Step
+from tenancy.quotas.limits import ScopeLimits
+from tenancy.quotas.quota import Lease, Quota
+from tenancy.usage.meter import Usage
 from tests.tenancy.conftest import opened, redis_client
 from tests.tenancy.test_ledger import MEMORY_DISK
 from tests.tenancy.world import SECOND, T0, Populated, counting_entropy, populate

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select, update
 
-from audit import tables as audit_tables
+from audit.transparency import tables as audit_tables
 from engine.protocol import SamplingParams
 from gateway.api.admission import Admission, Claim, _hold
 from gateway.api.auth import Caller
@@ -30,14 +30,15 @@ from gateway.database import Database
 from gateway.remembered import Remembered
 from gateway.running import Running
 from gateway.settings import Settings
-from tenancy import quota_tables, row_security, tables
-from tenancy.directory import set_tenant_status
-from tenancy.keys import Principal, revoke_key
-from tenancy.ledger_check import check_ledger
-from tenancy.meter import Usage
-from tenancy.one_trip import function_ddl
-from tenancy.prices import Step
-from tenancy.quota import Lease, QuotaSnapshot
+from tenancy import row_security, tables
+from tenancy.access.directory import set_tenant_status
+from tenancy.access.keys import Principal, revoke_key
+from tenancy.accounts.ledger_check import check_ledger
+from tenancy.accounts.one_trip import function_ddl
+from tenancy.pricing.prices import Step
+from tenancy.quotas import quota_tables
+from tenancy.quotas.quota import Lease, QuotaSnapshot
+from tenancy.usage.meter import Usage
 from tests.servers import PostgresServer
 from tests.tenancy.world import SECOND, T0, Populated, counting_entropy, populate
 

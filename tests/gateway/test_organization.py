@@ -11,16 +11,16 @@ from typing import Any
 import openai
 import pytest
 
-from audit.entry import Entry
-from audit.keyring import load_keyring
-from audit.log import sequence
-from audit.outbox import append
+from audit.transparency.entry import Entry
+from audit.transparency.keyring import load_keyring
+from audit.transparency.log import sequence
+from audit.transparency.outbox import append
 from gateway.clerk import Clerk
 from gateway.host.https import https_server
 from gateway.host.port import bind
 from gateway.host.tls import ensure_certificates
-from tenancy.key_rules import read_rules
-from tenancy.limits import PER_MINUTE_MAX
+from tenancy.access.key_rules import read_rules
+from tenancy.quotas.limits import PER_MINUTE_MAX
 from tests.fakes.hall import Account, Hall
 from tests.gateway.conftest import Stage
 from tests.gateway.test_openai_client import Site

@@ -8,12 +8,13 @@ from typing import Any
 
 from sqlalchemy import select
 
-from tenancy import price_tables, tables
-from tenancy.invoices import SETTLE_NS
-from tenancy.meter import Usage, UsageRecord, get_usage
-from tenancy.periods import DAY_NS, SECOND_NS, period_start_ns
-from tenancy.price_book import PriceTerms, add_draft, get_price, schedule
-from tenancy.prices import Step, charge_nano_usd
+from tenancy import tables
+from tenancy.invoicing.invoices import SETTLE_NS
+from tenancy.invoicing.periods import DAY_NS, SECOND_NS, period_start_ns
+from tenancy.pricing import price_tables
+from tenancy.pricing.price_book import PriceTerms, add_draft, get_price, schedule
+from tenancy.pricing.prices import Step, charge_nano_usd
+from tenancy.usage.meter import Usage, UsageRecord, get_usage
 from tests.fakes.hall import Hall
 from tests.gateway.conftest import Stage
 from tests.gateway.test_key_rules import house

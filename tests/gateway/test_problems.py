@@ -14,12 +14,12 @@ from gateway.api.admission import duration
 from gateway.api.problems import problem_of, retry_after
 from gateway.database import DatabaseUnavailableError
 from gateway.engine_link import EngineUnavailableError
+from tenancy.access.keys import InvalidApiKeyError
+from tenancy.accounts.ledger import Limiter
 from tenancy.closing import TenantInactiveError
 from tenancy.idempotency import TooManyKeysError
-from tenancy.keys import InvalidApiKeyError
-from tenancy.ledger import Limiter
-from tenancy.prices import PriceMissingError
-from tenancy.quota import QuotaUnavailableError
+from tenancy.pricing.prices import PriceMissingError
+from tenancy.quotas.quota import QuotaUnavailableError
 
 
 def out_of(limiter: str, held_nano_usd: int) -> problems.CreditExhaustedError:

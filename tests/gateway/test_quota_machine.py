@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import select
 
-from audit import tables as audit_tables
+from audit.transparency import tables as audit_tables
 from engine.protocol import SamplingParams
 from gateway.allowance import Allowance
 from gateway.api.admission import Admission, StaleLeaseError, write_admission
@@ -35,12 +35,12 @@ from gateway.metrics import Metrics
 from gateway.settings import Settings
 from gateway.world import World
 from tenancy import tables
-from tenancy.failure_policy import FailurePolicy
-from tenancy.keys import Principal
-from tenancy.ledger import pending_holds
-from tenancy.limits import ScopeLimits
-from tenancy.meter import Usage
-from tenancy.quota import Lease, Quota, QuotaUnavailableError
+from tenancy.access.keys import Principal
+from tenancy.accounts.ledger import pending_holds
+from tenancy.quotas.failure_policy import FailurePolicy
+from tenancy.quotas.limits import ScopeLimits
+from tenancy.quotas.quota import Lease, Quota, QuotaUnavailableError
+from tenancy.usage.meter import Usage
 from tests.tenancy.conftest import redis_client
 
 ORGANISATION_TOKENS, TENANT_TOKENS = 90, 60

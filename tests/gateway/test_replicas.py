@@ -6,16 +6,16 @@ from typing import Any, cast
 
 import pytest
 
-from audit.keyring import load_keyring
-from audit.log import sequence
+from audit.transparency.keyring import load_keyring
+from audit.transparency.log import sequence
 from engine.journal import Journal, JournalRecord
 from gateway.host.folders import gateway_id, open_folders
 from gateway.host.housekeeping import Housekeeping
 from gateway.host.recovery import recover
 from gateway.host.same_keys import ForeignKeysError, require_same_keys
 from gateway.services import Services
-from tenancy.ledger import get_hold, place_hold
-from tenancy.price_book import price_at
+from tenancy.accounts.ledger import get_hold, place_hold
+from tenancy.pricing.price_book import price_at
 from tests.fakes.hall import Hall
 from tests.fakes.hall import world as real_world
 from tests.gateway.conftest import Stage

@@ -10,11 +10,11 @@ from redis.asyncio import Redis
 from sqlalchemy import Table, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError
 
-from audit import tables as audit_tables
+from audit.transparency import tables as audit_tables
 from gateway.database import Database
 from gateway.host.migrate import migrate
 from tenancy import tables
-from tenancy.one_trip import FUNCTIONS
+from tenancy.accounts.one_trip import FUNCTIONS
 from tenancy.row_security import RULES
 from tests.fakes.byte_model import write_byte_model
 from tests.fakes.hall import Hall, open_hall, world

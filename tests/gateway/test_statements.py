@@ -13,8 +13,8 @@ from redis.asyncio import Redis
 from sqlalchemy import event
 
 from gateway.trips import Trips
-from tenancy.keys import revoke_key
-from tenancy.limits import set_limits
+from tenancy.access.keys import revoke_key
+from tenancy.quotas.limits import set_limits
 from tests.fakes.hall import Hall, chat_body
 from tests.gateway.conftest import Stage
 from tests.servers import PostgresServer

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, select
 
-from audit.entry import Entry
-from audit.keyring import load_keyring
-from audit.log import sequence
-from audit.outbox import append
-from audit.tables import log_opening
+from audit.transparency.entry import Entry
+from audit.transparency.keyring import load_keyring
+from audit.transparency.log import sequence
+from audit.transparency.outbox import append
+from audit.transparency.tables import log_opening
 from gateway.clerk import Clerk
 from gateway.host.tls import ensure_certificates, server_context
 from gateway.services import Services

@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 from starlette.applications import Starlette
 
-from audit.entry import Entry
-from audit.outbox import append
-from audit.tables import metadata as audit_metadata
+from audit.transparency.entry import Entry
+from audit.transparency.outbox import append
+from audit.transparency.tables import metadata as audit_metadata
 from engine.client import EngineClient
 from engine.protocol import PROTOCOL_VERSION, Ready, Stats, encode_frame
 from engine.text.tokenizer import Tokenizer
@@ -29,15 +29,15 @@ from gateway.secrets import Secrets
 from gateway.services import Services
 from gateway.settings import Settings
 from gateway.world import World, new_id
-from tenancy.directory import create_organisation, create_project, create_tenant
-from tenancy.keys import mint_key
-from tenancy.ledger import Hold, capture, grant_credit, place_hold
-from tenancy.meter import Usage, UsageRecord, record_usage
-from tenancy.operators import create_operator
-from tenancy.price_book import add_price
-from tenancy.prices import Price, charge_nano_usd, worst_case_nano_usd
-from tenancy.quota import Quota
+from tenancy.access.directory import create_organisation, create_project, create_tenant
+from tenancy.access.keys import mint_key
+from tenancy.access.operators import create_operator
+from tenancy.accounts.ledger import Hold, capture, grant_credit, place_hold
+from tenancy.pricing.price_book import add_price
+from tenancy.pricing.prices import Price, charge_nano_usd, worst_case_nano_usd
+from tenancy.quotas.quota import Quota
 from tenancy.tables import metadata as tenancy_metadata
+from tenancy.usage.meter import Usage, UsageRecord, record_usage
 from tests.model import demo_model_dir
 
 NS_PER_S = 10**9

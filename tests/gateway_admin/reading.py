@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import httpx
 
-from tenancy.limits import set_limits
 from tenancy.money import NANO_PER_USD
+from tenancy.quotas.limits import set_limits
 from tests.gateway_admin.house import House
 
 MONEY = re.compile(r"(-?)\$([\d,]+)\.(\d{2,9})")

@@ -18,8 +18,8 @@ from playwright.async_api import Browser, Page, async_playwright
 from starlette.applications import Starlette
 
 from gateway.host.tls import ensure_certificates
-from tenancy.limits import set_limits
-from tenancy.meter import Usage
+from tenancy.quotas.limits import set_limits
+from tenancy.usage.meter import Usage
 from tests.gateway_admin.house import NAME, PASSWORD, House, build_house
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from sqlalchemy import select, update
 
-from audit.tables import outbox
+from audit.transparency.tables import outbox
 from gateway.admin import attempts, login, sessions
 from gateway.admin.sessions import COOKIE
 from gateway.database import DatabaseUnavailableError

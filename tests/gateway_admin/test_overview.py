@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audit.keyring import load_keyring
-from audit.log import sequence
+from audit.transparency.keyring import load_keyring
+from audit.transparency.log import sequence
 from gateway.admin.overview import PERIODS, add_up, empty_minutes
 from gateway.admin.overview import TenantFigures as Figures
-from tenancy.ledger import balance
-from tenancy.ledger_check import check_ledger
-from tenancy.limits import ScopeLimits, set_limits
-from tenancy.meter import usage_by_tenant
+from tenancy.accounts.ledger import balance
+from tenancy.accounts.ledger_check import check_ledger
 from tenancy.money import BIGINT_MAX
-from tenancy.quota import Lease
+from tenancy.quotas.limits import ScopeLimits, set_limits
+from tenancy.quotas.quota import Lease
+from tenancy.usage.meter import usage_by_tenant
 from tests.gateway_admin.house import NOON_NS, House, build_house, log_in
 from tests.gateway_admin.reading import PageText, busy, fields_of, nano_usd
 from tests.servers import PostgresServer

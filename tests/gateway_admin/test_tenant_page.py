@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select, update
 
-from audit.tables import outbox
+from audit.transparency.tables import outbox
 from gateway.admin.tenant_page import REQUESTS_PER_PAGE, parse_cursor
 from gateway.clerk import Clerk
-from tenancy.budgets import set_budget
-from tenancy.keys import revoke_key
+from tenancy.access.keys import revoke_key
+from tenancy.accounts.budgets import set_budget
 from tenancy.money import BIGINT_MAX
 from tenancy.tables import account, hold
 from tests.gateway_admin.house import House

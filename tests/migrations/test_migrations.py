@@ -16,10 +16,12 @@ from sqlalchemy import Connection, MetaData, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from audit import tables as audit_tables
+from audit.transparency import tables as audit_tables
 from gateway.host.migrate import MigrationError, migrate
-from tenancy import invoice_tables, price_tables, webhook_tables
 from tenancy import tables as tenancy_tables
+from tenancy import webhook_tables
+from tenancy.invoicing import invoice_tables
+from tenancy.pricing import price_tables
 from tests.servers import PostgresServer
 
 TABLES = (invoice_tables, price_tables, webhook_tables)  # imported: they add to the metadata

@@ -4,16 +4,16 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy import corrections
+from tenancy.accounts import corrections
+from tenancy.accounts.ledger import Hold, capture, grant_credit, place_hold
 from tenancy.ids import Entropy
-from tenancy.invoices import Document, Invoice, draft_invoice, issue
-from tenancy.ledger import Hold, capture, grant_credit, place_hold
-from tenancy.meter import Usage, UsageRecord, record_usage
-from tenancy.parties import Buyer, Issuer, Terms, set_buyer, set_issuer
-from tenancy.periods import DAY_NS
-from tenancy.price_book import price_at
-from tenancy.prices import charge_nano_usd, worst_case_nano_usd
-from tenancy.volume import lock_hold, take_volume, volume_of
+from tenancy.invoicing.invoices import Document, Invoice, draft_invoice, issue
+from tenancy.invoicing.parties import Buyer, Issuer, Terms, set_buyer, set_issuer
+from tenancy.invoicing.periods import DAY_NS
+from tenancy.pricing.price_book import price_at
+from tenancy.pricing.prices import charge_nano_usd, worst_case_nano_usd
+from tenancy.pricing.volume import lock_hold, take_volume, volume_of
+from tenancy.usage.meter import Usage, UsageRecord, record_usage
 from tests.tenancy.world import SECOND, Populated, populate
 
 MONTH_NS = 1_801_440_000 * SECOND  # 2027-02-01, where these books begin

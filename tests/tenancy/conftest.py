@@ -11,7 +11,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from gateway.database import Database
-from tenancy import invoice_tables, webhook_tables  # their tables are in the same metadata
+from tenancy import webhook_tables  # their tables are in the same metadata
+from tenancy.invoicing import invoice_tables
 from tenancy.tables import metadata
 from tests.servers import PostgresServer
 

@@ -5,7 +5,7 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenancy.attribution import Span, attribute, block_ns, cost_nano_usd
+from tenancy.usage.attribution import Span, attribute, block_ns, cost_nano_usd
 
 instants = st.integers(0, 40)
 spans = st.lists(

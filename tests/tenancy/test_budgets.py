@@ -17,11 +17,11 @@ from sqlalchemy import select
 
 from gateway.database import Database
 from tenancy import tables
-from tenancy.budget_use import THRESHOLDS_PERCENT, BudgetAlert, BudgetScope, budget_uses
-from tenancy.budgets import BudgetError, remove_budget, set_budget
-from tenancy.directory import UnknownIdError, create_project
-from tenancy.keys import mint_key
-from tenancy.ledger import (
+from tenancy.access.directory import UnknownIdError, create_project
+from tenancy.access.keys import mint_key
+from tenancy.accounts.budget_use import THRESHOLDS_PERCENT, BudgetAlert, BudgetScope, budget_uses
+from tenancy.accounts.budgets import BudgetError, remove_budget, set_budget
+from tenancy.accounts.ledger import (
     Hold,
     HoldSettledError,
     InsufficientCredit,
@@ -32,8 +32,8 @@ from tenancy.ledger import (
     place_hold,
     void,
 )
-from tenancy.ledger_check import check_ledger
-from tenancy.periods import PERIODS, Period, period_end_ns, period_start_ns
+from tenancy.accounts.ledger_check import check_ledger
+from tenancy.invoicing.periods import PERIODS, Period, period_end_ns, period_start_ns
 from tests.tenancy.conftest import create_tables, opened
 from tests.tenancy.test_ledger import MEMORY_DISK
 from tests.tenancy.world import PEPPER, SECOND, T0, counting_entropy, populate

@@ -5,11 +5,18 @@ from typing import Any
 
 import pytest
 
-from tenancy.budget_use import budget_uses
-from tenancy.budgets import set_budget
-from tenancy.corrections import CorrectionError, adjust, captured_hold, refund, refundable_nano_usd, refunded_nano_usd
-from tenancy.ledger import Balance, LedgerConflictError, balance, capture, grant_credit, place_hold
-from tenancy.ledger_check import check_ledger
+from tenancy.accounts.budget_use import budget_uses
+from tenancy.accounts.budgets import set_budget
+from tenancy.accounts.corrections import (
+    CorrectionError,
+    adjust,
+    captured_hold,
+    refund,
+    refundable_nano_usd,
+    refunded_nano_usd,
+)
+from tenancy.accounts.ledger import Balance, LedgerConflictError, balance, capture, grant_credit, place_hold
+from tenancy.accounts.ledger_check import check_ledger
 from tests.tenancy.conftest import opened
 from tests.tenancy.world import SECOND, T0, Populated, counting_entropy, populate
 

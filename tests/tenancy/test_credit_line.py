@@ -9,15 +9,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
 
-from tenancy import credit_line
-from tenancy.corrections import CorrectionError, adjust, refund
-from tenancy.credit_line import CreditLine, CreditLineError, Due, get_line, set_limit
-from tenancy.invoices import draft_credit_note, draft_invoice, issue, pay, void
-from tenancy.ledger import InsufficientCredit, balance, place_hold
-from tenancy.ledger_check import check_ledger
-from tenancy.meter import Usage
-from tenancy.periods import DAY_NS
-from tenancy.posting import lock_all_accounts
+from tenancy.accounts import credit_line
+from tenancy.accounts.corrections import CorrectionError, adjust, refund
+from tenancy.accounts.credit_line import CreditLine, CreditLineError, Due, get_line, set_limit
+from tenancy.accounts.ledger import InsufficientCredit, balance, place_hold
+from tenancy.accounts.ledger_check import check_ledger
+from tenancy.accounts.posting import lock_all_accounts
+from tenancy.invoicing.invoices import draft_credit_note, draft_invoice, issue, pay, void
+from tenancy.invoicing.periods import DAY_NS
+from tenancy.usage.meter import Usage
 from tests.tenancy.books import MONTH_NS, Books, open_books
 from tests.tenancy.conftest import opened
 from tests.tenancy.test_ledger import LedgerMachine

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.database import Database
-from tenancy.corrections import adjust, refund
-from tenancy.credits import CreditKind, list_credits, tenants_with_due_credit
-from tenancy.ledger import (
+from tenancy.accounts.corrections import adjust, refund
+from tenancy.accounts.credits import CreditKind, list_credits, tenants_with_due_credit
+from tenancy.accounts.ledger import (
     Balance,
     Hold,
     InsufficientCredit,
@@ -24,7 +24,7 @@ from tenancy.ledger import (
     place_hold,
     void,
 )
-from tenancy.ledger_check import check_ledger
+from tenancy.accounts.ledger_check import check_ledger
 from tests.tenancy.conftest import opened
 from tests.tenancy.test_budgets import CREDIT, prepared
 from tests.tenancy.test_ledger import MEMORY_DISK

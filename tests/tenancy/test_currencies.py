@@ -10,11 +10,11 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from tenancy import tables
-from tenancy.credit_line import set_limit
-from tenancy.directory import create_organisation, create_tenant
-from tenancy.ledger import Hold, balance, capture, grant_credit, place_hold
-from tenancy.ledger_check import check_ledger
-from tenancy.posting import (
+from tenancy.access.directory import create_organisation, create_tenant
+from tenancy.accounts.credit_line import set_limit
+from tenancy.accounts.ledger import Hold, balance, capture, grant_credit, place_hold
+from tenancy.accounts.ledger_check import check_ledger
+from tenancy.accounts.posting import (
     Balances,
     CurrencyError,
     account_id,
@@ -24,8 +24,8 @@ from tenancy.posting import (
     post,
     require_currency,
 )
-from tenancy.price_book import add_price, price_at
-from tenancy.prices import PriceMissingError
+from tenancy.pricing.price_book import add_price, price_at
+from tenancy.pricing.prices import PriceMissingError
 from tests.tenancy.conftest import opened
 from tests.tenancy.world import SECOND, T0, counting_entropy, populate
 

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import update
 
 from tenancy import tables
-from tenancy.directory import (
+from tenancy.access.directory import (
     TENANT_MOVES,
     DuplicateNameError,
     TenantStatusError,
@@ -20,11 +20,11 @@ from tenancy.directory import (
     list_tenants,
     set_tenant_status,
 )
+from tenancy.access.keys import authenticate
+from tenancy.access.rotation import rotate_key
+from tenancy.accounts.ledger import Balance, balance
 from tenancy.ids import InvalidNameError, new_id
-from tenancy.keys import authenticate
-from tenancy.ledger import Balance, balance
-from tenancy.limits import LimitError, ScopeLimits, get_limits, load_scopes, set_limits
-from tenancy.rotation import rotate_key
+from tenancy.quotas.limits import LimitError, ScopeLimits, get_limits, load_scopes, set_limits
 from tests.tenancy.conftest import opened
 from tests.tenancy.world import PEPPER, SECOND, T0, counting_entropy, populate
 

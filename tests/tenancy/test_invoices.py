@@ -12,8 +12,10 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
-from tenancy.invoice_document import apportion, canonical, digest, lines_of, minor_digits, tax_minor, to_minor
-from tenancy.invoices import (
+from tenancy.accounts.ledger import Hold, place_hold
+from tenancy.accounts.ledger import void as void_hold
+from tenancy.invoicing.invoice_document import apportion, canonical, digest, lines_of, minor_digits, tax_minor, to_minor
+from tenancy.invoicing.invoices import (
     SETTLE_NS,
     InvoiceError,
     draft_credit_note,
@@ -27,13 +29,11 @@ from tenancy.invoices import (
     preview,
     void,
 )
-from tenancy.ledger import Hold, place_hold
-from tenancy.ledger import void as void_hold
-from tenancy.meter import Usage
-from tenancy.parties import Buyer, PartyError, set_buyer
-from tenancy.periods import DAY_NS
-from tenancy.price_book import PriceTerms, schedule
-from tenancy.prices import Step
+from tenancy.invoicing.parties import Buyer, PartyError, set_buyer
+from tenancy.invoicing.periods import DAY_NS
+from tenancy.pricing.price_book import PriceTerms, schedule
+from tenancy.pricing.prices import Step
+from tenancy.usage.meter import Usage
 from tests.tenancy.books import MONTH_NS, Books, open_books
 from tests.tenancy.conftest import create_tables, opened
 from tests.tenancy.world import SECOND, T0, counting_entropy

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tenancy.access.directory import owner_of, set_tenant_status
+from tenancy.access.key_rules import KeyRuleError, KeyRules, loaded, read_rules, stored
+from tenancy.access.keys import InvalidApiKeyError, authenticate, get_key, list_keys, mint_key, note_uses, revoke_key
+from tenancy.access.rotation import RotationError, rotate_key
+from tenancy.accounts.ledger import Hold, InsufficientCredit, grant_credit, place_hold, void
 from tenancy.closing import MoneyHeldError, TenantInactiveError, delete_tenant, inactive_among, require_active
-from tenancy.directory import owner_of, set_tenant_status
-from tenancy.key_rules import KeyRuleError, KeyRules, loaded, read_rules, stored
-from tenancy.keys import InvalidApiKeyError, authenticate, get_key, list_keys, mint_key, note_uses, revoke_key
-from tenancy.ledger import Hold, InsufficientCredit, grant_credit, place_hold, void
-from tenancy.limits import get_limits, set_limits
-from tenancy.rotation import RotationError, rotate_key
+from tenancy.quotas.limits import get_limits, set_limits
 from tests.tenancy.conftest import opened
 from tests.tenancy.world import PEPPER, SECOND, T0, Populated, counting_entropy, populate
 

@@ -11,9 +11,10 @@ from sqlalchemy import event, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.database import Database
-from tenancy import keys, tables
-from tenancy.directory import set_tenant_status
-from tenancy.keys import (
+from tenancy import tables
+from tenancy.access import keys
+from tenancy.access.directory import set_tenant_status
+from tenancy.access.keys import (
     InvalidApiKeyError,
     KeyScopeError,
     Principal,

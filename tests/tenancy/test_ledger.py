@@ -15,7 +15,7 @@ from sqlalchemy import insert, text, update
 
 from gateway.database import Database
 from tenancy import tables
-from tenancy.ledger import (
+from tenancy.accounts.ledger import (
     Balance,
     Hold,
     HoldSettledError,
@@ -33,9 +33,9 @@ from tenancy.ledger import (
     place_hold,
     void,
 )
-from tenancy.ledger_check import check_ledger
+from tenancy.accounts.ledger_check import check_ledger
+from tenancy.accounts.posting import UnknownAccountError, open_accounts
 from tenancy.money import MoneyRangeError
-from tenancy.posting import UnknownAccountError, open_accounts
 from tests.tenancy.conftest import create_tables, opened
 from tests.tenancy.world import SECOND, T0, Populated, counting_entropy, populate
 

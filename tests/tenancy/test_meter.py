@@ -7,10 +7,18 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy.ledger import capture, grant_credit, place_hold
-from tenancy.limits import set_limits
-from tenancy.meter import TenantUsage, Usage, UsageConflictError, UsageRecord, get_usage, record_usage, usage_by_tenant
-from tenancy.overview import TenantOverview, tenant_overview
+from tenancy.accounts.ledger import capture, grant_credit, place_hold
+from tenancy.quotas.limits import set_limits
+from tenancy.usage.meter import (
+    TenantUsage,
+    Usage,
+    UsageConflictError,
+    UsageRecord,
+    get_usage,
+    record_usage,
+    usage_by_tenant,
+)
+from tenancy.usage.overview import TenantOverview, tenant_overview
 from tests.tenancy.conftest import opened
 from tests.tenancy.world import SECOND, T0, Populated, counting_entropy, populate
 

@@ -8,8 +8,9 @@ import pytest
 from argon2 import extract_parameters
 from sqlalchemy import update
 
-from tenancy import operators, tables
-from tenancy.operators import (
+from tenancy import tables
+from tenancy.access import operators
+from tenancy.access.operators import (
     PASSWORD_LENGTH_MAX,
     STAND_IN_HASH,
     DuplicateOperatorError,

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tenancy.meter import Usage
-from tenancy.price_book import (
+from tenancy.pricing.price_book import (
     WITHDRAW_NS,
     PriceTerms,
     add_draft,
@@ -23,7 +22,7 @@ from tenancy.price_book import (
     schedule_draft,
     withdraw,
 )
-from tenancy.prices import (
+from tenancy.pricing.prices import (
     TIERS,
     Price,
     PriceConflictError,
@@ -35,7 +34,8 @@ from tenancy.prices import (
     parts_of,
     worst_case_nano_usd,
 )
-from tenancy.volume import take_volume, volume_of
+from tenancy.pricing.volume import take_volume, volume_of
+from tenancy.usage.meter import Usage
 from tests.tenancy.conftest import create_tables, opened
 from tests.tenancy.world import SECOND, T0, counting_entropy, populate
 

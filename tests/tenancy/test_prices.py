@@ -8,9 +8,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tenancy.meter import Usage
-from tenancy.price_book import add_price, get_price, list_prices, price_at
-from tenancy.prices import PRICE_MAX, Price, PriceConflictError, PriceMissingError, charge_nano_usd, worst_case_nano_usd
+from tenancy.pricing.price_book import add_price, get_price, list_prices, price_at
+from tenancy.pricing.prices import (
+    PRICE_MAX,
+    Price,
+    PriceConflictError,
+    PriceMissingError,
+    charge_nano_usd,
+    worst_case_nano_usd,
+)
+from tenancy.usage.meter import Usage
 from tests.tenancy.conftest import create_tables, opened
 from tests.tenancy.world import T0, counting_entropy
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
-from tenancy.limits import PER_DAY_MAX, PER_MINUTE_MAX, LimitName, ScopeLimits
-from tenancy.quota import UNIT, Lease, Quota, QuotaSnapshot, QuotaUnavailableError, Refused
+from tenancy.quotas.limits import PER_DAY_MAX, PER_MINUTE_MAX, LimitName, ScopeLimits
+from tenancy.quotas.quota import UNIT, Lease, Quota, QuotaSnapshot, QuotaUnavailableError, Refused
 from tests.tenancy.conftest import OpenRedis, redis_client
 
 ORG = "org_1"

@@ -5,10 +5,10 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from tenancy.limits import ScopeLimits
-from tenancy.quota import EpochMismatch, Lease, Quota, Refused
-from tenancy.quota_epochs import Counted, Counters
-from tenancy.slices import Slice, Slices
+from tenancy.quotas.limits import ScopeLimits
+from tenancy.quotas.quota import EpochMismatch, Lease, Quota, Refused
+from tenancy.quotas.quota_epochs import Counted, Counters
+from tenancy.quotas.slices import Slice, Slices
 from tests.tenancy.conftest import OpenRedis
 
 ORG = "org_1"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy.directory import create_organisation, create_project, create_tenant
+from tenancy.access.directory import create_organisation, create_project, create_tenant
+from tenancy.access.keys import mint_key
 from tenancy.ids import Entropy
-from tenancy.keys import mint_key
-from tenancy.price_book import add_price
+from tenancy.pricing.price_book import add_price
 
 T0 = 1_800_000_000_000_000_000  # ns
 SECOND = 1_000_000_000

@@ -1,0 +1,1 @@
+"""What probes from outside measure, and what may be concluded from it."""

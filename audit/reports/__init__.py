@@ -1,0 +1,1 @@
+"""Compliance reports: figures from the log, their wording, their signature."""

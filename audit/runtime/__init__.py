@@ -1,0 +1,1 @@
+"""The run-time isolation auditor: its own books, checked at every step."""

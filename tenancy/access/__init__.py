@@ -1,0 +1,1 @@
+"""Who may: organisations, tenants, projects, keys and operators."""

@@ -1,0 +1,1 @@
+"""The money: the double-entry ledger, credits, budgets, corrections."""

@@ -1,0 +1,1 @@
+"""What is asked for: invoices, credit notes, their lines and documents."""

@@ -1,0 +1,1 @@
+"""What it costs: the price book, tiers and volume."""
