@@ -5,8 +5,8 @@
     SELECT done
 
 One statement is one transaction: tenancy's part of it (tenancy/accounts/one_trip.py) and audit's
-(audit/transparency/outbox.py) become true together or not at all. Where the case is not the common one nothing has happened, and the general way is taken,
-statement by statement.
+(audit/transparency/outbox.py) become true together or not at all. Where the case is not the common one nothing has
+happened, and the general way is taken, statement by statement.
 """
 
 from collections.abc import Callable
