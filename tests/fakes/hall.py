@@ -155,6 +155,7 @@ async def open_hall(
     world: World,
     credit_nano_usd: int = CREDIT_NANO_USD,
     output_pico_usd: int = 600_000,
+    remember: bool = False,
     **settings: Any,
 ) -> AsyncIterator[Hall]:
     """Two tenants with credit, keys and a price; connected to the worker that listens on `socket_path`."""
@@ -182,6 +183,8 @@ async def open_hall(
     link = EngineLink()
     link.attach(client)
     services = Services(own, world, database, redis, Quota(redis), link, tokenizer, secrets)
+    if not remember:  # most tests change limits and go on at once
+        services.remembered.keep_caller = lambda *_: None  # type: ignore[method-assign]
     await _count_from_the_start(services)
     app = create_app(services)
     try:

@@ -79,7 +79,7 @@ def test_on_postgresql_a_request_is_two_statements(
     postgres_stage: Stage, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """T1 and T2, each a transaction by itself. Who asks was known, or is one statement more."""
-    hall, _ = postgres_stage.make()
+    hall, _ = postgres_stage.make(remember=True)
     asked = listen(hall, monkeypatch)
 
     async def scenario() -> None:
@@ -108,7 +108,7 @@ def test_a_key_is_dead_at_once_although_it_is_remembered(
     postgres_stage: Stage, runner: asyncio.Runner, streamed: bool
 ) -> None:
     """Also for a request in the general way, as one with an idempotency key is."""
-    hall, _ = postgres_stage.make()
+    hall, _ = postgres_stage.make(remember=True)
     account = hall.accounts["acme"]
 
     async def scenario() -> None:
@@ -129,7 +129,7 @@ def test_a_key_is_dead_at_once_although_it_is_remembered(
 
 
 def test_a_remembered_key_needs_its_secret(postgres_stage: Stage, runner: asyncio.Runner) -> None:
-    hall, _ = postgres_stage.make()
+    hall, _ = postgres_stage.make(remember=True)
     secret = hall.accounts["acme"].secret
 
     async def scenario() -> None:
@@ -142,7 +142,7 @@ def test_a_remembered_key_needs_its_secret(postgres_stage: Stage, runner: asynci
 
 
 def test_a_limit_that_is_set_holds_within_a_second(postgres_stage: Stage, runner: asyncio.Runner) -> None:
-    hall, _ = postgres_stage.make()
+    hall, _ = postgres_stage.make(remember=True)
 
     async def scenario() -> None:
         assert (await hall.chat(max_tokens=1)).status == 200
@@ -157,7 +157,7 @@ def test_a_limit_that_is_set_holds_within_a_second(postgres_stage: Stage, runner
 def test_on_sqlite_a_request_is_three_transactions(
     stage: Stage, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hall, _ = stage.make()
+    hall, _ = stage.make(database_url="")
     asked = listen(hall, monkeypatch)
 
     async def scenario() -> None:
