@@ -14,7 +14,7 @@ serve: setup ## Set up everything on a fresh machine and serve HTTPS on 127.0.0.
 	@exec $(BIN)/bulkhead serve
 
 test: setup-dev ## Run the tests that a contributor runs (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not deep" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not deep" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: setup-dev ## Run everything, with deep property tests
 	BULKHEAD_TEST_PROFILE=deep $(BIN)/python -m pytest --timeout 1800

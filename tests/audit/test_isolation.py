@@ -535,7 +535,7 @@ def test_the_self_test_notices_an_auditor_that_is_blind_to_content(
 ) -> None:
     auditor, _ = two_tenants()
     assert auditor.self_test()
-    monkeypatch.setattr(f"audit.{where}.{name}", blind)
+    monkeypatch.setattr(f"audit.runtime.{where}.{name}", blind)
     assert not auditor.self_test()
 
 
