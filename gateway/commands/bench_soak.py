@@ -14,6 +14,7 @@ from rich.table import Table
 from engine.bench.soak import soak
 from gateway.commands.bench_process import model_dir
 from gateway.commands.session import CommandError
+from gateway.host.deathsig import dying_with_me
 from gateway.host.engine_host import worker_command, worker_config, worker_environment
 from gateway.host.folders import Folders
 from gateway.settings import load_settings
@@ -36,7 +37,7 @@ def bench_soak(
         config = worker_config(settings, folders)
         answer = asyncio.run(
             soak(
-                worker_command(config),
+                dying_with_me(worker_command(config)),
                 worker_environment(real_world().environ),
                 folders.engine_socket,
                 seconds=seconds,

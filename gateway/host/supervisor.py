@@ -5,12 +5,11 @@ longer than STEADY_S starts again from the shortest pause.
 """
 
 import asyncio
-import os
-import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
 
 import structlog
+
+from gateway.host.deathsig import dying_with_me
 
 RESTART_PAUSE_S = 0.2
 RESTART_PAUSE_MAX_S = 10.0
@@ -80,10 +79,8 @@ class Child:
             await self._end(self._process, grace_s)
 
     async def _spawn(self) -> asyncio.subprocess.Process:
-        wrapper = [sys.executable, "-I", "-S", str(Path(__file__).with_name("deathsig.py")), str(os.getpid())]
         self._process = await asyncio.create_subprocess_exec(
-            *wrapper,
-            *self._argv,
+            *dying_with_me(self._argv),
             env=self._env,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,  # what a child has to say goes to standard error
