@@ -17,7 +17,6 @@ from engine.core import EngineCore
 from engine.events import NullObserver
 from engine.model_runner import ModelRunner
 from engine.models.llama import LlamaModel
-from engine.models.load import load_model
 from engine.protocol import SamplingParams, Submit
 from engine.scheduling.break_off import GoOn
 from gateway.audit_observer import AuditObserver
@@ -27,7 +26,7 @@ from gateway.settings import load_settings
 from kernels.gpu.backend import TritonBackend
 from kernels.gpu.capture import Capture
 from kernels.gpu.launch import is_interpreted
-from tests.engine.test_gpu_runner import SPLIT, Recording, core_of
+from tests.engine.test_gpu_runner import SPLIT, Recording, core_of, tiny_model
 from tests.engine.test_kernel_ownership import NUM_BLOCKS, Saboteur
 from tests.kernels.gpu.replay import Replayed
 from tests.kernels.native import bits
@@ -45,18 +44,7 @@ class Replaying(TritonBackend):
 def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
     """One layer, one tile of vocabulary, and a context of three splits: what a graph adds is not in their number."""
     folder: Path = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(
-        folder,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        vocab_size=64,
-        max_position_embeddings=3 * SPLIT,
-    )
-    loaded = load_model(folder, dtype="float32", backend=Replaying(SPLIT))
-    assert isinstance(loaded, LlamaModel)
-    return loaded
+    return tiny_model(folder, Replaying(SPLIT), num_hidden_layers=1, vocab_size=64, max_position_embeddings=3 * SPLIT)
 
 
 class Counting(Recording):

@@ -58,15 +58,18 @@ class Recording(ModelRunner):
         return logits
 
 
+def tiny_model(folder: Path, backend: TritonBackend, **changes: int) -> LlamaModel:
+    """A random one on these kernels, its heads as small as they take them."""
+    write_tiny_model(folder, num_attention_heads=2, num_key_value_heads=1, head_dim=16, **changes)
+    loaded = load_model(folder, dtype="float32", backend=backend)
+    assert isinstance(loaded, LlamaModel)
+    return loaded
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
     folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(
-        folder, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=320
-    )
-    loaded = load_model(folder, dtype="float32", backend=TritonBackend(SPLIT))
-    assert isinstance(loaded, LlamaModel)
-    return loaded
+    return tiny_model(folder, TritonBackend(SPLIT), num_hidden_layers=2, vocab_size=320)
 
 
 def core_of(runner: ModelRunner, observer: Observer, max_batched_tokens: int = 64) -> EngineCore:

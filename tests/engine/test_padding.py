@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 
 from engine.core import EngineCore
 from engine.models.llama import LlamaModel
-from engine.models.load import load_model
 from gateway.audit_observer import AuditObserver
 from kernels import padding
 from kernels.backend import PADDING_SLOT, StepTables, check_tables
 from kernels.gpu.backend import TritonBackend
 from kernels.padding import pad, padded_size
-from tests.engine.test_gpu_runner import SPLIT, Recording, core_of, play, work
-from tests.strategies.tiny_model import write_tiny_model
+from tests.engine.test_gpu_runner import SPLIT, Recording, core_of, play, tiny_model, work
 
 SIZES = (1, 2, 4)
 
@@ -65,18 +63,9 @@ def test_only_decode_tokens_are_filled_up_and_only_to_a_size(num_rows: int, num_
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
     folder: Path = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(
-        folder,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        vocab_size=320,
-        max_position_embeddings=2 * SPLIT,
+    return tiny_model(
+        folder, TritonBackend(SPLIT), num_hidden_layers=1, vocab_size=320, max_position_embeddings=2 * SPLIT
     )
-    loaded = load_model(folder, dtype="float32", backend=TritonBackend(SPLIT))
-    assert isinstance(loaded, LlamaModel)
-    return loaded
 
 
 def test_a_filled_up_batch_gives_the_same_bits(model: LlamaModel) -> None:
