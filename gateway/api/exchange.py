@@ -15,6 +15,7 @@ How a request ends -> what is charged:
 """
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -43,6 +44,7 @@ from gateway.api.shapes import Choice, Shape
 from gateway.api.streaming import HEARTBEAT, HEARTBEAT_S, EventStream, SlowReaderError, bounded_send, event
 from gateway.api.translation import Work, submits_of
 from gateway.services import Services
+from gateway.stages import passed
 from tenancy.closing import TenantInactiveError
 from tenancy.idempotency import IdempotencyKey
 from tenancy.quotas.quota import QuotaUnavailableError
@@ -80,7 +82,7 @@ async def serve(
     except BaseException:
         settler.undo(claim, claiming)
         raise
-    exchange = Exchange(services, settler, client, admission, work, shape, receive, send)
+    exchange = Exchange(services, settler, client, admission, work, shape, scope["state"], receive, send)
     await exchange.run()
     return exchange.answered
 
@@ -96,6 +98,7 @@ class Exchange:
         admission: Admission,
         work: Work,
         shape: Shape,
+        state: Mapping[str, Any],
         receive: Receive,
         send: Send,
     ) -> None:
@@ -104,6 +107,7 @@ class Exchange:
         self._admission = admission
         self._work = work
         self._shape = shape
+        self._state = state
         self._receive = receive
         self._send = send
         cover = Cover.of(services.settings, work.cover, services.world.entropy)
@@ -350,7 +354,9 @@ class Exchange:
         return self._settlement
 
     async def _settled_soon(self, usage: Usage, reason: str) -> None:
+        passed(self._state, "engine")
         await asyncio.wait({self._settle(usage, reason)}, timeout=SETTLE_WAIT_S)
+        passed(self._state, "settle")
 
     def _require_billed(self) -> None:
         """Nothing has been sent yet, and nothing is where the hold was over. Raises DeadlineExceededError."""

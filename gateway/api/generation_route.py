@@ -21,6 +21,7 @@ from gateway.api.shapes import Frame, Shape, fingerprint
 from gateway.api.translation import Work
 from gateway.api.wire import Common
 from gateway.services import Services
+from gateway.stages import passed
 from tenancy.idempotency import IdempotencyKey
 
 RequestT = TypeVar("RequestT", bound=Common)
@@ -47,6 +48,7 @@ class GenerationRoute(Generic[RequestT]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         services = self._services
         caller = await authenticated(services, scope, may_remember=True)  # before a byte of the body is read
+        passed(scope["state"], "authenticate")
         try:
             body = await Request(scope, receive).body()
             key = idempotency_key(scope, caller.principal.tenant_id, body)
@@ -59,6 +61,7 @@ class GenerationRoute(Generic[RequestT]):
         except Exception:
             await show_limits(services, caller, scope["state"])
             raise
+        passed(scope["state"], "read")
         request_id: str = scope["state"]["request_id"]
         frame = Frame(
             id=self._id_prefix + request_id.removeprefix("req_"),

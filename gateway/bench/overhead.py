@@ -16,6 +16,7 @@ from engine.bench.byte_model import END
 from engine.client import EngineClient
 from engine.protocol import SamplingParams, Submit
 from gateway.bench.accounts import Account, open_accounts
+from gateway.bench.breakdown import Breakdown, nearest_rank
 from gateway.bench.history import write_history
 from gateway.bench.http import Connection
 from gateway.bench.servers import MODEL_ID, GatewayProcess, Place, place
@@ -43,6 +44,7 @@ class Plan:
     seconds: float = 8.0  # of one row
     ledger_rows: tuple[int, ...] = (0,)  # of history that lies in the ledger: measured at each, the least first
     postgres: bool = True
+    stages: bool = False  # also where the time went, inside the gateway and between the processes
     rate_max: int = 2_000
 
 
@@ -59,8 +61,7 @@ class Run:
 
     def percentile(self, percent: int) -> float:
         """Nearest rank."""
-        ordered = sorted(self.latencies_ms)
-        return ordered[max(0, -(-len(ordered) * percent // 100) - 1)] if ordered else float("inf")
+        return nearest_rank(self.latencies_ms, percent)
 
 
 async def measure_overhead(world: World, plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
@@ -74,13 +75,14 @@ async def measure_overhead(world: World, plan: Plan, say: Callable[[str], None])
             async with database.transaction() as conn:
                 accounts = await open_accounts(conn, world, pepper, NUM_TENANTS, budget_tokens=10**12)
             script: dict[str, str | int] = {"step_ms": 0, "tokens_per_step": MAX_TOKENS}
-            gateway = await here.start_gateway(0, script)
-            return await _rows(here, database, gateway, accounts, plan, say)
+            gateway = await here.start_gateway(0, script, with_stages=plan.stages)
+            return await _rows(world, here, database, gateway, accounts, plan, say)
         finally:
             await database.dispose()
 
 
 async def _rows(
+    world: World,
     here: Place,
     database: Database,
     gateway: GatewayProcess,
@@ -91,6 +93,7 @@ async def _rows(
     folders = open_folders(gateway.folder)
     engine = await EngineClient.connect(folders.engine_socket, timeout_s=10)
     clients = Clients(gateway, accounts)
+    breakdown = Breakdown(world, here, gateway, engine.ready.pid) if plan.stages else None
     rows: list[dict[str, Any]] = []
     highest = written_rows = 0
     try:
@@ -103,7 +106,8 @@ async def _rows(
             written_rows = ledger_rows
             highest = highest or await _highest(clients.chat, plan, say)
             for rate in sorted({*(rate for rate in plan.rates if rate <= highest), max(1, highest // 2), highest}):
-                rows.append({**await _row(engine, clients, rate, plan.seconds), "ledger_rows": ledger_rows})
+                row = await _row(engine, clients, rate, plan.seconds, breakdown)
+                rows.append({**row, "ledger_rows": ledger_rows})
                 say(str(rows[-1]))
         return {"overhead": rows, "highest_rps": highest, "database": here.database_url.partition("+")[0]}
     finally:
@@ -111,10 +115,15 @@ async def _rows(
         clients.close()
 
 
-async def _row(engine: EngineClient, clients: "Clients", rate: int, seconds: float) -> dict[str, Any]:
+async def _row(
+    engine: EngineClient, clients: "Clients", rate: int, seconds: float, breakdown: Breakdown | None
+) -> dict[str, Any]:
     bare = await open_loop(bare_sender(engine), rate, seconds)
     https = await open_loop(clients.health, rate, seconds / 2)
+    if breakdown is not None:
+        breakdown.begin()
     full = await open_loop(clients.chat, rate, seconds)
+    found = breakdown.end(full.num_due) if breakdown is not None else {}
     return {
         "rate_rps": rate,
         "added_p50_ms": round(full.percentile(50) - bare.percentile(50), 2),
@@ -122,6 +131,7 @@ async def _row(engine: EngineClient, clients: "Clients", rate: int, seconds: flo
         "https_p50_ms": round(https.percentile(50), 2),
         "https_p99_ms": round(https.percentile(99), 2),
         "num_failed": full.num_failed,
+        **found,
     }
 
 

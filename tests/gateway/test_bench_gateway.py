@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import pytest
 from engine.client import EngineClient
 from engine.journal import read_journals
 from engine.protocol import SamplingParams, Submit
+from gateway.bench.cpu import used_by
 from gateway.bench.history import ENTRIES_PER_REQUEST, write_history
 from gateway.bench.overhead import Plan as OverheadPlan
 from gateway.bench.overhead import measure_overhead, open_loop
 from gateway.bench.overshoot import Plan, measure_overshoot
+from gateway.stages import STAGES, Stages, passed, read_passages
 from gateway.world import real_world
 from tenancy.accounts.ledger_check import check_ledger
 from tests.gateway.conftest import Stage
@@ -108,11 +111,15 @@ def test_a_full_run_finds_no_token_over_any_budget() -> None:
 
 @pytest.mark.deep
 def test_overhead_is_measured() -> None:
-    plan = OverheadPlan(rates=(5,), seconds=2, ledger_rows=(0, 1_000), rate_max=45)
+    plan = OverheadPlan(rates=(5,), seconds=2, ledger_rows=(0, 1_000), rate_max=45, stages=True)
     found = asyncio.run(measure_overhead(real_world(), plan, lambda _: None))
     assert found["overhead"][0]["rate_rps"] == 5
     for row in found["overhead"]:
         assert 0 < row["added_p50_ms"] <= row["added_p99_ms"]
+        medians = {name: p50 for name, (p50, _) in row["stages_ms"].items()}
+        assert 0 < medians["charged"] < medians["inside"] < row["added_p50_ms"] + medians["engine"] + 1
+        assert all(used > 0 for used, _ in row["cores_ms"].values())
+        assert row["cores_ms"].keys() == {"load", "gateway", "engine", "valkey", "database"}
     measured = [(row["ledger_rows"], row["rate_rps"]) for row in found["overhead"]]
     highest = found["highest_rps"]
     assert measured == [(rows, rate) for rows in (0, 1_000) for rate in (5, highest // 2, highest)]
@@ -158,3 +165,38 @@ def test_a_history_is_a_ledger(stage: Stage, runner: asyncio.Runner) -> None:
         assert (await hall.chat(max_tokens=2)).status == 200
 
     runner.run(scenario())
+
+
+def test_the_time_of_a_request_is_the_sum_of_its_stages(tmp_path: Path) -> None:
+    """A stage that is passed twice is one; a request that did not go the whole way is left out."""
+    clock = iter(range(1_000, 2_000, 7))
+    stages = Stages(tmp_path / "stages", lambda: next(clock))
+    whole, half, unwatched = dict[str, object](), dict[str, object](), dict[str, object]()
+    stages.begin(whole)
+    for stage in (*STAGES[:3], "quota", "hold", "hold", *STAGES[4:]):
+        passed(whole, stage)
+        passed(unwatched, stage)
+    stages.keep(whole)
+    stages.begin(half)
+    passed(half, "authenticate")
+    stages.keep(half)
+    stages.close()
+    (passage,) = read_passages(tmp_path / "stages")
+    assert passage.began_ns == 1_000
+    assert passage.stages_ns == dict.fromkeys(STAGES, 7) | {"quota": 14, "hold": 14}
+    assert not unwatched
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts")
+def test_a_process_is_counted_with_its_children_and_once() -> None:
+    spin = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True); time.sleep(60)"
+    with subprocess.Popen(["sh", "-c", '"$0" -c "$1" & wait', sys.executable, spin], stdout=subprocess.PIPE) as child:
+        try:
+            before = used_by({"me": os.getpid(), "child": os.getpid()})
+            assert child.stdout is not None
+            child.stdout.readline()
+            used = used_by({"me": os.getpid(), "child": child.pid})
+        finally:
+            subprocess.run(["pkill", "-P", str(child.pid)], check=True)
+    assert used["child"].cpu_ns >= 300_000_000
+    assert used["me"].cpu_ns - before["me"].cpu_ns < 200_000_000
