@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import bindparam, delete, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -39,7 +39,17 @@ from audit.transparency.tables import checkpoint, log_leaf, log_opening, log_sta
 __all__ = ["BATCH_ROWS_MAX", "LogForkError", "SequencedBatch", "publish", "request_erasure", "sequence"]
 
 BATCH_ROWS_MAX = 4_096  # bounds one transaction; what is left waits for the next call
+PIECE_ROWS = 64  # leaves made without a pause: requests of the same process wait for each piece
 ERASED_PER_ENTRY_MAX = entries.LIST_ITEMS_MAX
+
+_NEW = log_leaf.c.leaf_index >= bindparam("first_index")
+_OPEN = insert(log_opening).from_select(
+    ["leaf_index", "tenant_id", "nonce", "body"],
+    select(log_leaf.c.leaf_index, outbox.c.tenant_id, outbox.c.nonce, outbox.c.body)
+    .join(outbox, outbox.c.id == log_leaf.c.outbox_id)
+    .where(_NEW),
+)
+_TAKE_OUT = delete(outbox).where(outbox.c.id.in_(select(log_leaf.c.outbox_id).where(_NEW)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +77,20 @@ async def sequence(
         return None
     frontier = Frontier.load(state.num_leaves, state.frontier)
     first_index = frontier.size
-    leaves, openings = [], []
-    for row in rows:
-        leaf = _leaf(row, frontier.size, signer.pseudonym_key)
-        leaves.append(leaf)
-        openings.append(_opening(row, frontier.size))
-        frontier.append(leaf_hash(leaf["leaf"]))
+    for first in range(0, len(rows), PIECE_ROWS):
+        leaves = []
+        for row in rows[first : first + PIECE_ROWS]:
+            leaf = _leaf(row, frontier.size, signer.pseudonym_key)
+            leaves.append(leaf)
+            frontier.append(leaf_hash(leaf["leaf"]))
+        await conn.execute(insert(log_leaf), leaves)
     head = Checkpoint(origin, frontier.size, frontier.root())
     note = sign_checkpoint(head, signer.log, now_ns=now_ns)
 
-    await conn.execute(insert(log_leaf), leaves)
-    await conn.execute(insert(log_opening), openings)
+    # What is moved stays in the database: these rows, and no others that have become visible meanwhile.
+    await conn.execute(_OPEN, {"first_index": first_index})
     await _erase(conn, rows)
-    deleted = await conn.execute(delete(outbox).where(outbox.c.id.in_([row.id for row in rows])))
+    deleted = await conn.execute(_TAKE_OUT, {"first_index": first_index})
     if deleted.rowcount != len(rows):
         raise RuntimeError(f"{len(rows)} outbox rows were read but {deleted.rowcount} deleted: rolling back")
     await conn.execute(update(log_state).values(num_leaves=frontier.size, frontier=frontier.dump()))
@@ -124,10 +135,6 @@ def _leaf(row: Any, index: int, pseudonym_key: bytes) -> dict[str, Any]:
         "pseudonym": tenant,
         "leaf": leaf,
     }
-
-
-def _opening(row: Any, index: int) -> dict[str, Any]:
-    return {"leaf_index": index, "tenant_id": row.tenant_id, "nonce": row.nonce, "body": row.body}
 
 
 async def _erase(conn: AsyncConnection, rows: Sequence[Any]) -> None:
