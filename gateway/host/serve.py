@@ -30,7 +30,7 @@ from gateway.host.first_run import FirstRun, first_run
 from gateway.host.folders import Folders, gateway_id, only_server, open_folders
 from gateway.host.housekeeping import Housekeeping
 from gateway.host.https import HttpsServer, https_server
-from gateway.host.memory import keep_what_started, return_freed_memory
+from gateway.host.memory import keep_what_started, let_the_loop_in, return_freed_memory
 from gateway.host.migrate import migrate
 from gateway.host.port import bind
 from gateway.host.recovery import recover
@@ -64,6 +64,7 @@ def run_serve(
     """
     started_ns = world.monotonic_ns()
     return_freed_memory()
+    let_the_loop_in()
     folders = open_folders(settings.data_dir, settings.secrets_dir)
     with only_server(folders):
         listener = bind(settings.host, settings.port)
