@@ -19,6 +19,7 @@ Not known here: whether the database was restored from an old backup. `publish` 
 checkpoint in its folder, and refuses.
 """
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from audit.transparency.tables import checkpoint, log_leaf, log_opening, log_sta
 __all__ = ["BATCH_ROWS_MAX", "LogForkError", "SequencedBatch", "publish", "request_erasure", "sequence"]
 
 BATCH_ROWS_MAX = 4_096  # bounds one transaction; what is left waits for the next call
-PIECE_ROWS = 64  # leaves made without a pause: requests of the same process wait for each piece
+PIECE_ROWS = 32  # leaves made at one go: requests wait for each piece, on the loop and in the database
 ERASED_PER_ENTRY_MAX = entries.LIST_ITEMS_MAX
 
 _NEW = log_leaf.c.leaf_index >= bindparam("first_index")
@@ -65,9 +66,18 @@ class SequencedBatch:
 
 
 async def sequence(
-    conn: AsyncConnection, *, signer: Keyring, origin: str, now_ns: int, rows_max: int = BATCH_ROWS_MAX
+    conn: AsyncConnection,
+    *,
+    signer: Keyring,
+    origin: str,
+    now_ns: int,
+    rows_max: int = BATCH_ROWS_MAX,
+    pause_s: float = 0.0,
 ) -> SequencedBatch | None:
-    """Move up to `rows_max` outbox rows into the tree and sign its head. None, without a write, if nothing waits."""
+    """Move up to `rows_max` outbox rows into the tree and sign its head. None, without a write, if nothing waits.
+
+    `pause_s`: between two pieces, where nobody but another sequencer waits for this transaction.
+    """
     if (await conn.execute(select(outbox.c.id).limit(1))).first() is None:
         return None
     await _lock(conn)
@@ -84,6 +94,7 @@ async def sequence(
             leaves.append(leaf)
             frontier.append(leaf_hash(leaf["leaf"]))
         await conn.execute(insert(log_leaf), leaves)
+        await asyncio.sleep(pause_s)
     head = Checkpoint(origin, frontier.size, frontier.root())
     note = sign_checkpoint(head, signer.log, now_ns=now_ns)
 

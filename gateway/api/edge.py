@@ -28,7 +28,7 @@ from gateway.api.problems import (
 )
 from gateway.metrics import Metrics
 from gateway.settings import Settings
-from gateway.stages import Stages, passed
+from gateway.stages import Stages
 from gateway.world import World, new_id
 
 BODY_TIMEOUT_S = 30.0  # for the whole body
@@ -77,7 +77,6 @@ class Edge:
         finally:
             self._metrics.answered(answer.status)
             if self._stages is not None:
-                passed(scope["state"], "answer")
                 self._stages.keep(scope["state"])
             log.info(
                 "request",

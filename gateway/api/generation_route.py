@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.protocol import Ready
 from gateway.api.admission import show_limits
-from gateway.api.auth import Caller, authenticated
+from gateway.api.auth import Caller, authenticated, look_again
 from gateway.api.exchange import serve
 from gateway.api.idempotency import idempotency_key, serve_once
 from gateway.api.problems import ModelNotFoundError, TierNotAllowedError
@@ -79,6 +79,8 @@ class GenerationRoute(Generic[RequestT]):
             await run(receive, send)
         else:
             await serve_once(services, caller, key, run, scope, receive, send)
+        passed(scope["state"], "answer")
+        await look_again(services, scope, caller)
 
     def _tier(self, request: RequestT, caller: Caller) -> str:
         """The service tier that serves it. Raises TierNotAllowedError where key or tenant may not use that one."""

@@ -75,7 +75,8 @@ async def measure_overhead(world: World, plan: Plan, say: Callable[[str], None])
             async with database.transaction() as conn:
                 accounts = await open_accounts(conn, world, pepper, NUM_TENANTS, budget_tokens=10**12)
             script: dict[str, str | int] = {"step_ms": 0, "tokens_per_step": MAX_TOKENS}
-            gateway = await here.start_gateway(0, script, with_stages=plan.stages)
+            here.with_stages = plan.stages
+            gateway = await here.start_gateway(0, script)
             return await _rows(world, here, database, gateway, accounts, plan, say)
         finally:
             await database.dispose()

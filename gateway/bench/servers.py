@@ -38,6 +38,7 @@ class Place:
     _valkey: Child | None = None
     _num_valkeys: int = 0
     postgres_pid: int | None = None
+    with_stages: bool = False  # gateways started from now on keep where time goes
     gateways: list["GatewayProcess"] = field(default_factory=list)
 
     @property
@@ -67,10 +68,8 @@ class Place:
         assert self._valkey is not None
         await self._valkey.stop(0.0)
 
-    async def start_gateway(
-        self, number: int, script: Mapping[str, str | int], *, with_stages: bool = False, **settings: str
-    ) -> "GatewayProcess":
-        one = GatewayProcess(self, number, script, settings, with_stages=with_stages)
+    async def start_gateway(self, number: int, script: Mapping[str, str | int], **settings: str) -> "GatewayProcess":
+        one = GatewayProcess(self, number, script, settings)
         self.gateways.append(one)
         await one.start()
         return one
@@ -84,17 +83,9 @@ class Place:
 class GatewayProcess:
     """`bulkhead serve` with a scripted engine, in a process of its own that dies with ours."""
 
-    def __init__(
-        self,
-        place: Place,
-        number: int,
-        script: Mapping[str, str | int],
-        settings: Mapping[str, str],
-        *,
-        with_stages: bool = False,
-    ) -> None:
+    def __init__(self, place: Place, number: int, script: Mapping[str, str | int], settings: Mapping[str, str]) -> None:
         self.folder = place.folder / f"gateway-{number}"
-        self.stages = self.folder / "stages" if with_stages else None  # gateway/stages.py
+        self.stages = self.folder / "stages" if place.with_stages else None  # gateway/stages.py
         self.port = free_port()
         self._process: asyncio.subprocess.Process | None = None
         self._script = msgspec.json.encode({"counts_dir": str(place.counts), **script}).decode()

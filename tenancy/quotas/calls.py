@@ -50,7 +50,9 @@ class Calls:
             if connection.is_connected and reader is not None and not reader.at_eof() and reader.exception() is None:
                 return connection
             await self._drop(connection)
-        return await self._pool.get_connection()
+        connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
+        assert isinstance(connection, AbstractConnection)
+        return connection
 
     async def _drop(self, connection: AbstractConnection) -> None:
         """Closed before anybody else can get it, also where the caller is cancelled."""

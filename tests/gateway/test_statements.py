@@ -12,6 +12,9 @@ import pytest
 from redis.asyncio import Redis
 from sqlalchemy import event
 
+from gateway import remembered
+from gateway.api.auth import authenticated, look_again
+from gateway.database import DatabaseUnavailableError
 from gateway.trips import Trips
 from tenancy.access.keys import revoke_key
 from tenancy.quotas.calls import Calls
@@ -81,6 +84,7 @@ def test_on_postgresql_a_request_is_two_statements(
     postgres_stage: Stage, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """T1 and T2, each a transaction by itself. Who asks was known, or is one statement more."""
+    monkeypatch.setattr(remembered, "CALLER_NS", 60 * 10**9)  # not looked up again while the test runs
     hall, _ = postgres_stage.make(remember=True)
     asked = listen(hall, monkeypatch)
 
@@ -101,6 +105,66 @@ def test_on_postgresql_a_request_is_two_statements(
         assert len(asked.statements) == 3
         assert asked.num_transactions == 0
         await hall.check_books()
+
+    runner.run(scenario())
+
+
+def test_who_asks_often_is_looked_up_after_an_answer(
+    postgres_stage: Stage, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And by one request only, however many end at once."""
+    hall, _ = postgres_stage.make(remember=True)
+    monkeypatch.setattr(remembered, "CALLER_NS", 60 * 10**9)
+    asked = listen(hall, monkeypatch)
+
+    async def scenario() -> None:
+        await one_more(hall, asked)
+        await one_more(hall, asked)
+        assert len(asked.statements) == 2  # too young
+        monkeypatch.setattr(remembered, "AGEING_NS", 60 * 10**9)
+        await one_more(hall, asked)
+        assert [("place" in one, "settle" in one, "api_key.secret" in one) for one in asked.statements] == [
+            (True, False, False),
+            (False, True, False),
+            (False, False, True),
+        ]
+        looked_up = hall.services.remembered._callers
+        until = {public_id: found[2] for public_id, found in looked_up.items()}
+        asked.statements.clear()
+        assert {one.status for one in await asyncio.gather(*(hall.chat(max_tokens=2) for _ in range(6)))} == {200}
+        num_lookups = sum("api_key.secret" in one for one in asked.statements)
+        assert 1 <= num_lookups < 6
+        assert all(looked_up[public_id][2] > old for public_id, old in until.items())
+        assert not hall.services.remembered._looked_up
+
+    runner.run(scenario())
+
+
+@pytest.mark.parametrize("ends", ["revoked", "unreachable"])
+def test_who_cannot_be_looked_up_again_is_forgotten(
+    postgres_stage: Stage, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    hall, _ = postgres_stage.make(remember=True)
+    services, account = hall.services, hall.accounts["acme"]
+    monkeypatch.setattr(remembered, "CALLER_NS", 60 * 10**9)
+    monkeypatch.setattr(remembered, "AGEING_NS", 60 * 10**9)
+    scope = {"headers": [(b"authorization", f"Bearer {account.secret}".encode())], "client": ("127.0.0.1", 1)}
+
+    async def gone(*_: Any) -> None:
+        raise DatabaseUnavailableError("gone")
+
+    async def scenario() -> None:
+        await authenticated(services, scope, may_remember=True)
+        caller = await authenticated(services, scope, may_remember=True)
+        assert caller.remembered
+        if ends == "revoked":
+            async with hall.database.transaction() as conn:
+                await revoke_key(conn, account.key_id, now_ns=services.world.now_ns())
+        else:
+            monkeypatch.setattr("gateway.api.auth.identify", lambda *_, **__: gone())
+        await look_again(services, scope, caller)
+        assert not services.remembered._callers
+        assert not services.remembered._looked_up
 
     runner.run(scenario())
 
