@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import bindparam, delete, insert, select, update
+from sqlalchemy import bindparam, delete, insert, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -43,6 +43,19 @@ BATCH_ROWS_MAX = 4_096  # bounds one transaction; what is left waits for the nex
 PIECE_ROWS = 32  # leaves made at one go: requests wait for each piece, on the loop and in the database
 ERASED_PER_ENTRY_MAX = entries.LIST_ITEMS_MAX
 
+_LEAF_TYPES = {
+    "leaf_index": "bigint",
+    "outbox_id": "bigint",
+    "kind": "text",
+    "at_ns": "bigint",
+    "pseudonym": "text",
+    "leaf": "bytea",
+}
+_NEW_LEAVES = text(
+    f"INSERT INTO log_leaf ({', '.join(_LEAF_TYPES)}) SELECT * FROM unnest("  # noqa: S608 - our own words
+    + ", ".join(f"CAST(:{name} AS {kind}[])" for name, kind in _LEAF_TYPES.items())
+    + ")"
+)
 _NEW = log_leaf.c.leaf_index >= bindparam("first_index")
 _OPEN = insert(log_opening).from_select(
     ["leaf_index", "tenant_id", "nonce", "body"],
@@ -93,7 +106,7 @@ async def sequence(
             leaf = _leaf(row, frontier.size, signer.pseudonym_key)
             leaves.append(leaf)
             frontier.append(leaf_hash(leaf["leaf"]))
-        await conn.execute(insert(log_leaf), leaves)
+        await _insert(conn, leaves)
         await asyncio.sleep(pause_s)
     head = Checkpoint(origin, frontier.size, frontier.root())
     note = sign_checkpoint(head, signer.log, now_ns=now_ns)
@@ -131,6 +144,14 @@ async def _lock(conn: AsyncConnection) -> None:
     dialect: Any = postgresql if conn.dialect.name == "postgresql" else sqlite
     await conn.execute(dialect.insert(log_state).values(first).on_conflict_do_nothing())
     await conn.execute(take)
+
+
+async def _insert(conn: AsyncConnection, leaves: list[dict[str, Any]]) -> None:
+    if conn.dialect.name != "postgresql":
+        await conn.execute(insert(log_leaf), leaves)
+        return
+    # One statement with a list for each column: a third of the time of as many statements as there are rows.
+    await conn.execute(_NEW_LEAVES, {name: [leaf[name] for leaf in leaves] for name in _LEAF_TYPES})
 
 
 def _leaf(row: Any, index: int, pseudonym_key: bytes) -> dict[str, Any]:

@@ -255,6 +255,8 @@ class _Script:
 
 def _without_shadow(scope: ScopeLimits) -> ScopeLimits:
     """What clients see: a limit that does not refuse is none."""
+    if not scope.shadow:
+        return scope
     unlimited: dict[str, Any] = dict.fromkeys(scope.shadow)
     return replace(scope, **unlimited)
 
