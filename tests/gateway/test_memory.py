@@ -1,5 +1,5 @@
-"""The collector does not look through what the start has made, and still collects what comes after; threads that compute
-give the interpreter back soon."""
+"""The collector does not look through what the start has made, and still collects what comes after; threads that
+compute give the interpreter back soon."""
 
 import gc
 import sys
