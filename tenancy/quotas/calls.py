@@ -3,7 +3,8 @@
 The connections are the client's own, made and closed by its pool, with its addresses, passwords and certificates. What
 the client does around a command costs more than a script does, twice in every request; here a call is one write and,
 as a rule, one read. Used last in, first out. One whose reply did not come whole and alone, whatever the reason, is
-closed and never used again: no caller gets another one's reply.
+closed and never used again: no caller gets another one's reply. They are few, and whoever finds none free waits for
+one: the pool's other connections are for everybody else who uses the client.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ READ_BYTES: Final = 65_536
 REPLY_BYTES_MAX: Final = 1024 * 1024
 TIMEOUT_S: Final = 2.0  # of one call, its connection included; gateway/breaker.py gives up before
 DEPTH_MAX: Final = 8
+CONNECTIONS_MAX: Final = 16  # a script takes a fraction of a millisecond
 
 
 class Calls:
@@ -26,19 +28,20 @@ class Calls:
 
     def __init__(self, redis: Redis) -> None:
         self._pool = redis.connection_pool
+        self._places = asyncio.Semaphore(CONNECTIONS_MAX)
         self._free: list[AbstractConnection] = []
 
     async def evalsha(self, digest: str, keys: Sequence[str], arguments: Sequence[str | int]) -> Any:
         """The script's answer: numbers, bytes, None, lists of them. NoScriptError where the server does not have it."""
         request = packed(("EVALSHA", digest, len(keys), *keys, *arguments))
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(TIMEOUT_S), self._places:
             connection = await self._take()
             try:
                 reply = await _ask(connection, request)
             except BaseException:
                 await self._drop(connection)
                 raise
-        self._free.append(connection)
+            self._free.append(connection)
         if isinstance(reply, ResponseError):
             raise reply
         return reply

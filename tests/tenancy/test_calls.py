@@ -123,6 +123,26 @@ def test_a_connection_that_the_server_has_closed_is_not_used_again(valkey_socket
     asyncio.run(scenario())
 
 
+def test_many_callers_wait_and_leave_connections_to_others(valkey_socket: Path, short_folder: Path) -> None:
+    """Whoever else uses the client still gets a connection: without one, nobody would see that the store is back."""
+
+    async def scenario() -> None:
+        async with DelayingProxy(short_folder / "proxy", valkey_socket) as proxy:
+            redis = Redis(unix_socket_path=str(proxy.path), max_connections=calls.CONNECTIONS_MAX + 1)
+            digest = await redis.script_load(ECHO)
+            one = Calls(redis)
+            proxy.hold()
+            asked = [asyncio.ensure_future(one.evalsha(digest, [], [number])) for number in range(200)]
+            await asyncio.sleep(0.05)
+            proxy.let_go()
+            assert await asyncio.gather(*asked) == list(range(200))
+            assert await redis.ping()
+            assert proxy.num_connections == calls.CONNECTIONS_MAX + 1
+            await redis.aclose()
+
+    asyncio.run(scenario())
+
+
 def test_errors_are_the_clients_own(valkey_socket: Path, short_folder: Path) -> None:
     """The connection is as good after them as before."""
 
