@@ -17,6 +17,7 @@ from engine.journal import read_journals
 from engine.protocol import SamplingParams, Submit
 from gateway.bench.cpu import used_by
 from gateway.bench.history import ENTRIES_PER_REQUEST, write_history
+from gateway.bench.http import Connection
 from gateway.bench.overhead import Plan as OverheadPlan
 from gateway.bench.overhead import measure_overhead, open_loop
 from gateway.bench.overshoot import Plan, measure_overshoot
@@ -200,3 +201,26 @@ def test_a_process_is_counted_with_its_children_and_once() -> None:
             subprocess.run(["pkill", "-P", str(child.pid)], check=True)
     assert used["child"].cpu_ns >= 300_000_000
     assert used["me"].cpu_ns - before["me"].cpu_ns < 200_000_000
+
+
+def test_a_connection_that_the_server_let_go_is_made_anew(runner: asyncio.Runner) -> None:
+    """One that has been idle for long is no failed request."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await writer.drain()
+        writer.close()
+
+    async def scenario() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        connection = Connection(server.sockets[0].getsockname()[1], None, "key")
+        for _ in range(3):
+            reply = await connection.get("/healthz")
+            assert (reply.status, reply.body, reply.complete) == (200, b"ok", True)
+            await asyncio.sleep(0.02)
+        connection.close()
+        server.close()
+        await server.wait_closed()
+
+    runner.run(scenario())
