@@ -49,8 +49,7 @@ class Calls:
     async def _take(self) -> AbstractConnection:
         while self._free:
             connection = self._free.pop()
-            reader = connection._reader
-            if connection.is_connected and reader is not None and not reader.at_eof() and reader.exception() is None:
+            if connection.is_connected and _is_silent(connection._reader):
                 return connection
             await self._drop(connection)
         connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
@@ -65,6 +64,13 @@ class Calls:
     async def _close(self, connection: AbstractConnection) -> None:
         await connection.disconnect(nowait=True)
         await self._pool.release(connection)
+
+
+def _is_silent(reader: asyncio.StreamReader | None) -> bool:
+    """It has neither ended nor said anything that nobody asked for."""
+    if reader is None or reader.at_eof() or reader.exception() is not None:
+        return False
+    return not reader._buffer  # type: ignore[attr-defined]  # what has come and was not read: without a public name
 
 
 async def _ask(connection: AbstractConnection, request: bytes) -> Any:

@@ -96,7 +96,7 @@ def test_replies_stay_with_their_callers(valkey_socket: Path, short_folder: Path
 def test_the_test_sees_connections_that_are_kept(
     valkey_socket: Path, short_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The planted bug: one whose caller was cancelled is used again."""
+    """The planted bug: one whose caller was cancelled is used again, whatever has come on it since."""
 
     async def keep(self: Calls, connection: Any) -> None:
         self._free.append(connection)
@@ -105,6 +105,7 @@ def test_the_test_sees_connections_that_are_kept(
         async with echoing(valkey_socket, short_folder) as (proxy, ask):
             with monkeypatch.context() as patch:
                 patch.setattr(Calls, "_drop", keep)
+                patch.setattr(calls, "_is_silent", lambda _: True)
                 assert await num_wrong(proxy, ask) > 0
 
     asyncio.run(scenario())
@@ -228,6 +229,38 @@ def test_pieces_and_lies(short_folder: Path, pieces: list[bytes], answer: Any) -
             assert not one._free
         else:
             assert await one.evalsha("0" * 40, [], []) == answer
+        await redis.aclose()
+        server.close()
+        await asyncio.gather(*filter(None, talking))
+
+    asyncio.run(scenario())
+
+
+def test_what_comes_late_is_nobody_elses_reply(short_folder: Path) -> None:
+    """A server that answers once more when nobody asks any longer: the connection is not used again."""
+    num_told, talking = 0, set[asyncio.Task[None] | None]()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_told
+        talking.add(asyncio.current_task())
+        while request := await reader.read(65_536):
+            if b"EVALSHA" in request:
+                num_told += 1
+                writer.write(b":%d\r\n" % num_told)
+                await asyncio.sleep(0.01)
+                writer.write(b":999\r\n")
+            else:
+                writer.write(b"+OK\r\n")
+        writer.close()
+        await writer.wait_closed()
+
+    async def scenario() -> None:
+        server = await asyncio.start_unix_server(talk, short_folder / "twice")
+        redis = Redis(unix_socket_path=str(short_folder / "twice"), protocol=2, driver_info=None)
+        one = Calls(redis)
+        for number in (1, 2, 3):
+            assert await one.evalsha("0" * 40, [], []) == number
+            await asyncio.sleep(0.03)
         await redis.aclose()
         server.close()
         await asyncio.gather(*filter(None, talking))
