@@ -18,7 +18,6 @@ from gateway.api.auth import authenticated, look_again
 from gateway.database import DatabaseUnavailableError
 from gateway.trips import Trips
 from tenancy.access.keys import revoke_key
-from tenancy.quotas.calls import Calls
 from tenancy.quotas.limits import set_limits
 from tests.fakes.hall import Hall, chat_body
 from tests.gateway.conftest import Stage
@@ -63,14 +62,13 @@ def listen(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> Asked:
         await begin(self)
 
     monkeypatch.setattr(asyncpg.transaction.Transaction, "start", began)
-    for owner, name in ((hall.services.redis, "execute_command"), (Calls, "evalsha")):
-        call = getattr(owner, name)
+    call = hall.services.redis.execute_command
 
-        async def called(*args: Any, call: Any = call, **options: Any) -> Any:
-            asked.num_calls += 1
-            return await call(*args, **options)
+    async def called(*args: Any, **options: Any) -> Any:
+        asked.num_calls += 1
+        return await call(*args, **options)
 
-        monkeypatch.setattr(owner, name, called)
+    monkeypatch.setattr(hall.services.redis, "execute_command", called)
     return asked
 
 
