@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audit.runtime.block_digests import Digest
+from audit.runtime.head_weight import mapped
+from audit.runtime.head_witness import HeadWitness
 from audit.runtime.isolation import BLOCKS_PER_STEP, SLOTS_PER_STEP, IsolationAuditor
-from audit.runtime.launch import KernelArrays, Launch, Logprob
+from audit.runtime.launch import Head, KernelArrays, Launch, Logprob
 from audit.runtime.released_tokens import Output
 from audit.runtime.sampling_rows import SampledRow, SamplingFacts, ScoredRow
 from engine.errors import BrokenOffError
@@ -73,6 +75,20 @@ def _arrays(held: HeldArrays | None) -> KernelArrays | None:
     return KernelArrays(*given, held.cu_seqlens, held.kv_lens, held.block_tables, held.slot_mapping)
 
 
+def _witness(watched: Watched, log: Callable[[str], None]) -> HeadWitness | None:
+    """From the model's own files; None, and said, where the head cannot be witnessed."""
+    facts = watched.head
+    if facts is None:
+        log("the head's work is not shown by this model on its kernels: the auditor does not compare logits")
+        return None
+    try:
+        weight = mapped(watched.model_dir, facts.tensor)
+        return HeadWitness(weight, is_bfloat16=facts.is_bfloat16, scale=facts.scale)
+    except (OSError, ValueError) as error:
+        log(f"the head's weight cannot be read: {error}; the auditor does not compare logits")
+        return None
+
+
 def _scored(evidence: StepEvidence) -> list[ScoredRow]:
     rows, at = [], 0
     for one in evidence.scored:
@@ -105,6 +121,7 @@ def observer_of(
         memory=watched.memory,
         digest=watched.digest,
         spell=spell,
+        head=_witness(watched, log),
         slots_per_step=slots_per_step,
         blocks_per_step=blocks_per_step,
         own=OwnRuns(own, exact=watched.exact, encode=tokenizer.encode, seed=seed),
@@ -123,6 +140,7 @@ class AuditObserver:
         memory: Sequence[Words] = (),
         digest: Digest | None = None,
         spell: Callable[[int], bytes] | None = None,
+        head: HeadWitness | None = None,
         slots_per_step: int = SLOTS_PER_STEP,
         blocks_per_step: int = BLOCKS_PER_STEP,
         own: OwnRuns | None = None,
@@ -136,10 +154,12 @@ class AuditObserver:
             memory=memory,
             digest=digest,
             spell=spell,
+            head=head,
             slots_per_step=slots_per_step,
             blocks_per_step=blocks_per_step,
             seed=seed,
         )
+        self._has_head = head is not None
         self._digests = Digests()
         self._last_self_test_s = float("-inf")
         self._steps_since_self_test = 0
@@ -180,7 +200,9 @@ class AuditObserver:
     def after_launch(self, step: int, picks: Picks) -> None:
         logprobs = {place: _logprob(one) for place, one in picks.logprobs.items()}
         scores = {row: None if told is None else _logprobs(told) for row, told in picks.scores.items()}
-        self._auditor.on_sampled(step, picks.token_ids.tolist(), Launch(_arrays(picks.arrays), logprobs, scores))
+        head = None if picks.head is None else Head(picks.head.hidden, picks.head.logits)
+        launch = Launch(_arrays(picks.arrays), logprobs, scores, head)
+        self._auditor.on_sampled(step, picks.token_ids.tolist(), launch)
 
     def broken_off(self, step: int, broken: BrokenOffError) -> None:
         self._auditor.on_broken_off(step, _arrays(broken.arrays))
@@ -265,4 +287,4 @@ class AuditObserver:
             self._steps_since_self_test = 0
         own, counters = self._own.counters(), self._auditor.counters()
         counters["num_violations"] += own["num_replays_differing"] + own["num_canary_leaks"]
-        return counters | own | {"slots_per_step": self._slots_per_step}
+        return counters | own | {"slots_per_step": self._slots_per_step, "head_is_witnessed": int(self._has_head)}

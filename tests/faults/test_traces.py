@@ -10,8 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine.protocol import SamplingParams, Submit
 from tests.faults.catalogue import FAULTS
+from tests.faults.hidden_states import VOCAB_SIZE
 from tests.faults.launch_plants import between_steps
-from tests.faults.stage import VOCAB_SIZE, Run, decode, prepare
+from tests.faults.stage import Run, decode, prepare
 from tests.strategies.engine_traces import (
     DOMAINS,
     Act,
