@@ -39,6 +39,7 @@ class Digests:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[SamplingParams, bytes]] = {}
+        self._facts: dict[int, tuple[SamplingParams | None, str, tuple[bool, ...], bytes, SamplingFacts]] = {}
 
     def of(self, sampling: SamplingParams | None) -> bytes:
         if sampling is None:
@@ -50,6 +51,16 @@ class Digests:
             known = sampling, hashlib.sha256(msgspec.msgpack.encode(sampling)).digest()
             self._known[id(sampling)] = known
         return known[1]
+
+    def facts(self, sampling: SamplingParams | None, form: str, kind: tuple[bool, ...], bias: bytes) -> SamplingFacts:
+        """Remembered by everything that they are made of; the last ones of each parameters."""
+        known = self._facts.get(id(sampling))
+        if known is None or known[0] is not sampling or known[1:4] != (form, kind, bias):
+            if len(self._facts) >= NUM_DIGESTS_KEPT:
+                self._facts.clear()
+            made = SamplingFacts(self.of(sampling), form_digest(form), bias, kind)
+            known = self._facts[id(sampling)] = (sampling, form, kind, bias, made)
+        return known[4]
 
 
 def form_digest(grammar: str) -> bytes:
@@ -245,11 +256,15 @@ class AuditObserver:
         return SamplingFacts(self._digests.of(sampling), form, bias_bytes(ids, values), kind, may_cut)
 
     def _found(self, state: SamplingState) -> SamplingFacts:
-        bias = b""
-        if state.bias_ids is not None and state.bias_values is not None:
-            bias = bias_bytes(state.bias_ids, state.bias_values)
         kind = (state.has_form, state.has_bias, state.has_penalties, state.plain)
-        return SamplingFacts(self._digests.of(state.sampling), form_digest(state.form), bias, kind)
+        bias = b""
+        if (
+            state.bias_ids is not None
+            and state.bias_values is not None
+            and state.bias_ids.size + state.bias_values.size
+        ):
+            bias = bias_bytes(state.bias_ids, state.bias_values)
+        return self._digests.facts(state.sampling, state.form, kind, bias)
 
     def _sampled(self, evidence: StepEvidence) -> list[SampledRow]:
         return [

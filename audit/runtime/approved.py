@@ -110,6 +110,8 @@ def _note_scores(approved: Approved, ledger: BlockLedger, launch: Launch) -> dic
 
 def _owners_of(approved: Approved, ledger: BlockLedger, slot_mapping: Any) -> set[str]:
     """Who holds the blocks of slots that were written and not approved."""
+    if np.array_equal(slot_mapping, approved.arrays.slot_mapping):
+        return set()
     blocks = np.setdiff1d(slot_mapping, approved.arrays.slot_mapping) // ledger.block_size
     real = blocks[(blocks >= 0) & (blocks < len(ledger.state))]
     return {name for block_id in real.tolist() for name in ledger.owner(block_id)[0]}

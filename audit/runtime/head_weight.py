@@ -30,6 +30,6 @@ def mapped(model_dir: Path, tensor: str) -> npt.NDArray[Any]:
         if told["dtype"] not in KINDS or len(told["shape"]) != 2:
             raise ValueError(f"{tensor} in {path} is {told['dtype']} of shape {told['shape']}")
         at = 8 + size + told["data_offsets"][0]
-        matrix: npt.NDArray[Any] = np.memmap(path, KINDS[told["dtype"]], "r", at, tuple(told["shape"]))
-        return matrix
+        # As a plain array: the other kind makes one of its own of every row that is looked at.
+        return np.asarray(np.memmap(path, KINDS[told["dtype"]], "r", at, tuple(told["shape"])))
     raise ValueError(f"no file in {model_dir} holds {tensor}")

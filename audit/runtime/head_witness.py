@@ -38,6 +38,8 @@ class HeadWitness:
         if weight.ndim != 2 or weight.dtype.str[1:] not in ("u2", "f2", "f4"):
             raise ValueError(f"the head's weight is {weight.dtype} of shape {weight.shape}")
         self._weight, self._scale = weight, scale
+        self._is_bfloat16 = is_bfloat16
+        self._ones = np.ones(weight.shape[1])
         self._rounds = is_bfloat16 and weight.dtype.kind == "f"
         num_roundings = weight.shape[1] + NUM_MORE
         self._gamma = num_roundings * UNIT / (1 - num_roundings * UNIT)
@@ -54,11 +56,12 @@ class HeadWitness:
         if self._rounds:
             rows = rounded(rows)
         states = wide(hidden)
-        products = states.astype(np.float64) * rows
-        sums = products.sum(axis=1)
+        # A product of two numbers of 8 bits has its place in float32.
+        products = (states * rows).astype(np.float64) if self._is_bfloat16 else states.astype(np.float64) * rows
+        sums = products @ self._ones
         np.abs(products, out=products)
-        largest = float(np.abs(states).max(initial=0.0)) + float(np.abs(rows).max(initial=0.0))
-        bound = self._gamma * products.sum(axis=1) + LEAST * num_inputs * (2.0 + largest)
+        largest = sum(max(float(part.max(initial=0.0)), -float(part.min(initial=0.0))) for part in (states, rows))
+        bound = self._gamma * (products @ self._ones) + LEAST * num_inputs * (2.0 + largest)
         agrees = np.abs(logits - self._scale * sums) <= abs(self._scale) * bound + LEAST
         disagree: BoolArray = ~(known & agrees)
         return disagree

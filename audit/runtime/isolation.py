@@ -284,7 +284,10 @@ class IsolationAuditor:
     def _settle(self) -> None:
         """The step before has run: its writes are history now, in blocks that have not changed hands since."""
         ids, generations, filled = self._written
-        same = (self._ledger.generation[ids] == generations) & ~np.isin(self._ledger.state[ids], (FREE, UNREAD))
+        if not len(ids):
+            return
+        state = self._ledger.state[ids]
+        same = (self._ledger.generation[ids] == generations) & (state != FREE) & (state != UNREAD)
         self._ledger.filled[ids[same]] = filled[same]
         self._written = (NOTHING, NOTHING, NOTHING)
 
