@@ -69,7 +69,15 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
     check_vocabulary(tokenizer.vocab_size, model.vocab_size)
     digest = model_digest(config.model_dir)
     memory, exact = runner.cache.words(), isolation == "bitwise"
-    watched = Watched(runner.num_blocks, config.block_size, config.model_dir, memory, runner.cache.digester(), exact)
+    watched = Watched(
+        runner.num_blocks,
+        config.block_size,
+        config.model_dir,
+        memory,
+        runner.cache.digester(),
+        exact,
+        runner.head_facts,
+    )
     core = EngineCore(
         runner,
         decode=tokenizer.decode,

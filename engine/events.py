@@ -108,6 +108,25 @@ class KernelArrays:
     slot_mapping: NDArray[np.int64]  # [T]
 
 
+@dataclass(frozen=True, slots=True)
+class HeadWork:
+    """What the head multiplied, and what became of it: the very hidden states, uint16 where they are bfloat16, and of
+    each place the logit, as it was read, of the token that was drawn or scored there. NaN where there is no token."""
+
+    hidden: NDArray[np.uint16] | NDArray[np.float32]  # [S + P, K]
+    logits: NDArray[np.float32]  # [S + P]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFacts:
+    """logits = scale * hidden W^T: which tensor of the model's files W is, and whether the model rounds it, and has its
+    hidden states, in bfloat16."""
+
+    tensor: str
+    scale: float
+    is_bfloat16: bool
+
+
 class Words(Protocol):
     """What an observer needs of a view of the KV cache: a numpy array where the cache lies in this process's memory,
     engine/cache/device_words.py where it lies on a GPU."""
@@ -127,7 +146,8 @@ class Words(Protocol):
 class Watched:
     """What an observer may look at from the start on. ``memory``: views of the KV cache itself, unsigned integers
     [places, num_blocks, block_size, words], a place being a layer's keys or values; it must not write there.
-    ``digest``: of all bytes of a block under a key, as [2]; None where it cannot be had."""
+    ``digest``: of all bytes of a block under a key, as [2]; None where it cannot be had. ``head``: None where launches
+    do not show what the head was given."""
 
     num_blocks: int
     block_size: int
@@ -135,6 +155,7 @@ class Watched:
     memory: tuple[Words, ...]
     digest: Callable[[int, tuple[int, int]], NDArray[np.int64]] | None = None
     exact: bool = True  # what a sequence says does not depend on its company, bit for bit
+    head: HeadFacts | None = None
 
 
 @dataclass(frozen=True, slots=True)

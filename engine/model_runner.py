@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.cache.kv_cache import KVCache, block_bytes, row_tags
 from engine.errors import BrokenOffError, ConfigError
-from engine.events import KernelArrays, SamplingState
+from engine.events import HeadFacts, HeadWork, KernelArrays, SamplingState
 from engine.models.facts import Model
 from engine.models.load import load_model
 from engine.protocol import TokenLogprob
@@ -101,6 +101,7 @@ class ModelRunner:
         )
         self._rows: list[Row | None] = [None] * max_num_seqs
         self._arrays: KernelArrays | None = None  # of the last launch
+        self._hidden: NDArray[Any] | None = None  # what its head was given
         self.graphs = self._captured(tuple(graph_sizes))
 
     @classmethod
@@ -165,7 +166,8 @@ class ModelRunner:
             raise
         num_sampled = len(batch.sampled_index)
         scores, arrays = self._scores(batch, numbers[num_sampled:]), self._arrays
-        picks = Picks(np.empty(num_sampled, dtype=np.int64), {}, scores, arrays)
+        head = None if self._hidden is None else HeadWork(self._hidden, np.full(len(numbers), np.nan, dtype=np.float32))
+        picks = Picks(np.empty(num_sampled, dtype=np.int64), {}, scores, arrays, head)
         positions = batch.sampled_positions.tolist()
         for index, number in enumerate(batch.sampled_rows.tolist()):
             row = self._rows[number]
@@ -175,6 +177,12 @@ class ModelRunner:
             picks.token_ids[index] = picked.token_id
             if picked.logprob is not None:
                 picks.logprobs[index] = picked.logprob
+            if head is not None:
+                head.logits[index] = picked.logit
+        if head is not None:
+            tokens = [token_id for part in batch.scored for token_id in part.next_token_ids]
+            for place, token_id in enumerate(tokens, num_sampled):
+                head.logits[place] = numbers[place].values[token_id]
         return picks
 
     def _numbers(self, batch: Batch, go_on: GoOn | None) -> list[Numbers]:
@@ -219,6 +227,7 @@ class ModelRunner:
         tables = self._tables(batch)
         wanted = np.concatenate((batch.sampled_tokens, batch.scored_tokens))
         device = self.model.backend.device
+        self._hidden = None
         if self.graphs is not None and self.graphs.fits(tables):
             done = self.graphs.run(tables, batch.token_ids, batch.positions)
             self._arrays = arrays_of(batch, wanted, done.token_ids, done.positions, done.tables)
@@ -231,7 +240,16 @@ class ModelRunner:
             plan=self.model.backend.plan(tables),
             wanted=torch.from_numpy(wanted).to(device),
             go_on=go_on if device.type == "cpu" else None,  # elsewhere a layer that returns is not yet computed
+            show=self._show if self._on_device is None else None,
         )
+
+    def _show(self, hidden: Tensor) -> None:
+        self._hidden = (hidden.view(torch.uint16) if hidden.dtype == torch.bfloat16 else hidden).numpy()
+
+    @property
+    def head_facts(self) -> HeadFacts | None:
+        """None where the head's work is not shown: logits that stay on a device are not at hand."""
+        return None if self._on_device is not None else self.model.head_facts
 
     def _tables(self, batch: Batch) -> StepTables:
         """The step's blocks become its rows' here. Raises OwnershipError where one is somebody else's."""

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audit.runtime.block_digests import Digest
+from audit.runtime.head_weight import mapped
+from audit.runtime.head_witness import HeadWitness
 from audit.runtime.isolation import BLOCKS_PER_STEP, SLOTS_PER_STEP, IsolationAuditor
-from audit.runtime.launch import KernelArrays, Launch, Logprob
+from audit.runtime.launch import Head, KernelArrays, Launch, Logprob
 from audit.runtime.released_tokens import Output
 from audit.runtime.sampling_rows import SampledRow, SamplingFacts, ScoredRow
 from engine.errors import BrokenOffError
@@ -37,6 +39,7 @@ class Digests:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[SamplingParams, bytes]] = {}
+        self._facts: dict[int, tuple[SamplingParams | None, str, tuple[bool, ...], bytes, SamplingFacts]] = {}
 
     def of(self, sampling: SamplingParams | None) -> bytes:
         if sampling is None:
@@ -48,6 +51,16 @@ class Digests:
             known = sampling, hashlib.sha256(msgspec.msgpack.encode(sampling)).digest()
             self._known[id(sampling)] = known
         return known[1]
+
+    def facts(self, sampling: SamplingParams | None, form: str, kind: tuple[bool, ...], bias: bytes) -> SamplingFacts:
+        """Remembered by everything that they are made of; the last ones of each parameters."""
+        known = self._facts.get(id(sampling))
+        if known is None or known[0] is not sampling or known[1:4] != (form, kind, bias):
+            if len(self._facts) >= NUM_DIGESTS_KEPT:
+                self._facts.clear()
+            made = SamplingFacts(self.of(sampling), form_digest(form), bias, kind)
+            known = self._facts[id(sampling)] = (sampling, form, kind, bias, made)
+        return known[4]
 
 
 def form_digest(grammar: str) -> bytes:
@@ -71,6 +84,20 @@ def _arrays(held: HeldArrays | None) -> KernelArrays | None:
         return None
     given = held.token_ids, held.positions, held.wanted, held.sampled_positions, held.sampled_rows
     return KernelArrays(*given, held.cu_seqlens, held.kv_lens, held.block_tables, held.slot_mapping)
+
+
+def _witness(watched: Watched, log: Callable[[str], None]) -> HeadWitness | None:
+    """From the model's own files; None, and said, where the head cannot be witnessed."""
+    facts = watched.head
+    if facts is None:
+        log("the head's work is not shown by this model on its kernels: the auditor does not compare logits")
+        return None
+    try:
+        weight = mapped(watched.model_dir, facts.tensor)
+        return HeadWitness(weight, is_bfloat16=facts.is_bfloat16, scale=facts.scale)
+    except (OSError, ValueError) as error:
+        log(f"the head's weight cannot be read: {error}; the auditor does not compare logits")
+        return None
 
 
 def _scored(evidence: StepEvidence) -> list[ScoredRow]:
@@ -105,6 +132,7 @@ def observer_of(
         memory=watched.memory,
         digest=watched.digest,
         spell=spell,
+        head=_witness(watched, log),
         slots_per_step=slots_per_step,
         blocks_per_step=blocks_per_step,
         own=OwnRuns(own, exact=watched.exact, encode=tokenizer.encode, seed=seed),
@@ -123,6 +151,7 @@ class AuditObserver:
         memory: Sequence[Words] = (),
         digest: Digest | None = None,
         spell: Callable[[int], bytes] | None = None,
+        head: HeadWitness | None = None,
         slots_per_step: int = SLOTS_PER_STEP,
         blocks_per_step: int = BLOCKS_PER_STEP,
         own: OwnRuns | None = None,
@@ -136,10 +165,12 @@ class AuditObserver:
             memory=memory,
             digest=digest,
             spell=spell,
+            head=head,
             slots_per_step=slots_per_step,
             blocks_per_step=blocks_per_step,
             seed=seed,
         )
+        self._has_head = head is not None
         self._digests = Digests()
         self._last_self_test_s = float("-inf")
         self._steps_since_self_test = 0
@@ -180,7 +211,9 @@ class AuditObserver:
     def after_launch(self, step: int, picks: Picks) -> None:
         logprobs = {place: _logprob(one) for place, one in picks.logprobs.items()}
         scores = {row: None if told is None else _logprobs(told) for row, told in picks.scores.items()}
-        self._auditor.on_sampled(step, picks.token_ids.tolist(), Launch(_arrays(picks.arrays), logprobs, scores))
+        head = None if picks.head is None else Head(picks.head.hidden, picks.head.logits)
+        launch = Launch(_arrays(picks.arrays), logprobs, scores, head)
+        self._auditor.on_sampled(step, picks.token_ids.tolist(), launch)
 
     def broken_off(self, step: int, broken: BrokenOffError) -> None:
         self._auditor.on_broken_off(step, _arrays(broken.arrays))
@@ -223,11 +256,15 @@ class AuditObserver:
         return SamplingFacts(self._digests.of(sampling), form, bias_bytes(ids, values), kind, may_cut)
 
     def _found(self, state: SamplingState) -> SamplingFacts:
-        bias = b""
-        if state.bias_ids is not None and state.bias_values is not None:
-            bias = bias_bytes(state.bias_ids, state.bias_values)
         kind = (state.has_form, state.has_bias, state.has_penalties, state.plain)
-        return SamplingFacts(self._digests.of(state.sampling), form_digest(state.form), bias, kind)
+        bias = b""
+        if (
+            state.bias_ids is not None
+            and state.bias_values is not None
+            and state.bias_ids.size + state.bias_values.size
+        ):
+            bias = bias_bytes(state.bias_ids, state.bias_values)
+        return self._digests.facts(state.sampling, state.form, kind, bias)
 
     def _sampled(self, evidence: StepEvidence) -> list[SampledRow]:
         return [
@@ -265,4 +302,4 @@ class AuditObserver:
             self._steps_since_self_test = 0
         own, counters = self._own.counters(), self._auditor.counters()
         counters["num_violations"] += own["num_replays_differing"] + own["num_canary_leaks"]
-        return counters | own | {"slots_per_step": self._slots_per_step}
+        return counters | own | {"slots_per_step": self._slots_per_step, "head_is_witnessed": int(self._has_head)}

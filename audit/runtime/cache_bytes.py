@@ -45,6 +45,9 @@ class CacheBytes:
                 raise ValueError(f"a view of the cache has shape {part.shape} and type {part.dtype}")
         self._memory = [part for part in memory if prod(part.shape)]
         self._first_place = np.cumsum([0, *(len(part) for part in self._memory)])
+        self._flat: npt.NDArray[Any] | None = None  # the one view that there is, where it lies in one piece
+        if len(self._memory) == 1 and isinstance(self._memory[0], np.ndarray) and self._memory[0].flags.c_contiguous:
+            self._flat = self._memory[0].reshape(-1)
         self._block_size = block_size
         random = np.random.default_rng(seed)
         self._key = np.uint64(random.integers(2**63))
@@ -94,6 +97,8 @@ class CacheBytes:
         drawn = self._draw(slots, generations)
         place = (drawn % np.uint64(self._first_place[-1])).astype(np.int64)
         block, offset = slots // self._block_size, slots % self._block_size
+        if self._flat is not None:
+            return self._words_of_one(drawn, place, slots)
         words = np.zeros((len(slots), WORDS_MAX), np.uint64)
         for first, part in zip(self._first_place[:-1], self._memory, strict=True):
             here = np.flatnonzero((place >= first) & (place < first + len(part)))
@@ -103,6 +108,16 @@ class CacheBytes:
             columns = begin[:, None] + np.arange(width)
             words[here, :width] = part[(place[here] - first)[:, None], block[here, None], offset[here, None], columns]
         return words
+
+    def _words_of_one(self, drawn: npt.NDArray[np.uint64], place: IntArray, slots: IntArray) -> npt.NDArray[np.uint64]:
+        """The same of the one view that there is, by a single index: this is most of what bytes cost."""
+        assert self._flat is not None
+        num_words = self._memory[0].shape[3]
+        width = min(WORDS_MAX, num_words)
+        begin = (drawn >> np.uint64(32)).astype(np.int64) % (num_words - width + 1)
+        at = (place * len(self._hashes) + slots) * num_words + begin
+        words = self._flat.take(at[:, None] + np.arange(width)).astype(np.uint64, copy=False)
+        return words if width == WORDS_MAX else np.pad(words, ((0, 0), (0, WORDS_MAX - width)))
 
     def _draw(self, slots: IntArray, generations: IntArray) -> npt.NDArray[np.uint64]:
         mixed = slots.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + generations.astype(np.uint64) * _MIX[0]

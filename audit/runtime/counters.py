@@ -8,6 +8,7 @@ TOTALS = (
     "num_texts_checked",
     "num_logprobs_checked",
     "num_launches_compared",
+    "num_logits_witnessed",
     "num_slots_checked",
     "num_blocks_checked",
     "num_slots_noted",

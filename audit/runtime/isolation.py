@@ -37,15 +37,18 @@ Not seen here: what a kernel does with correct arrays, and steps launched withou
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from audit.runtime.approved import Approved, launch_problems
 from audit.runtime.block_digests import BlockDigests, Digest
 from audit.runtime.block_ledger import FREE, NOBODY, QUARANTINED, UNREAD, BlockLedger, Happening
 from audit.runtime.cache_bytes import CacheBytes, CacheView
 from audit.runtime.counters import fresh_counters
-from audit.runtime.launch import KernelArrays, Launch, array_problems
+from audit.runtime.head_witness import HeadWitness
+from audit.runtime.launch import KernelArrays, Launch
 from audit.runtime.released_tokens import Output, output_problems
 from audit.runtime.sampling_rows import SampledRow, SamplingFacts, ScoredRow
 from audit.runtime.self_test import passes
@@ -61,8 +64,9 @@ class IsolationAuditor:
     """One per worker and epoch. Threads take turns on a lock: a self test may come from another one than the steps.
 
     ``memory``: views of the cache (cache_bytes.py), none: bytes are not read. ``digest``: of whole blocks
-    (block_digests.py). ``spell``: the bytes that a token stands for in text, None: text is not compared. ``seed``
-    decides which bytes are read.
+    (block_digests.py). ``spell``: the bytes that a token stands for in text, None: text is not compared. ``head``:
+    of logits (head_witness.py), None: they are not compared, and launches need not show them. ``seed`` decides which
+    bytes are read.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class IsolationAuditor:
         memory: Sequence[CacheView] = (),
         digest: Digest | None = None,
         spell: Callable[[int], bytes] | None = None,
+        head: HeadWitness | None = None,
         slots_per_step: int = SLOTS_PER_STEP,
         blocks_per_step: int = BLOCKS_PER_STEP,
         seed: int = 0,
@@ -84,15 +89,14 @@ class IsolationAuditor:
         self._bytes = CacheBytes(memory, num_blocks, block_size, seed)
         self._digests = BlockDigests(digest, num_blocks, blocks_per_step, seed)
         self._spell = spell
+        self._head = head
         self._slots_per_step = slots_per_step
         self._from_events: list[Violation] = []
         self._from_launch: list[Violation] = []
-        self._approved: KernelArrays | None = None  # a copy of the arrays of the step that was checked last
+        self._approved: Approved | None = None  # of the step that was checked last
         self._written = (NOTHING, NOTHING, NOTHING)
-        self._rows: list[str] = []  # the sequences of that step's rows
         self._computed: list[tuple[str, int, list[int]]] = []
         self._sampled: list[str] = []  # the sequences that its sampled tokens belong to
-        self._scored: dict[int, int] = {}  # rows whose prompts are scored, and at how many places
         self._finished: list[AuditedSequence] = []  # sent their last output and have to be over by the next step
         self._free_difference = 0  # between the engine's count of free blocks and the ledger's, when last told
         self._counters = fresh_counters()
@@ -195,16 +199,15 @@ class IsolationAuditor:
         distrusted = frozenset(name for violation in found for name in violation.sequence_ids)
         verdict = check(self._ledger, arrays, distrusted)
         self._written = verdict.written
-        self._rows = list(arrays.sequence_ids)
         self._computed = verdict.computed
         sampled = sampled_of(arrays)
-        self._sampled = [arrays.sequence_ids[one.row] for one in sampled]
         for name, start, tokens in verdict.computed:
             self._ledger.sequences[name].takes(start, tokens)
         found += verdict.violations
         if not verdict.violations:
             found += self._bytes_read(arrays, verdict)
-        self._approve(arrays, sampled)
+        self._approved = Approved.of(arrays, sampled)
+        self._sampled = list(self._approved.samples)
         self._counters["num_steps"] += 1
         self._counters["num_rows"] += len(arrays.sequence_ids)
         self._counters["num_rows_sampled"] += len(self._sampled)
@@ -238,7 +241,9 @@ class IsolationAuditor:
         no sequence has a token or a count of it; ``arrays``: what the kernels had been given all the same."""
         with self._lock:
             self._written = (NOTHING, NOTHING, NOTHING)
-            self._computed, self._sampled, self._scored = [], [], {}
+            self._computed, self._sampled = [], []
+            if self._approved is not None:
+                self._approved = replace(self._approved, samples=(), scored=())
             self._hear(step, Launch(arrays), ())
 
     def check_outputs(self, step: int, outputs: Sequence[Output]) -> list[Violation]:
@@ -279,7 +284,10 @@ class IsolationAuditor:
     def _settle(self) -> None:
         """The step before has run: its writes are history now, in blocks that have not changed hands since."""
         ids, generations, filled = self._written
-        same = (self._ledger.generation[ids] == generations) & ~np.isin(self._ledger.state[ids], (FREE, UNREAD))
+        if not len(ids):
+            return
+        state = self._ledger.state[ids]
+        same = (self._ledger.generation[ids] == generations) & (state != FREE) & (state != UNREAD)
         self._ledger.filled[ids[same]] = filled[same]
         self._written = (NOTHING, NOTHING, NOTHING)
 
@@ -314,64 +322,22 @@ class IsolationAuditor:
     def _note_written(self) -> None:
         """The launch has written: remember what the slots hold now."""
         if self._approved is not None and self._bytes.can_read:
-            slots = self._approved.slot_mapping.astype(np.int64)
+            slots = self._approved.arrays.slot_mapping.astype(np.int64)
             slots = slots[(slots >= 0) & (slots < len(self._ledger.state) * self._ledger.block_size)]
             self._bytes.note(slots, self._ledger.generation[slots // self._ledger.block_size])
             self._counters["num_slots_noted"] += len(slots)
 
-    def _approve(self, arrays: StepArrays, sampled: Sequence[SampledRow]) -> None:
-        """Keep a copy of what may be launched."""
-        wanted = [one.token_index for one in sampled]
-        wanted += [place for one in arrays.scored for place in one.token_indices]
-        self._scored = {one.row: len(one.token_indices) for one in arrays.scored}
-        self._approved = KernelArrays(
-            arrays.token_ids,
-            () if arrays.positions is None else arrays.positions,
-            np.array(wanted, np.int64),
-            np.array([one.position for one in sampled], np.int64),
-            np.array([one.stable_row for one in sampled], np.int64),
-            arrays.cu_seqlens,
-            arrays.kv_lens,
-            arrays.block_tables,
-            arrays.slot_mapping,
-        ).copy()
-
     def _hear(self, step: int, launch: Launch, token_ids: Sequence[int]) -> None:
-        """Compare what the kernels held with what was approved, and note the log probabilities."""
-        sequences, found = self._ledger.sequences, dict[str, tuple[str, str]]()
-        if launch.arrays is not None and self._approved is not None:
-            self._counters["num_launches_compared"] += 1
-            for row, name in array_problems(self._approved, launch.arrays):
-                for sequence_id in [self._rows[row]] if row >= 0 else self._rows:
-                    found[sequence_id] = "unapproved_launch", f"the kernels had other {name} than were approved"
-            for sequence_id in self._owners_of(launch.arrays.slot_mapping):
-                found[sequence_id] = "unapproved_launch", "a launch wrote into its blocks that was not approved"
-        for place, told in launch.logprobs.items():
-            if not 0 <= place < len(self._sampled) or told.token_id != token_ids[place]:
-                everyone = self._sampled if not 0 <= place < len(self._sampled) else [self._sampled[place]]
-                found |= dict.fromkeys(everyone, ("foreign_logprobs", "log probabilities of a token it did not sample"))
-            elif self._sampled[place] in sequences:
-                sequences[self._sampled[place]].pending_logprobs.append(told)
-        for row, scores in launch.scores.items():
-            sequence = sequences.get(self._rows[row]) if 0 <= row < len(self._rows) else None
-            if scores is None or sequence is None:
-                continue
-            first = sequence.num_scored + 1
-            own = sequence.tokens[first : first + len(scores)]
-            if len(scores) != self._scored.get(row, 0) or [one.token_id for one in scores] != own:
-                found[sequence.sequence_id] = "foreign_scores", "log probabilities of other tokens than its prompt's"
-            sequence.num_scored += len(scores)
-            sequence.pending_scores += scores
+        """Compare what a launch had and gave with what was approved."""
+        if self._approved is None:
+            return
+        self._counters["num_launches_compared"] += launch.arrays is not None
+        self._counters["num_logits_witnessed"] += len(launch.head.logits) if self._head and launch.head else 0
+        sequences = self._ledger.sequences
+        found = launch_problems(self._approved, self._ledger, launch, token_ids, self._head)
         for sequence_id, (rule, detail) in found.items():
             domains = (sequences[sequence_id].domain,) if sequence_id in sequences else ()
             self._from_launch.append(Violation(rule, (sequence_id,), domains, -1, f"step {step}: {detail}"))
-
-    def _owners_of(self, slot_mapping: Any) -> set[str]:
-        """Who holds the blocks of slots that were written and not approved."""
-        assert self._approved is not None
-        blocks = np.setdiff1d(slot_mapping, self._approved.slot_mapping) // self._ledger.block_size
-        real = blocks[(blocks >= 0) & (blocks < len(self._ledger.state))]
-        return {name for block_id in real.tolist() for name in self._ledger.owner(block_id)[0]}
 
     def _endings_missing(self) -> list[Violation]:
         """Sequences whose last output has left and that are still alive."""

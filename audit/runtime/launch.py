@@ -40,13 +40,22 @@ class KernelArrays(NamedTuple):
         return KernelArrays(*(np.array(array) for array in self))
 
 
+class Head(NamedTuple):
+    """What the head was given and, of each of the W places, the logit of the token that was drawn or scored there, as
+    whoever drew or scored it had read it."""
+
+    hidden: Any  # [W, K] float32, or uint16 which is bfloat16
+    logits: Any  # float32 [W]
+
+
 class Launch(NamedTuple):
     """``logprobs``: by the place among the rows that sample; ``scores``: of prompt tokens, by row, None where the
-    numbers broke. ``arrays`` None: nobody told."""
+    numbers broke. ``arrays``, ``head`` None: nobody told."""
 
     arrays: KernelArrays | None = None
     logprobs: Mapping[int, Logprob] = {}
     scores: Mapping[int, Sequence[Logprob] | None] = {}
+    head: Head | None = None
 
 
 def array_problems(approved: KernelArrays, launched: KernelArrays) -> list[Finding]:

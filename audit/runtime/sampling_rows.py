@@ -91,11 +91,12 @@ def sampling_problems(
         sequence = sequences.get(step.sequence_ids[one.row])
         if sequence is not None:  # an unknown one is reported by whatever it reads
             found += ((one.row, *problem) for problem in _row_problems(one, sequence, cu[one.row + 1], kv[one.row]))
-    rows = Counter(one.row for one in sampled)
-    stable = Counter(one.stable_row for one in sampled)
-    found += (
-        (one.row, "shared_row", "two rows have one sampling state") for one in sampled if stable[one.stable_row] > 1
-    )
+    rows = Counter([one.row for one in sampled])
+    if len({one.stable_row for one in sampled}) != len(sampled):
+        stable = Counter([one.stable_row for one in sampled])
+        found += (
+            (one.row, "shared_row", "two rows have one sampling state") for one in sampled if stable[one.stable_row] > 1
+        )
     for row, name in enumerate(step.sequence_ids):
         if rows[row] > 1:
             found.append((row, "double_sampling", "the row samples twice in this step"))

@@ -9,6 +9,7 @@ import numpy as np
 from audit.runtime.block_ledger import FREE, NOBODY, SEALED, WRITING, BlockLedger, Happening
 from audit.runtime.cache_bytes import CacheBytes
 from audit.runtime.canary import Canaries
+from audit.runtime.head_witness import HeadWitness
 from audit.runtime.launch import KernelArrays, Logprob, array_problems
 from audit.runtime.released_tokens import Output, output_problems
 from audit.runtime.replay import Replays
@@ -119,7 +120,18 @@ def _sees_content() -> bool:
         and not unchanged.any()
         and read.changed(slots, generations).tolist() == [False, True]
         and not read.is_zero(0, 1)
+        and _sees_logits()
         and _sees_what_differs()
+    )
+
+
+def _sees_logits() -> bool:
+    """Two rows' logits that changed places, beside those that did not."""
+    witness = HeadWitness(np.array([[1, 2], [3, -1]], np.float32), is_bfloat16=True, scale=2.0)
+    hidden, tokens = np.array([[1, 1], [0, 5]], np.float32), np.array([0, 1])
+    logits = np.array([6, -10], np.float32)
+    return not witness.disagrees(hidden, tokens, logits).any() and bool(
+        witness.disagrees(hidden, tokens, logits[::-1]).all()
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -73,10 +74,10 @@ def check(ledger: BlockLedger, step: StepArrays, distrusted: frozenset[str] = fr
     q = np.diff(cu)
     row_domain = np.array([ledger.domain_ids.get(name, STRANGER) for name in step.domains], np.int64)
     given = np.full(tables.shape, NOBODY, np.int64)  # what each row's sequence was given, by the ledger
-    for index, name in enumerate(step.sequence_ids):
-        if name in ledger.sequences:
-            own = ledger.sequences[name].blocks[: tables.shape[1]]
-            given[index, : len(own)] = own
+    no_blocks: list[int] = []
+    width = tables.shape[1]
+    own = [ledger.sequences[n].blocks[:width] if n in ledger.sequences else no_blocks for n in step.sequence_ids]
+    given[np.arange(width) < np.array([*map(len, own)])[:, None]] = [*chain.from_iterable(own)]
     flags = _Flags(ledger, step)
 
     # Lengths: a row that points outside its own table is flagged and takes no further part.
@@ -120,23 +121,30 @@ def check(ledger: BlockLedger, step: StepArrays, distrusted: frozenset[str] = fr
     flags.blocks(sound & (slots != expected), writer, slot_block, "slot_mismatch", "writes beside its own positions")
     closed = slot_real & ~foreign & (ledger.state[slot_at] != WRITING)
     flags.blocks(closed, writer, slot_block, "write_to_closed_block", "writes into a block not in writing state")
-    _, first, count = np.unique(slots, return_inverse=True, return_counts=True)
-    flags.blocks(count[first] > 1, writer, slot_block, "double_writer", "a slot has two writers in this step")
+    in_order = np.sort(slots)
+    twice = in_order[1:][in_order[1:] == in_order[:-1]]
+    if len(twice):
+        shared = np.isin(slots, twice)
+        flags.blocks(shared, writer, slot_block, "double_writer", "a slot has two writers in this step")
     if step.positions is not None:
-        beside = np.unique(writer[sound & (np.asarray(step.positions) != position)])
-        flags.rows(np.isin(np.arange(num_rows), beside), "wrong_position", "computes its tokens at other positions")
+        beside = np.zeros(num_rows, np.bool_)
+        beside[writer[sound & (np.asarray(step.positions) != position)]] = True
+        flags.rows(beside, "wrong_position", "computes its tokens at other positions")
+
     # Tokens: every row computes its own.
-    tokens = [part.tolist() for part in np.split(np.asarray(step.token_ids), cu[1:-1])]
+    borders, all_tokens = cu.tolist(), np.asarray(step.token_ids).tolist()
+    tokens = [all_tokens[begin:end] for begin, end in pairwise(borders)]
     rows = list(zip(step.sequence_ids, start.tolist(), tokens, strict=True))
     alien = np.array([not _own_tokens(ledger, *computed) for computed in rows], np.bool_)
     flags.rows(inside & alien, "foreign_tokens", "computes tokens that are not its sequence's")
+    lengths = kv.tolist()
     if step.sampled is not None:
-        for one, rule, detail in sampling_problems(ledger.sequences, step, cu.tolist(), kv.tolist()):
+        for one, rule, detail in sampling_problems(ledger.sequences, step, borders, lengths):
             flags.row(one, rule, detail)
-    for one, rule, detail in scoring_problems(ledger.sequences, step, cu.tolist(), kv.tolist()):
+    for one, rule, detail in scoring_problems(ledger.sequences, step, borders, lengths):
         flags.row(one, rule, detail)
-    twice = len(set(step.sequence_ids)) != num_rows
-    flags.rows(np.full(num_rows, twice), "duplicate_row", "a sequence has two rows in this step")
+    if len(set(step.sequence_ids)) != num_rows:
+        flags.rows(np.ones(num_rows, np.bool_), "duplicate_row", "a sequence has two rows in this step")
 
     trusted = np.array([name not in distrusted for name in step.sequence_ids], np.bool_)
     good = (trusted & ~flags.bad)[row]
@@ -165,8 +173,8 @@ class _Flags:
         self._step = step
 
     def rows(self, mask: BoolArray, rule: str, detail: str) -> None:
-        for row in np.nonzero(mask)[0]:
-            self._add(int(row), -1, rule, detail)
+        for row in np.flatnonzero(mask).tolist():
+            self._add(row, -1, rule, detail)
 
     def row(self, row: int, rule: str, detail: str) -> None:
         self._add(row, -1, rule, detail)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from engine.events import HeadFacts
 from kernels.backend import Backend
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class Model(Protocol):
     @property
     def cache_layers(self) -> tuple[CacheLayer, ...]: ...
 
+    @property
+    def head_facts(self) -> HeadFacts | None:
+        """None where ``forward`` does not tell what its head is given."""
+        ...
+
     def forward(
         self,
         token_ids: Tensor,
@@ -51,11 +57,13 @@ class Model(Protocol):
         plan: Any,
         wanted: Tensor,
         go_on: Callable[[float], bool] | None = None,
+        show: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """token_ids, positions int64 [T], the backend's plan, wanted int64 [S] -> logits float32 [S, V].
 
         Fills the cache. Raises OwnershipError where a kernel met a block that is not its row's. Before each layer but
         the first, ``go_on`` is told the share of the layers that are computed; BrokenOffError where it says no.
+        ``show`` is given what the head multiplies, [S, K]: it must leave it as it is.
         """
         ...
 

@@ -25,11 +25,14 @@ from torch import Tensor
 
 from engine.cache.kv_cache import KVCache
 from engine.errors import BrokenOffError, ConfigError
+from engine.events import HeadFacts
 from engine.models.facts import CacheLayer
 from engine.models.llama_config import LayerConfig, ModelConfig
 from engine.models.rope import rope_tables
 from kernels.backend import Backend
 from kernels.products import Product
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +61,10 @@ class LlamaModel:
         take = _Taker(weights, backend.device)
         hidden, size = config.hidden_size, config.head_size
         q_size, kv_size = config.num_heads * size, config.num_kv_heads * size
-        embedding = take("model.embed_tokens.weight", config.vocab_size, hidden)
+        embedding = take(EMBEDDING, config.vocab_size, hidden)
         self.norm = take.own("model.norm.weight", hidden)
         self.dtype = embedding.dtype
-        self.head = backend.head(
-            embedding if config.tie_word_embeddings else take("lm_head.weight", config.vocab_size, hidden)
-        )
+        self.head = backend.head(embedding if config.tie_word_embeddings else take(HEAD, config.vocab_size, hidden))
         # Tied: the head's packed matrix holds the embeddings, too, and there is no second copy.
         self._embed = self.head.rows if config.tie_word_embeddings else partial(F.embedding, weight=embedding.clone())
         self.layers = []
@@ -107,6 +108,11 @@ class LlamaModel:
     def cache_layers(self) -> tuple[CacheLayer, ...]:
         return self.config.cache_layers
 
+    @property
+    def head_facts(self) -> HeadFacts:
+        tensor = EMBEDDING if self.config.tie_word_embeddings else HEAD
+        return HeadFacts(tensor, self.config.logits_scale, self.dtype == torch.bfloat16)
+
     def forward(
         self,
         token_ids: Tensor,
@@ -116,6 +122,7 @@ class LlamaModel:
         plan: Any,
         wanted: Tensor,
         go_on: Callable[[float], bool] | None = None,
+        show: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """See engine/models/facts.py."""
         config, ops = self.config, self.backend
@@ -151,6 +158,8 @@ class LlamaModel:
             raise BrokenOffError(1.0)
         assert residual is not None
         x, _ = ops.rms_norm(x[wanted], self.norm, epsilon, residual[wanted])
+        if show is not None:
+            show(x)
         return _scaled(self.head(x), config.logits_scale)
 
     def _norm_heads(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor) -> None:
@@ -194,7 +203,7 @@ class _Taker:
         return torch.cat([self(f"{name}.bias", rows) for name, rows in names]) if present else None
 
     def refuse_rest(self) -> None:
-        stored_twice = {"lm_head.weight"}  # by some writers when tied
+        stored_twice = {HEAD}  # by some writers when tied
         computed = {name for name in self._weights if name.endswith("rotary_emb.inv_freq")}  # by writers before 2023
         rest = sorted(set(self._weights) - stored_twice - computed)
         if rest:

@@ -102,6 +102,11 @@ class TransformersModel:
         return tuple(call.cache_layer for call in self._pages.calls)
 
     @property
+    def head_facts(self) -> None:
+        """Where the head begins is a matter of each class: nothing is shown."""
+        return None
+
+    @property
     def features(self) -> tuple[str, ...]:
         """What its attention uses, of window, soft_cap and sinks."""
         used = frozenset[str]().union(*(call.needs for call in self._pages.calls))
@@ -116,6 +121,7 @@ class TransformersModel:
         plan: Any,
         wanted: Tensor,
         go_on: Callable[[float], bool] | None = None,
+        show: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """See engine/models/facts.py."""
         with self._pages.step(cache, plan, self.backend, go_on):

@@ -9,6 +9,7 @@ Random numbers are a function of (seed, position) and of nothing else: no genera
 or preemption can shift them. Among equal logits the smallest id comes first.
 """
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,7 +17,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from engine.events import KernelArrays
+from engine.events import HeadWork, KernelArrays
 from engine.protocol import TokenLogprob
 from engine.sampling.adjustments import adjusted
 from engine.sampling.row import Row
@@ -31,10 +32,12 @@ _WORD = 2**64
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """``logprob`` is None where nobody asked for it, and where there is no token."""
+    """``logprob`` is None where nobody asked for it, and where there is no token. ``logit``: the token's, as it was
+    before anything changed it; NaN where it is not in the host's memory."""
 
     token_id: int
     logprob: TokenLogprob | None = None
+    logit: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +45,14 @@ class Picks:
     """A step's tokens [S], and the log probabilities of those rows that asked, by their index in it.
 
     ``scores``: of prompt tokens, by batch row; None where the numbers broke. ``arrays``: what the kernels were given,
-    None where a model has none.
+    None where a model has none. ``head``: None where the model does not show what its head was given.
     """
 
     token_ids: NDArray[np.int64]
     logprobs: dict[int, TokenLogprob]
     scores: dict[int, tuple[TokenLogprob, ...] | None] = field(default_factory=dict)
     arrays: KernelArrays | None = None
+    head: HeadWork | None = None
 
 
 BROKEN = Pick(NOT_FINITE)
@@ -99,7 +103,7 @@ def pick(logits: NDArray[np.float32] | Few, row: Row, position: int, found: Lead
     sampling = row.sampling
     greedy = sampling.temperature < GREEDY_BELOW
     if greedy and row.plain and sampling.logprobs < 0:
-        return Pick(best)
+        return _pick(logits, best)
     values: Values | Few = logits
     if not row.plain:
         assert not isinstance(logits, Few)
@@ -110,8 +114,8 @@ def pick(logits: NDArray[np.float32] | Few, row: Row, position: int, found: Lead
     scale = _Scale(values, best, 1.0 if greedy else sampling.temperature)
     if greedy:
         if sampling.logprobs < 0:
-            return Pick(best)
-        return Pick(best, _logprob(best, scale, _all(scale), ranked, sampling.logprobs))
+            return _pick(logits, best)
+        return _pick(logits, best, _logprob(best, scale, _all(scale), ranked, sampling.logprobs))
     if 0 < sampling.top_k < len(values) and sampling.min_p == 0.0:  # nobody else's weight matters
         ids = ranked(sampling.top_k)
         cumulative = cut(np.exp(scale.scores(ids)), sampling.top_p)
@@ -123,8 +127,12 @@ def pick(logits: NDArray[np.float32] | Few, row: Row, position: int, found: Lead
         kept = truncated(values, weights, top_k=sampling.top_k, ranked=ranked, **how)
     token_id = kept.at(uniform(sampling.seed, position))
     if sampling.logprobs < 0:
-        return Pick(token_id)
-    return Pick(token_id, _logprob(token_id, scale, kept, ranked, sampling.logprobs))
+        return _pick(logits, token_id)
+    return _pick(logits, token_id, _logprob(token_id, scale, kept, ranked, sampling.logprobs))
+
+
+def _pick(logits: NDArray[np.float32] | Few, token_id: int, logprob: TokenLogprob | None = None) -> Pick:
+    return Pick(token_id, logprob, math.nan if isinstance(logits, Few) else float(logits[token_id]))
 
 
 def scored(

@@ -71,7 +71,8 @@ class Readiness:
         if status.stats is not None:
             audit = status.stats.audit
             blind = audit.get("num_self_tests_failed", 0) > 0
-            found |= {"closed": status.stats.closed, "audit_blind": blind}
+            head = "witnessed" if audit.get("head_is_witnessed") else "not witnessed"
+            found |= {"closed": status.stats.closed, "audit_blind": blind, "head": head}
             found["ok"] = found["ok"] and not (status.stats.closed or blind)
             found |= {"num_running": status.stats.num_running, "num_waiting": status.stats.num_waiting}
         return found

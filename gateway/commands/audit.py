@@ -44,7 +44,9 @@ ENGINE_EXCLUSIONS = (
     ),
     (
         "What a kernel does with correct arrays is tested before a release. At run time it shows only in answers that "
-        "are run again alone, at the rate that this report states, and after they have left."
+        "are run again alone, at the rate that this report states, and after they have left. The last product is the "
+        "exception, for models that the engine's own code runs on a CPU: there each drawn token's logit is computed "
+        "again before it leaves. For other models, and on a GPU, the head is not witnessed; /readyz says which it is."
     ),
     "Queueing delay and load are not hidden from tenants.",
 )

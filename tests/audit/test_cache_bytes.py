@@ -43,6 +43,29 @@ def test_a_block_is_zero_when_all_of_it_is(seed: int, block: int) -> None:
     assert not read.is_zero(block, 1), "one slot was left out"
 
 
+class Elsewhere:
+    """A view that is no array: its words are fetched by block and offset."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self._memory, self.shape, self.dtype = memory, memory.shape, memory.dtype
+
+    def __len__(self) -> int:
+        return len(self._memory)
+
+    def __getitem__(self, at: tuple[np.ndarray, ...]) -> np.ndarray:
+        return self._memory[at]
+
+
+@given(st.integers(0, 99), st.sampled_from(["u8", "u4", "u2", "u1"]), st.integers(1, 7))
+def test_one_view_in_one_piece_is_read_at_the_same_places(seed: int, word: str, num_words: int) -> None:
+    (memory,) = cache(seed, word=word, shapes=((4, num_words),))
+    generations = np.arange(len(SLOTS)) // BLOCK_SIZE + seed
+    here, elsewhere = (CacheBytes([one], NUM_BLOCKS, BLOCK_SIZE, seed) for one in (memory, Elsewhere(memory)))
+    told = [read._words(SLOTS, generations) for read in (here, elsewhere)]
+    assert np.array_equal(*told)
+    assert told[0].all(axis=0).sum() == min(4, num_words)
+
+
 def test_without_memory_nothing_is_read() -> None:
     read = CacheBytes([], NUM_BLOCKS, BLOCK_SIZE, 0)
     read.note(SLOTS, SLOTS)

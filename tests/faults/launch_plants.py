@@ -89,6 +89,57 @@ def logits_crossed(run: Run) -> None:
     wrap(run.runner, "sample", make)
 
 
+def hidden_crossed(run: Run) -> None:
+    """Before the head: two rows' hidden states change places."""
+
+    def make(hidden: Any) -> Any:
+        def faulty(arrays: Any) -> Any:
+            states = hidden(arrays)
+            if run.core.step_number >= FIRST_STEP and run.reached_step < 0 and len(arrays.sampled_rows) > 1:
+                states[[0, 1]] = states[[1, 0]]
+                run.reach()
+            return states
+
+        return faulty
+
+    wrap(run.runner, "hidden", make)
+
+
+def tokens_crossed_in_launch(run: Run) -> None:
+    """Drawn from the right logits; they change places before anyone is told."""
+
+    def make(sample: Any) -> Any:
+        def faulty(picks: Any, logits: Any, arrays: Any) -> None:
+            sample(picks, logits, arrays)
+            if run.core.step_number >= FIRST_STEP and run.reached_step < 0 and swap_tokens(picks):
+                run.reach()
+
+        return faulty
+
+    wrap(run.runner, "sample", make)
+
+
+def best_of_a_neighbour(run: Run) -> None:
+    """A greedy row takes the token that is likeliest in another's logits; its own logit of it is told."""
+
+    def make(sample: Any) -> Any:
+        def faulty(picks: Any, logits: Any, arrays: Any) -> None:
+            sample(picks, logits, arrays)
+            rows = [run.runner.rows[int(number)] for number in arrays.sampled_rows]
+            greedy = [place for place, row in enumerate(rows) if row.plain and row.sampling.temperature == 0.0]
+            if run.core.step_number < FIRST_STEP or run.reached_step >= 0 or not greedy or len(rows) < 2:
+                return
+            place = greedy[0]
+            best = int(logits[place - 1].argmax())
+            if best != picks.token_ids[place] and place not in picks.logprobs:
+                picks.token_ids[place], picks.head.logits[place] = best, logits[place][best]
+                run.reach()
+
+        return faulty
+
+    wrap(run.runner, "sample", make)
+
+
 def logprobs_crossed_in_launch(run: Run) -> None:
     def make(sample: Any) -> Any:
         def faulty(picks: Any, logits: Any, arrays: Any) -> None:

@@ -7,17 +7,17 @@ alone.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from random import Random
 
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from audit.runtime.head_witness import HeadWitness
 from engine.batch import Batch
 from engine.core import EngineCore
 from engine.errors import BrokenOffError
-from engine.events import KernelArrays, NullObserver, Observer, SamplingState
+from engine.events import HeadWork, KernelArrays, NullObserver, Observer, SamplingState
 from engine.own_runs import OwnRuns as EngineOwnRuns
 from engine.protocol import SamplingParams, Submit, TokenLogprob, TokenOutput
 from engine.sampling.row import Row
@@ -26,9 +26,9 @@ from engine.scheduling.break_off import GoOn
 from engine.scheduling.tiers import TIERS
 from gateway.audit_observer import AuditObserver
 from gateway.own_runs import OwnRuns, OwnRunSettings
+from tests.faults.hidden_states import HEAD, VOCAB_SIZE, hidden_of, logits_of, written
 from tests.strategies.integer_model import compute_layers
 
-VOCAB_SIZE = 64
 NUM_WHOLE = 32  # tokens that are whole letters
 NUM_STEPS_MAX = 400
 NUM_BLOCKS, BLOCK_SIZE = 24, 4
@@ -62,21 +62,6 @@ class ParityMatcher:
 
     def complete(self, output_token_ids: list[int]) -> bool:
         return False
-
-
-def written(token_ids: Iterable[int], first: int = 0) -> list[int]:
-    """What the cache holds of tokens at positions ``first`` on; 0 is a slot that nobody wrote."""
-    return [token_id + 1 + VOCAB_SIZE * position for position, token_id in enumerate(token_ids, first)]
-
-
-def logits_of(seen: list[int]) -> NDArray[np.float32]:
-    return _logits_of(tuple(seen)).copy()
-
-
-@lru_cache(maxsize=8_192)  # the truth, the run and the run alone ask for the same
-def _logits_of(seen: tuple[int, ...]) -> NDArray[np.float32]:
-    values = np.random.default_rng(seen).integers(-8, 9, VOCAB_SIZE) / 4
-    return values.astype(np.float32)
 
 
 class PlainRunner:
@@ -121,20 +106,31 @@ class PlainRunner:
             broken.arrays = arrays
             raise
         self.slots.reshape(-1)[arrays.slot_mapping] = arrays.token_ids + 1 + VOCAB_SIZE * arrays.positions
-        picks = Picks(np.zeros(len(batch.sampled_rows), dtype=np.int64), {}, {}, arrays)
-        logits = [logits_of(self.seen(arrays, index)) for index in arrays.wanted.tolist()]
+        hidden = self.hidden(arrays)
+        work = HeadWork(hidden, np.zeros(len(arrays.wanted), dtype=np.float32))
+        picks = Picks(np.zeros(len(batch.sampled_rows), dtype=np.int64), {}, {}, arrays, work)
+        logits = list(hidden @ HEAD.T)
         self.sample(picks, logits, arrays)
-        places = iter(logits[len(arrays.sampled_rows) :])
+        places = iter(range(len(arrays.sampled_rows), len(logits)))
         for part in batch.scored:
-            num_top = self.rows[part.row].sampling.prompt_logprobs
-            told = [scored(next(places), token_id, num_top) for token_id in part.next_token_ids]
+            num_top, told = self.rows[part.row].sampling.prompt_logprobs, []
+            for token_id, place in zip(part.next_token_ids, places, strict=False):
+                told.append(scored(logits[place], token_id, num_top))
+                work.logits[place] = logits[place][token_id]
             picks.scores[part.index] = tuple(one for one in told if one is not None)
         return picks
+
+    def hidden(self, arrays: KernelArrays) -> NDArray[np.float32]:
+        """Of the wanted places."""
+        states = [hidden_of(tuple(self.seen(arrays, index))) for index in arrays.wanted.tolist()]
+        return np.array(states, dtype=np.float32).reshape(-1, HEAD.shape[1])
 
     def sample(self, picks: Picks, logits: list[NDArray[np.float32]], arrays: KernelArrays) -> None:
         for place, position in enumerate(arrays.sampled_positions.tolist()):
             picked = pick(logits[place], self.rows[int(arrays.sampled_rows[place])], position)
             picks.token_ids[place] = picked.token_id
+            if picks.head is not None:
+                picks.head.logits[place] = picked.logit
             if picked.logprob is not None:
                 picks.logprobs[place] = picked.logprob
 
@@ -312,9 +308,14 @@ def prepare(audited: bool, *, replay_percent: int = 100, canaries: bool = False)
     memory = (runner.slots.view(np.uint64)[None, :, :, None],)
     observer: Observer = NullObserver()
     if audited:
-        slots_per_step = NUM_BLOCKS * BLOCK_SIZE * 5
         observer = AuditObserver(
-            NUM_BLOCKS, BLOCK_SIZE, memory=memory, spell=spell, slots_per_step=slots_per_step, own=own
+            NUM_BLOCKS,
+            BLOCK_SIZE,
+            memory=memory,
+            spell=spell,
+            head=HeadWitness(HEAD, is_bfloat16=False),
+            slots_per_step=NUM_BLOCKS * BLOCK_SIZE * 5,
+            own=own,
         )
     core = EngineCore(
         runner,

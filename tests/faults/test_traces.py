@@ -10,8 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine.protocol import SamplingParams, Submit
 from tests.faults.catalogue import FAULTS
+from tests.faults.hidden_states import VOCAB_SIZE
 from tests.faults.launch_plants import between_steps
-from tests.faults.stage import VOCAB_SIZE, Run, decode, prepare
+from tests.faults.stage import Run, decode, prepare
 from tests.strategies.engine_traces import (
     DOMAINS,
     Act,
@@ -170,7 +171,7 @@ def test_a_schedule_that_depends_on_others_content_is_noticed() -> None:
 
 
 def test_what_shows_late_at_run_time_the_truth_and_the_other_content_show_at_once() -> None:
-    """K10, which the auditor finds only when an answer is run again."""
-    plant = next(fault.plant for fault in FAULTS if fault.fault_id == "K10")
+    """K12, which the auditor finds only when an answer is run again."""
+    plant = next(fault.plant for fault in FAULTS if fault.fault_id == "K12")
     with pytest.raises(AssertionError):
         same_for_the_victim(load_of_two(), plant)

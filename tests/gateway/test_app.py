@@ -379,6 +379,15 @@ def test_a_closed_or_blind_engine_is_not_ready(
     assert (engine["ok"], engine["closed"], engine["audit_blind"]) == found
 
 
+@pytest.mark.parametrize(("audit", "head"), [({}, "not witnessed"), ({"head_is_witnessed": 1}, "witnessed")])
+def test_a_head_that_nobody_witnesses_is_said(
+    hall: Hall, audit: dict[str, int], head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = EngineStatus("ready", 0, None, replace(Stats(0, 0, 0, 64, 64, {}, 0, 0, 0, {}), audit=audit))
+    monkeypatch.setattr(EngineLink, "status", status)
+    assert Readiness(hall.services)._engine()["head"] == head
+
+
 def test_bodies_and_headers_are_bounded(hall: Hall, runner: asyncio.Runner) -> None:
     path = "/v1/chat/completions"
     declared = runner.run(hall.call("POST", path, b"{}", headers={"content-length": "65537"}))

@@ -14,7 +14,8 @@ from engine.events import StepEvidence, Violation
 from engine.protocol import SamplingParams, Submit, TokenOutput
 from engine.scheduling.tiers import TIERS
 from gateway.audit_observer import AuditObserver
-from tests.faults.stage import ALIKE, BLOCK_SIZE, VOCAB_SIZE, Received, Run, prepare, run_again, truth, written
+from tests.faults.hidden_states import VOCAB_SIZE, written
+from tests.faults.stage import ALIKE, BLOCK_SIZE, Received, Run, prepare, run_again, truth
 from tests.strategies.integer_model import NUM_LAYERS
 
 DOMAINS = ("a", "b", "c")
