@@ -85,6 +85,11 @@ class Backend(Protocol):
         """weight [out, in], bias [out] or None: made ready once, at load. Products come in the weight's dtype."""
         ...
 
+    def gate_up(self, weight: Tensor, bias: Tensor | None = None) -> Product:
+        """weight [2 * I, in], bias [2 * I] or None, of gate and then of up: x [T, in] -> [T, I], silu_and_mul of
+        the product that ``linear`` gives, to the bit."""
+        ...
+
     def head(self, weight: Tensor) -> Head:
         """weight [out, in]; takes inputs of the weight's dtype and gives float32."""
         ...

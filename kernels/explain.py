@@ -11,11 +11,13 @@ from kernels.backend import Backend, DeviceBackend
 NOT_OPS = ("plan", "check")
 NATIVE = {
     "linear": "kernels/cpu/src/product.h",
+    "gate_up": "kernels/cpu/src/product.h, kernels/cpu/src/gate.h",
     "head": "kernels/cpu/src/product.h",
     "attend": "kernels/cpu/src/elementwise.h, kernels/cpu/src/attention.h",
 }
 TRITON = {
     "linear": "kernels/gpu/matmul.py",
+    "gate_up": "kernels/gpu/matmul.py, kernels/gpu/silu_and_mul.py",
     "head": "kernels/gpu/matmul.py",
     "rms_norm": "kernels/gpu/rms_norm.py",
     "silu_and_mul": "kernels/gpu/silu_and_mul.py",
@@ -67,7 +69,9 @@ def ops_of(backend: Backend, heads: set[Heads]) -> list[Op]:
         elif family == "native":
             found.append(Op(name, NATIVE.get(name, "kernels/cpu/src/elementwise.h")))
         else:
-            found.append(Op(name, "kernels/products.py" if name in ("linear", "head") else "kernels/torch_cpu.py"))
+            found.append(
+                Op(name, "kernels/products.py" if name in ("linear", "gate_up", "head") else "kernels/torch_cpu.py")
+            )
     return found
 
 
@@ -81,7 +85,7 @@ def _launches(name: str, backend: Backend, heads: set[Heads]) -> list[dict[str, 
     assert isinstance(backend, TritonBackend)
     tile = {"block_m": matmul.BLOCK_M, "block_n": matmul.BLOCK_N, "block_k": matmul.BLOCK_K}
     match name:
-        case "linear":
+        case "linear" | "gate_up":
             return [{**tile, "num_warps": matmul.NUM_WARPS, "num_stages": matmul.NUM_STAGES}]
         case "head":
             return [{**tile, "num_warps": matmul.NUM_WARPS_IN_PARTS, "num_stages": matmul.NUM_STAGES}]

@@ -52,6 +52,19 @@ class PlainProduct:
         return False
 
 
+class Activated:
+    """A product and an op on what comes, one after the other."""
+
+    def __init__(self, product: Product, activate: Callable[[Tensor], Tensor]) -> None:
+        self._product, self._activate = product, activate
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._activate(self._product(x))
+
+    def is_exact(self) -> bool:
+        return self._product.is_exact()
+
+
 class PlainHead(PlainProduct):
     """Keeps the matrix twice: as it came for ``rows``, as float32 for the product."""
 

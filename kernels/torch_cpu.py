@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.backend import StepTables
-from kernels.products import PlainHead, PlainProduct
+from kernels.products import Activated, PlainHead, PlainProduct
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -238,6 +238,9 @@ class TorchBackend:
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> PlainProduct:
         return PlainProduct(weight, bias)
+
+    def gate_up(self, weight: Tensor, bias: Tensor | None = None) -> Activated:
+        return Activated(self.linear(weight, bias), self.silu_and_mul)
 
     def head(self, weight: Tensor) -> PlainHead:
         return PlainHead(weight)

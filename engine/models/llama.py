@@ -43,7 +43,7 @@ class Layer:
     qkv: Product
     output: Product
     mlp_norm: Tensor
-    gate_up: Product
+    gate_up: Product  # with the activation
     down: Product
 
     @property
@@ -90,7 +90,7 @@ class LlamaModel:
                         take.biases(config.output_bias, (f"{attention}o_proj", hidden)),
                     ),
                     mlp_norm=take.own(f"model.layers.{index}.post_attention_layernorm.weight", hidden),
-                    gate_up=linear(
+                    gate_up=backend.gate_up(
                         torch.cat([take(f"{name}.weight", rows, hidden) for name, rows in halves]),
                         take.biases(config.mlp_bias, *halves),
                     ),
@@ -152,7 +152,7 @@ class LlamaModel:
             )
             x = _scaled(layer.output(attended.flatten(1)), config.residual_scale)
             x, residual = ops.rms_norm(x, layer.mlp_norm, epsilon, residual)
-            x = _scaled(layer.down(ops.silu_and_mul(layer.gate_up(x))), config.residual_scale)
+            x = _scaled(layer.down(layer.gate_up(x)), config.residual_scale)
         ops.check(plan)
         if go_on is not None and not go_on(1.0):  # the head and the sampler are still to come
             raise BrokenOffError(1.0)

@@ -52,8 +52,10 @@ def bench_kernels(
 
 
 def steps_table(steps: list[dict[str, Any]]) -> Table:
-    """Milliseconds of a whole step that are not products or attention."""
+    """Milliseconds of a whole step that are not products or attention. The activation is the end of gate and up's
+    product: what it adds there, and what the op took on its own."""
     parts = {"norms": "norms_ms", "rope": "rope_ms", "activation": "activation_ms", "together": "together_ms"}
+    parts |= {"gate_up": "gate_up_ms", "bare": "gate_up_bare_ms", "apart": "separate_ms"}
     parts |= {"inside": "library_ms", "warm": "warm_ms", "step": "step_ms"}
     table = Table("rows of a step", *(f"{name} ms" for name in parts), box=None)
     for step in steps:

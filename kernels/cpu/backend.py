@@ -119,6 +119,9 @@ class NativeBackend:
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Product:
         return NativeProduct(self._library, self._isa, self._arena, weight, bias)
 
+    def gate_up(self, weight: Tensor, bias: Tensor | None = None) -> Product:
+        return NativeProduct(self._library, self._isa, self._arena, weight, bias, gated=True)
+
     def head(self, weight: Tensor) -> Head:
         return NativeProduct(self._library, self._isa, self._arena, weight, head=True)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.backend import KernelError
 
 PATH = Path(__file__).parent / "_native.so"
-ABI = 7
+ABI = 8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -106,6 +106,7 @@ class ProductArgs(Structure):
         ("num_outputs", c_int64),
         ("weight_dtype", c_int32),
         ("y_dtype", c_int32),
+        ("gated", c_int32),
     )
 
 

@@ -36,9 +36,18 @@ def pack(weight: Tensor, panel: int, bf16_inputs: int, arena: Arena) -> Tensor:
     return arena.empty(tuple(ordered.shape), weight.dtype).copy_(ordered)
 
 
+def side_by_side(weight: Tensor, half: int) -> Tensor:
+    """weight [2 * I, in], rows of gate and then of up -> [panels * 2 * half, in]: of each panel ``half`` rows of gate,
+    then the same rows of up, missing ones zero."""
+    size, num_inputs = weight.shape[0] // 2, weight.shape[1]
+    padded = F.pad(weight.view(2, size, num_inputs), (0, 0, 0, -size % half))
+    return padded.view(2, -1, half, num_inputs).transpose(0, 1).reshape(-1, num_inputs)
+
+
 class NativeProduct:
     """weight [out, in], bias [out] or None, both float32 or both bfloat16; the weight is not kept. Products are rounded
-    once to the weight's dtype; a ``head``'s stay float32."""
+    once to the weight's dtype; a ``head``'s stay float32. ``gated``: weight [2 * out, in] and bias [2 * out] are of
+    gate and then of up, and silu(gate) * up comes, with the bits of the two ops one after the other (src/gate.h)."""
 
     def __init__(
         self,
@@ -49,13 +58,19 @@ class NativeProduct:
         bias: Tensor | None = None,
         *,
         head: bool = False,
+        gated: bool = False,
     ) -> None:
         assert bias is None or (bias.dtype == weight.dtype and bias.shape == weight.shape[:1])
+        assert not (head and gated)
         self.num_outputs, self.num_inputs = weight.shape
+        if gated:
+            assert self.num_outputs % 2 == 0
+            self.num_outputs //= 2
         self._library, self._isa = library, isa
         self._panel = library.panel(isa)
         self._bf16_inputs = library.bf16_inputs(isa)
-        self._packed = pack(weight, self._panel, self._bf16_inputs, arena)
+        ordered = side_by_side(weight, self._panel // 2) if gated else weight
+        self._packed = pack(ordered, self._panel, self._bf16_inputs, arena)
         self._bias = None if bias is None else bias.contiguous()
         self._out_dtype = torch.float32 if head else weight.dtype
         args = ProductArgs(
@@ -65,6 +80,7 @@ class NativeProduct:
             num_outputs=self.num_outputs,
             weight_dtype=DTYPES[weight.dtype],
             y_dtype=DTYPES[self._out_dtype],
+            gated=gated,
         )
         self._matrix = ctypes.byref(args)  # made once: a step calls every matrix of the model
 

@@ -22,6 +22,7 @@ from kernels.gpu.rms_norm import rms_norm
 from kernels.gpu.rope_and_store_kv import rope_and_store_kv
 from kernels.gpu.scrub_blocks import scrub_blocks
 from kernels.gpu.silu_and_mul import silu_and_mul
+from kernels.products import Activated
 
 CAPABILITY_MIN = 80  # bfloat16 in the matrix units
 
@@ -54,6 +55,9 @@ class TritonBackend:
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> TritonProduct:
         return TritonProduct(weight, bias, self.device)
+
+    def gate_up(self, weight: Tensor, bias: Tensor | None = None) -> Activated:
+        return Activated(self.linear(weight, bias), self.silu_and_mul)
 
     def head(self, weight: Tensor) -> TritonProduct:
         return TritonProduct(weight, None, self.device)

@@ -17,6 +17,7 @@ from engine.models.served import REFUSED, SERVED
 from engine.models.transformers_model import TransformersModel
 from engine.protocol import SamplingParams, Submit
 from kernels.cpu.backend import NativeBackend
+from kernels.products import Activated, Product
 from kernels.torch_cpu import TorchBackend, TorchPlan
 from tests.strategies.tiny_model import write_tiny_model
 
@@ -86,8 +87,10 @@ class FaultyNative(NativeBackend):
     def attend(self, *args: Any, **rules: Any) -> Tensor:
         return super().attend(*args, **{name: value for name, value in rules.items() if name != self.fault})
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        out = super().silu_and_mul(gate_up)
+    def gate_up(self, weight: Tensor, bias: Tensor | None = None) -> Product:
+        return Activated(super().gate_up(weight, bias), self._in_company)
+
+    def _in_company(self, out: Tensor) -> Tensor:
         return out * (1.0 + 1e-7 * len(out)) if self.fault == "company" else out
 
 

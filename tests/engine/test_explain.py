@@ -45,7 +45,7 @@ def test_it_says_what_a_worker_says(tiny_model_dir: Path, kernels: str) -> None:
 def test_every_op_has_a_source_that_is_there(tiny_model_dir: Path) -> None:
     for kernels in ("torch", SET):
         said = explain(config_of(tiny_model_dir, kernels))
-        assert {op["op"] for op in said["ops"]} >= {"linear", "head", "rms_norm", "silu_and_mul", "attend"}
+        assert {op["op"] for op in said["ops"]} >= {"linear", "gate_up", "head", "rms_norm", "silu_and_mul", "attend"}
         assert all(hasattr(Backend, op["op"]) and op["op"] not in NOT_OPS for op in said["ops"])
         assert all((ROOT / path).is_file() for op in said["ops"] for path in op["source"].split(", "))
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import reference
 from kernels.cpu.library import DTYPES, ProductArgs, optional_pointer, pointer
-from kernels.cpu.product import pack
+from kernels.cpu.product import pack, side_by_side
 from kernels.memory import Arena
 from tests.kernels.native import bits
 
@@ -34,9 +35,15 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 class Emulated:
-    def __init__(self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, *, gated: bool = False
+    ) -> None:
         self._library, self._bias, self._out_dtype = library, bias, out_dtype
+        self._gated = gated
         self._num_outputs, self._num_inputs = weight.shape
+        if gated:
+            self._num_outputs //= 2
+            weight = side_by_side(weight, PANEL // 2)
         self._packed = pack(weight, PANEL, INPUTS, Arena())
 
     def __call__(self, x: Tensor, cut: int = 0) -> Tensor:
@@ -52,6 +59,7 @@ class Emulated:
             num_outputs=self._num_outputs,
             weight_dtype=DTYPES[x.dtype],
             y_dtype=DTYPES[self._out_dtype],
+            gated=self._gated,
         )
         for begin, end in ((0, cut), (cut, len(self._packed))):
             faults = self._library.emulated_product(
@@ -87,6 +95,18 @@ def test_rows_on_tiles_do_not_depend_on_their_company(library: ctypes.CDLL) -> N
     for count in range(1, 71):
         order = torch.randperm(70, generator=generator)[:count]
         assert torch.equal(bits(product(x[order])), bits(alone[order])), f"{count} rows"
+
+
+@pytest.mark.parametrize(("num_inputs", "size"), [(1, 1), (31, 17), (64, 32), (65, 45)])
+@pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 32, 33, 70])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gate_and_up_on_tiles(library: ctypes.CDLL, num_inputs: int, size: int, num_rows: int, with_bias: bool) -> None:
+    """The activation of what the product gives; its bits, among instruction sets, are test_gate.py's."""
+    x, weight, bias = drawn(num_inputs, 2 * size, num_rows)
+    some_bias = bias if with_bias else None
+    product = Emulated(library, weight, some_bias, torch.bfloat16)(x)
+    got = Emulated(library, weight, some_bias, torch.bfloat16, gated=True)(x, cut=1)
+    torch.testing.assert_close(got, reference.silu_and_mul(product), atol=1e-6, rtol=1e-2)
 
 
 def test_a_broken_number_stays_in_its_row_on_tiles(library: ctypes.CDLL) -> None:

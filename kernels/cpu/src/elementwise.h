@@ -1,5 +1,6 @@
 // Ops whose every output belongs to one token: norm, activations, rotary positions with the write into the cache.
 #pragma once
+#include "activated.h"
 #include "ops.h"
 #include "vec.h"
 
@@ -40,15 +41,6 @@ template <class T> void rms_norm(const NormArgs* a, int64_t begin, int64_t end) 
             store_part(out + i, load_part(total + i, n) * scale * load_part(weight + i, n), n);
         }
     }
-}
-
-inline vf activated(vf x, int32_t kind) {
-    if (kind == ACTIVATION_SILU)
-        return x / (1.0f + exp(-x));
-    if (kind == ACTIVATION_GELU_TANH)
-        return 0.5f * x * (1.0f + tanh(0.7978845608028654f * fma(0.044715f * x * x, x, x)));
-    const vf beyond = 0.5f * erfc_positive((x < vf{} ? -x : x) * 0.7071067811865476f);
-    return x * (x < vf{} ? beyond : 1.0f - beyond);
 }
 
 template <class T, int32_t KIND> void activate_and_mul(const ActivationArgs* a, int64_t begin, int64_t end) {

@@ -143,7 +143,7 @@ constexpr int64_t PANELS_PER_PIECE_MIN = 2;  // some microseconds of work
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int bulkhead_abi() {
-    return 7;
+    return 8;
 }
 
 // Name of the i-th instruction set that was built, best first; null beyond the last.
@@ -232,7 +232,8 @@ EXPORT void bulkhead_product(int isa, const ProductArgs* matrix, const void* x, 
         all.x_ready = inputs.at_least(static_cast<size_t>(num_bytes) / sizeof(float));
         in_chunks(&all, ops->make_ready, all.num_rows, TOKENS_PER_PIECE);
     }
-    const int64_t num_panels = (all.num_outputs + ops->panel - 1) / ops->panel;
+    const int64_t columns = all.gated ? ops->panel / 2 : ops->panel;  // of y, in a panel
+    const int64_t num_panels = (all.num_outputs + columns - 1) / columns;
     int64_t chunk = num_panels / (PIECES_PER_THREAD * pool().num_threads());
     chunk = chunk < PANELS_PER_PIECE_MIN ? PANELS_PER_PIECE_MIN : chunk / PANELS_PER_PIECE_MIN * PANELS_PER_PIECE_MIN;
     in_chunks(&all, ops->product, num_panels, chunk);

@@ -69,11 +69,12 @@ struct AttentionArgs {
 struct ProductArgs {
     const void* x;        // [T, in] in the weight's dtype
     const void* weight;   // packed: see product.h
-    const void* bias;     // [out] in the weight's dtype, or null
+    const void* bias;     // [out], [2 * out] where gated, in the weight's dtype, or null
     void* y;              // [T, out]
     const void* x_ready;  // x as the tiles read it: set by the library
     int64_t num_rows, num_inputs, num_outputs;
     int32_t weight_dtype, y_dtype;
+    int32_t gated;  // y = silu(gate) * up, of a panel's left and right half of columns
 };
 
 struct BlocksArgs {

@@ -6,6 +6,7 @@
 // The weights lie in panels of PANEL columns, steps of inputs outside, columns inside (kernels/cpu/product.py packs
 // them). What a step is, each Kind below says.
 #pragma once
+#include "gate.h"
 #include "ops.h"
 #include "vec.h"
 #if defined(__AMX_BF16__)
@@ -129,6 +130,18 @@ template <int M, int P, class Kind, class Y> void product_tile(const ProductArgs
             for (int v = 0; v < 2 * P; v++)
                 sums[m][v] = Kind::add(sums[m][v], input, columns[v]);
         }
+    }
+    if (a->gated) {
+        float together[M][2 * P * W];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+            for (int v = 0; v < 2 * P; v++)
+                store(together[m] + v * W, sums[m][v]);
+        for (int p = 0; p < P; p++)
+            gate<typename Kind::Weight>(a, together[0] + 2 * p * W, together[0] + (2 * p + 1) * W, 2 * P * W, row, M,
+                                        (panel + p) * W, W);
+        return;
     }
 #pragma GCC unroll 16
     for (int v = 0; v < 2 * P; v++) {

@@ -5,6 +5,7 @@
 //
 // Whoever includes this has the tile intrinsics: the compiler's, or tests/kernels/emulated_tiles.h.
 #pragma once
+#include "gate.h"
 #include "ops.h"
 #include "vec.h"
 
@@ -82,13 +83,19 @@ template <bool UPPER, class Y> void tiles(const ProductArgs* a, int64_t row, int
     alignas(64) float sums[4][ROWS * COLUMNS];
     _tile_stored(0, sums[0], COLUMNS * 4);
     _tile_stored(1, sums[1], COLUMNS * 4);
-    finish<Y>(a, sums[0], row, lower, panel * PANEL);
-    finish<Y>(a, sums[1], row, lower, panel * PANEL + COLUMNS);
+    if (!a->gated) {
+        finish<Y>(a, sums[0], row, lower, panel * PANEL);
+        finish<Y>(a, sums[1], row, lower, panel * PANEL + COLUMNS);
+    } else
+        gate<bf16>(a, sums[0], sums[1], COLUMNS, row, lower, panel * COLUMNS, COLUMNS);
     if (UPPER) {
         _tile_stored(2, sums[2], COLUMNS * 4);
         _tile_stored(3, sums[3], COLUMNS * 4);
-        finish<Y>(a, sums[2], row + ROWS, upper, panel * PANEL);
-        finish<Y>(a, sums[3], row + ROWS, upper, panel * PANEL + COLUMNS);
+        if (!a->gated) {
+            finish<Y>(a, sums[2], row + ROWS, upper, panel * PANEL);
+            finish<Y>(a, sums[3], row + ROWS, upper, panel * PANEL + COLUMNS);
+        } else
+            gate<bf16>(a, sums[2], sums[3], COLUMNS, row + ROWS, upper, panel * COLUMNS, COLUMNS);
     }
 }
 
