@@ -19,8 +19,9 @@ from gateway.billing.pdf import page_data, render_pdf
 from gateway.billing.reconcile import reconcile, reconciled_entry, reconciled_since
 from tenancy import tables
 from tenancy.access.directory import list_tenants
+from tenancy.invoicing.endings import pay
 from tenancy.invoicing.invoice_document import digest
-from tenancy.invoicing.invoices import get_document, pay
+from tenancy.invoicing.invoices import get_document
 from tenancy.invoicing.parties import Buyer
 from tenancy.invoicing.periods import DAY_NS
 from tenancy.usage.meter import Usage
@@ -259,7 +260,7 @@ def test_each_change_of_an_invoice_is_logged_once(sqlite_url: str) -> None:
             for _ in range(2):
                 await keeper.pay(other.invoice_id, "wire")
             kinds = list(await conn.scalars(text("SELECT kind FROM outbox ORDER BY id")))
-            names = ["issuer_set", "buyer_set", "drafted", "issued", "voided", "drafted", "issued", "paid"]
+            names = ["issuer_set", "buyer_set", "drafted", "issued", "voided", "drafted", "issued", "payment", "paid"]
             assert kinds == [f"invoice.{name}" for name in names]
 
     asyncio.run(run())
