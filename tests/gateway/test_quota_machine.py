@@ -47,6 +47,7 @@ ORGANISATION_TOKENS, TENANT_TOKENS = 90, 60
 ORGANISATION_SLOTS, TENANT_SLOTS = 6, 4
 REQUESTS = 16
 PREFIX = "quota-machine"
+LEASE_TTL_S = 3_600  # nobody renews here: longer than any machine that runs this stands still
 
 
 class Cable:
@@ -87,7 +88,7 @@ class Gateway:
         self.cable = Cable(machine.redis)
         world = World(time.time_ns, lambda: time.monotonic_ns() + machine.waited_ns, os.urandom, {})
         quota = Quota(self.cable, prefix=PREFIX)
-        self.allowance = Allowance(quota, self.cable, machine.database, world, metrics, 60)
+        self.allowance = Allowance(quota, self.cable, machine.database, world, metrics, LEASE_TTL_S)
         self.services: Any = SimpleNamespace(
             world=world, settings=Settings(), metrics=metrics, gateway_id=self.name, allowance=self.allowance
         )

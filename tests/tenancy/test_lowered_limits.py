@@ -25,11 +25,12 @@ from tests.tenancy.world import SECOND, counting_entropy
 QUIET = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 quota_steps = st.lists(
     st.one_of(
-        st.tuples(st.just("take"), st.integers(0, 25)),
-        st.tuples(st.just("take"), st.integers(0, 25)),
+        st.tuples(st.just("take"), st.integers(0, 12)),
+        st.tuples(st.just("take"), st.integers(0, 12)),
         st.tuples(st.just("give"), st.integers(0, 9)),
         st.tuples(st.just("limit"), st.tuples(st.integers(0, 4), st.integers(0, 80))),
     ),
+    min_size=12,  # short ones never stand above a limit
     max_size=30,
 )
 
@@ -81,6 +82,7 @@ budget_steps = st.lists(
         st.tuples(st.just("settle"), st.integers(0, 100)),
         st.tuples(st.just("limit"), st.integers(0, 120)),
     ),
+    min_size=10,
     max_size=25,
 )
 
