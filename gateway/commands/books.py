@@ -11,8 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from engine.journal import read_journals
 from gateway.billing.focus import focus_rows, write_focus
 from gateway.billing.reconcile import Reconciliation, reconcile
-from gateway.commands.directory import NANO_PER_USD, exact, find_tenant, print_table
-from gateway.commands.invoices import AsJson, Month, Since, Until
+from gateway.commands.directory import NANO_PER_USD, AsJson, exact, find_tenant, print_table
+from gateway.commands.invoices import Month, Since, Until
 from gateway.commands.invoices import invoice_app as invoice_app  # with the commands below, what cli.py mounts
 from gateway.commands.periods import instant_of, period_of
 from gateway.commands.session import CommandError, in_snapshot, open_session

@@ -1,11 +1,12 @@
 """bulkhead budget: what a tenant, project or key may spend in a day, a month or in all."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.commands.directory import NANO_PER_USD, clerk, exact, find_tenant, print_table
+from gateway.commands.directory import NANO_PER_USD, AsJson, Listed, clerk, exact, find_tenant, print_list
 from gateway.commands.session import in_transaction, open_session
 from tenancy.access.directory import list_tenants
 from tenancy.accounts.budget_use import BudgetScope, budget_uses
@@ -56,23 +57,26 @@ def budget_remove(scope: Scope, of: Of, period: PeriodOption, hard: Hard = True)
 
 
 @budget_app.command("list")
-def budget_list(tenant: Annotated[str, typer.Option(help="only this tenant")] = "") -> None:
+def budget_list(tenant: Annotated[str, typer.Option(help="only this tenant")] = "", as_json: AsJson = False) -> None:
     """List budgets with what is used and held in the period that runs, and the highest alert that was given."""
     session = open_session()
 
-    async def work(conn: AsyncConnection) -> list[tuple[str, ...]]:
+    async def work(conn: AsyncConnection) -> Listed:
         tenants = [await find_tenant(conn, tenant)] if tenant else await list_tenants(conn)
         return [
             (
-                one.name,
-                f"{use.budget.scope_kind} {use.budget.scope_id}",
-                use.budget.period,
-                kind_of(use.budget.hard),
-                f"{use.alerted_percent} %" if use.alerted_percent else "-",
-                *(
-                    format_nano(amount, currency)
-                    for amount in (use.used_nano_usd, use.held_nano_usd, use.budget.limit_nano_usd)
+                (
+                    one.name,
+                    f"{use.budget.scope_kind} {use.budget.scope_id}",
+                    use.budget.period,
+                    kind_of(use.budget.hard),
+                    f"{use.alerted_percent} %" if use.alerted_percent else "-",
+                    *(
+                        format_nano(amount, currency)
+                        for amount in (use.used_nano_usd, use.held_nano_usd, use.budget.limit_nano_usd)
+                    ),
                 ),
+                asdict(use) | {"currency": currency},
             )
             for one in tenants
             for currency in [await currency_of(conn, one.tenant_id)]
@@ -80,7 +84,7 @@ def budget_list(tenant: Annotated[str, typer.Option(help="only this tenant")] = 
         ]
 
     columns = ("tenant", "of", "period", "kind", "alerted", "used", "held", "limit")
-    print_table(columns, in_transaction(session, work), numbers_from=4)
+    print_list(columns, in_transaction(session, work), as_json, numbers_from=4)
 
 
 async def find_scope(conn: AsyncConnection, scope: BudgetScope, of: str) -> str:

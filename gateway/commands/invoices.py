@@ -14,7 +14,7 @@ from gateway.billing.bookkeeper import Bookkeeper
 from gateway.billing.csv_file import render_csv
 from gateway.billing.pdf import render_pdf
 from gateway.billing.wording import amount, day, describe, interval, quantity, unit_price
-from gateway.commands.directory import Reason, TenantName, exact, find_tenant, print_table
+from gateway.commands.directory import AsJson, Reason, TenantName, exact, find_tenant, print_table
 from gateway.commands.periods import period_of
 from gateway.commands.session import CommandError, Session, in_snapshot, in_transaction, open_session
 from tenancy.access.directory import list_tenants
@@ -36,7 +36,6 @@ Id = Annotated[str, typer.Argument(help="the invoice's id, from: bulkhead invoic
 Month = Annotated[str, typer.Option(help="a calendar month (UTC), such as 2027-01")]
 Since = Annotated[str, typer.Option(help="first instant: a day (UTC) or ISO 8601 with an offset")]
 Until = Annotated[str, typer.Option(help="first instant after it")]
-AsJson = Annotated[bool, typer.Option("--json", help="for programs")]
 
 
 class FileKind(StrEnum):
