@@ -11,7 +11,9 @@ quiet_ttft_p99_ratio the quiet domain's 99th percentile of TTFT against the same
   quiet_rest_ratio   the rest of the step that was under way when the request came, at a random moment of it
   quiet_queue_ratio  from then on until the first step with a token of it
   quiet_read_ratio   from then on until its first token
-throughput_ratio     tokens per second against `fcfs` under the same load, prompts unbounded
+throughput_ratio     tokens per second against `fcfs` under the same load, prompts unbounded. Under `fcfs` nearly all of
+                     what is served is the flood's long prompts, which share a step's fixed cost among more tokens
+equal_lengths_throughput_ratio  the same where the flood's prompts are as long as the others': what order alone costs
 tokens_lost_ratio    tokens of steps that were broken off (engine/scheduling/break_off.py) against those of all others
 
 `fair` has a row with steps broken off and one without.
@@ -38,30 +40,6 @@ QUIET_EVERY_STEPS = 40
 QUIET = "quiet"
 
 
-class Flood:
-    """Keeps every domain's line as long as it is to be. With no domain at all it does nothing."""
-
-    def __init__(self, engine: VirtualEngine, num_domains: int, seed: int) -> None:
-        self.engine = engine
-        self.names = [f"tenant-{index:02d}" for index in range(num_domains)]
-        self._random = np.random.default_rng(seed)
-        self._num_made = 0
-
-    def refill(self) -> None:
-        waiting = [sequence.domain for sequence in self.engine.core.scheduler.waiting]
-        for index, name in enumerate(self.names):
-            wanted = NUM_WAITING * (FLOOD_FACTOR if index == 0 else 1)
-            for _ in range(wanted - waiting.count(name)):
-                self._submit(name, FLOOD_PROMPT_TOKENS if index == 0 else PROMPT_TOKENS)
-
-    def _submit(self, name: str, prompt_tokens: tuple[int, int]) -> None:
-        num_output = int(self._random.integers(OUTPUT_TOKENS[0], OUTPUT_TOKENS[1] + 1))
-        num_prompt = int(self._random.integers(prompt_tokens[0], prompt_tokens[1] + 1))
-        self._num_made += 1
-        prompt = _prompt(self._num_made, num_prompt)
-        self.engine.submit(Arrival(self.engine.runner.now_s, name, prompt, num_output, num_output))
-
-
 @dataclass(frozen=True, slots=True)
 class Load:
     """One run: what is offered, at what cost, for how long."""
@@ -72,6 +50,32 @@ class Load:
     seed: int
     max_prompt_tokens: int = 0  # engine/config.py
     break_off_percent: int = 0  # engine/config.py
+    equal_lengths: bool = False  # the flood's prompts are as long as the others'
+
+
+class Flood:
+    """Keeps every domain's line as long as it is to be. With no domain at all it does nothing."""
+
+    def __init__(self, engine: VirtualEngine, load: Load) -> None:
+        self.engine = engine
+        self.names = [f"tenant-{index:02d}" for index in range(load.num_domains)]
+        self._prompt_tokens = PROMPT_TOKENS if load.equal_lengths else FLOOD_PROMPT_TOKENS
+        self._random = np.random.default_rng(load.seed)
+        self._num_made = 0
+
+    def refill(self) -> None:
+        waiting = [sequence.domain for sequence in self.engine.core.scheduler.waiting]
+        for index, name in enumerate(self.names):
+            wanted = NUM_WAITING * (FLOOD_FACTOR if index == 0 else 1)
+            for _ in range(wanted - waiting.count(name)):
+                self._submit(name, PROMPT_TOKENS if index else self._prompt_tokens)
+
+    def _submit(self, name: str, prompt_tokens: tuple[int, int]) -> None:
+        num_output = int(self._random.integers(OUTPUT_TOKENS[0], OUTPUT_TOKENS[1] + 1))
+        num_prompt = int(self._random.integers(prompt_tokens[0], prompt_tokens[1] + 1))
+        self._num_made += 1
+        prompt = _prompt(self._num_made, num_prompt)
+        self.engine.submit(Arrival(self.engine.runner.now_s, name, prompt, num_output, num_output))
 
 
 def rows(
@@ -89,15 +93,19 @@ def rows(
     found = []
     for num_domains in domain_counts:
         load = Load(num_domains, num_steps, cost, seed, max_prompt_tokens)
-        fcfs_rate = _rate(run("fcfs", replace(load, max_prompt_tokens=0))[0])
+        fcfs_rates = [_rate(run("fcfs", replace(one, max_prompt_tokens=0))[0]) for one in _both(load)]
         for policy in policies:
             for percent in dict.fromkeys((0, break_off_percent if policy == "fair" else 0)):
                 progress(f"fairness: {num_domains} domains, {policy}, {percent} % for breaking off")
-                found.append(_row(policy, replace(load, break_off_percent=percent), alone_s, fcfs_rate))
+                found.append(_row(policy, replace(load, break_off_percent=percent), alone_s, fcfs_rates))
     return found
 
 
-def _row(policy: str, load: Load, alone_s: float, fcfs_rate: float) -> dict[str, Any]:
+def _both(load: Load) -> tuple[Load, Load]:
+    return load, replace(load, equal_lengths=True)
+
+
+def _row(policy: str, load: Load, alone_s: float, fcfs_rates: Sequence[float]) -> dict[str, Any]:
     engine, history = run(policy, load)
     core = engine.core
     ttft_s = _p99(engine, lambda one: one.timeline.ttft_s)
@@ -113,7 +121,8 @@ def _row(policy: str, load: Load, alone_s: float, fcfs_rate: float) -> dict[str,
         "quiet_rest_ratio": round(_p99(engine, lambda one: one.rest_s) / alone_s, 3),
         "quiet_queue_ratio": round(_p99(engine, lambda one: one.queue_s) / alone_s, 3),
         "quiet_read_ratio": round(_p99(engine, lambda one: one.read_s) / alone_s, 3),
-        "throughput_ratio": round(_rate(engine) / fcfs_rate, 4),
+        "throughput_ratio": round(_rate(engine) / fcfs_rates[0], 4),
+        "equal_lengths_throughput_ratio": round(_rate(run(policy, _both(load)[1])[0]) / fcfs_rates[1], 4),
         "steps_broken_off": core.break_offs.num_broken_off,
         "tokens_lost_ratio": round(core.break_offs.num_tokens_lost / core.stats().num_batch_tokens, 5),
         "max_prompt_tokens": load.max_prompt_tokens,
@@ -125,7 +134,7 @@ def run(policy: str, load: Load) -> tuple[VirtualEngine, NDArray[np.int64]]:
     engine = VirtualEngine(
         load.cost, policy, max_prompt_tokens=load.max_prompt_tokens, break_off_percent=load.break_off_percent
     )
-    flood = Flood(engine, load.num_domains, load.seed)
+    flood = Flood(engine, load)
     moments = np.random.default_rng([load.seed, 1])
     history = np.zeros((load.num_steps, load.num_domains), dtype=np.int64)
     for step in range(load.num_steps):

@@ -54,7 +54,8 @@ def bench_fairness(
     answer = measure("--threads", str(threads), "fairness", "--domains", *counts, "--steps", str(steps), *bound)
     shown = (
         *("domains", "policy", "break_off_percent", "gap_tokens_max", "bound_tokens", "jain", "quiet_ttft_p99_ratio"),
-        *("quiet_rest_ratio", "quiet_queue_ratio", "quiet_read_ratio", "throughput_ratio", "tokens_lost_ratio"),
+        *("quiet_rest_ratio", "quiet_queue_ratio", "quiet_read_ratio", "throughput_ratio"),
+        *("equal_lengths_throughput_ratio", "tokens_lost_ratio"),
     )
     _show(answer, shown, json_file)
 

@@ -84,7 +84,8 @@ def test_fair_keeps_its_bound_under_a_flood_and_fcfs_does_not() -> None:
     assert fair["jain"] > 0.999
     assert fcfs["gap_tokens_max"] > fcfs["bound_tokens"], "else the bound above says nothing"
     assert fcfs["jain"] < 0.8
-    assert fcfs["throughput_ratio"] == 1.0
+    assert fcfs["throughput_ratio"] == fcfs["equal_lengths_throughput_ratio"] == 1.0
+    assert fair["throughput_ratio"] < 0.98 < fair["equal_lengths_throughput_ratio"], "it is the lengths, not the order"
     assert fair["quiet_ttft_p99_ratio"] < fcfs["quiet_ttft_p99_ratio"]
 
 
