@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from gateway.admin import queries
 from gateway.admin.chart import Chart, stacked_bars
 from gateway.admin.health import Fact
+from gateway.admin.invoice_lines import InvoiceLine, invoice_lines
 from gateway.admin.overview import empty_minutes, gather_minutes
 from gateway.admin.wording import count, duration, in_column, plural, utc
 from gateway.services import Services
@@ -94,6 +95,7 @@ class TenantPage:
     credits: tuple[CreditLine, ...]
     credits_note: str
     budgets: tuple[BudgetLine, ...]
+    invoices: tuple[InvoiceLine, ...]
     requests: tuple[RequestLine, ...]
     older: str  # cursor of the next page; empty when there is none
     is_older: bool  # this is not the first page
@@ -125,6 +127,7 @@ async def gather(services: Services, tenant_id: str, *, before: str) -> TenantPa
         uses = await budget_uses(conn, tenant_id, now_ns)
         credits = await list_credits(conn, tenant_id, now_ns)
         currency = await currency_of(conn, tenant_id)
+        invoices = await invoice_lines(conn, tenant_id, now_ns)
     shown = requests[:REQUESTS_PER_PAGE]
     return TenantPage(
         tenant_id=tenant.tenant_id,
@@ -139,6 +142,7 @@ async def gather(services: Services, tenant_id: str, *, before: str) -> TenantPa
         credits_note="In the order in which they are used"
         + (f"; the first {CREDITS_MAX} of {len(credits)}" if len(credits) > CREDITS_MAX else ""),
         budgets=tuple(_budget_line(use, currency) for use in uses),
+        invoices=invoices,
         requests=tuple(_request_line(row, currency) for row in shown),
         older=format_cursor(shown[-1]) if len(requests) > len(shown) else "",
         is_older=cursor is not None,
