@@ -2,7 +2,8 @@
 
     callers   by key, for less than a second, and only for requests that are admitted in the end: T1 looks again
               whether key and tenant are active. So a revoked key is refused at once where it would cost anything. What
-              may be old is a key's limits and rules
+              may be old is a key's limits and rules. Whoever asks often is looked up again after an answer, before it
+              is forgotten, so that no request waits for it
     prices    until a T1 finds that another one is in force: it is told which price was thought to be
 
 Bounded; forgotten wholly when full.
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from gateway.api.auth import Caller
 
 CALLER_NS = 750_000_000
+AGEING_NS = CALLER_NS // 2
 ENTRIES_MAX = 10_000
 
 
 class Remembered:
     def __init__(self) -> None:
         self._callers: dict[str, tuple[PresentedKey, Caller, int]] = {}
+        self._looked_up: set[str] = set()  # public ids: somebody is at it
         self._prices: dict[tuple[str, str, str], Price] = {}
 
     def caller(self, world: World, key: PresentedKey, peer: str | None) -> "Caller | None":
@@ -41,6 +44,21 @@ class Remembered:
         if len(self._callers) >= ENTRIES_MAX:
             self._callers.clear()
         self._callers[key.public_id] = (key, caller, asked_ns + CALLER_NS)
+        self._looked_up.discard(key.public_id)
+
+    def take_ageing(self, world: World, key: PresentedKey) -> bool:
+        """Whether to look the caller up again: then nobody else is told to before `given_up` or `keep_caller`."""
+        found = self._callers.get(key.public_id)
+        left_ns = 0 if found is None else found[2] - world.monotonic_ns()
+        if not 0 < left_ns <= AGEING_NS or key.public_id in self._looked_up:
+            return False
+        self._looked_up.add(key.public_id)
+        return True
+
+    def given_up(self, key: PresentedKey) -> None:
+        """It could not be looked up, or is not valid any more: the next request asks."""
+        self._looked_up.discard(key.public_id)
+        self._callers.pop(key.public_id, None)
 
     def price(self, tenant_id: str, model: str, tier: str) -> Price | None:
         return self._prices.get((tenant_id, model, tier))

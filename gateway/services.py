@@ -14,6 +14,7 @@ from gateway.remembered import Remembered
 from gateway.running import Running
 from gateway.secrets import Secrets
 from gateway.settings import Settings
+from gateway.stages import Stages
 from gateway.world import World
 from tenancy.quotas.quota import Quota
 
@@ -33,6 +34,7 @@ class Services:
     remembered: Remembered = field(default_factory=Remembered)
     metrics: Metrics = field(default_factory=Metrics)
     gateway_id: str = ""  # of this data folder, whose journal counts what its requests produced
+    stages: Stages | None = None  # only in benchmarks
     allowance: Allowance = field(init=False)
 
     def __post_init__(self) -> None:

@@ -23,11 +23,16 @@ class Trips:
 
     async def value(self, text: str, arguments: tuple[object, ...]) -> Any:
         """The value that the statement gives. Raises the driver's errors, OSError or TimeoutError."""
-        async with asyncio.timeout(WAIT_S):
-            await self._places.acquire()
-        try:
+        if self._places.locked():
             async with asyncio.timeout(WAIT_S):
-                wrapped = await self._take()
+                await self._places.acquire()
+        else:
+            await self._places.acquire()  # at once
+        try:
+            wrapped = self._at_hand()
+            if wrapped is None:
+                async with asyncio.timeout(WAIT_S):
+                    wrapped = await self._new()
             driver = wrapped.driver_connection
             try:
                 value = await driver.fetchval(text, *arguments)
@@ -48,11 +53,14 @@ class Trips:
         self._free.clear()
         await self._engine.dispose()
 
-    async def _take(self) -> Any:
+    def _at_hand(self) -> Any:
         while self._free:
             wrapped = self._free.pop()
             if not wrapped.driver_connection.is_closed():
                 return wrapped
+        return None
+
+    async def _new(self) -> Any:
         proxy = await self._engine.raw_connection()
         wrapped = proxy.dbapi_connection
         proxy.detach()  # nobody else's: not given back when the proxy goes

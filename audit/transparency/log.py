@@ -19,12 +19,13 @@ Not known here: whether the database was restored from an old backup. `publish` 
 checkpoint in its folder, and refuses.
 """
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import bindparam, delete, insert, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -39,7 +40,30 @@ from audit.transparency.tables import checkpoint, log_leaf, log_opening, log_sta
 __all__ = ["BATCH_ROWS_MAX", "LogForkError", "SequencedBatch", "publish", "request_erasure", "sequence"]
 
 BATCH_ROWS_MAX = 4_096  # bounds one transaction; what is left waits for the next call
+PIECE_ROWS = 32  # leaves made at one go: requests wait for each piece, on the loop and in the database
 ERASED_PER_ENTRY_MAX = entries.LIST_ITEMS_MAX
+
+_LEAF_TYPES = {
+    "leaf_index": "bigint",
+    "outbox_id": "bigint",
+    "kind": "text",
+    "at_ns": "bigint",
+    "pseudonym": "text",
+    "leaf": "bytea",
+}
+_NEW_LEAVES = text(
+    f"INSERT INTO log_leaf ({', '.join(_LEAF_TYPES)}) SELECT * FROM unnest("  # noqa: S608 - our own words
+    + ", ".join(f"CAST(:{name} AS {kind}[])" for name, kind in _LEAF_TYPES.items())
+    + ")"
+)
+_NEW = log_leaf.c.leaf_index >= bindparam("first_index")
+_OPEN = insert(log_opening).from_select(
+    ["leaf_index", "tenant_id", "nonce", "body"],
+    select(log_leaf.c.leaf_index, outbox.c.tenant_id, outbox.c.nonce, outbox.c.body)
+    .join(outbox, outbox.c.id == log_leaf.c.outbox_id)
+    .where(_NEW),
+)
+_TAKE_OUT = delete(outbox).where(outbox.c.id.in_(select(log_leaf.c.outbox_id).where(_NEW)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +79,18 @@ class SequencedBatch:
 
 
 async def sequence(
-    conn: AsyncConnection, *, signer: Keyring, origin: str, now_ns: int, rows_max: int = BATCH_ROWS_MAX
+    conn: AsyncConnection,
+    *,
+    signer: Keyring,
+    origin: str,
+    now_ns: int,
+    rows_max: int = BATCH_ROWS_MAX,
+    pause_s: float = 0.0,
 ) -> SequencedBatch | None:
-    """Move up to `rows_max` outbox rows into the tree and sign its head. None, without a write, if nothing waits."""
+    """Move up to `rows_max` outbox rows into the tree and sign its head. None, without a write, if nothing waits.
+
+    `pause_s`: between two pieces, where nobody but another sequencer waits for this transaction.
+    """
     if (await conn.execute(select(outbox.c.id).limit(1))).first() is None:
         return None
     await _lock(conn)
@@ -67,19 +100,21 @@ async def sequence(
         return None
     frontier = Frontier.load(state.num_leaves, state.frontier)
     first_index = frontier.size
-    leaves, openings = [], []
-    for row in rows:
-        leaf = _leaf(row, frontier.size, signer.pseudonym_key)
-        leaves.append(leaf)
-        openings.append(_opening(row, frontier.size))
-        frontier.append(leaf_hash(leaf["leaf"]))
+    for first in range(0, len(rows), PIECE_ROWS):
+        leaves = []
+        for row in rows[first : first + PIECE_ROWS]:
+            leaf = _leaf(row, frontier.size, signer.pseudonym_key)
+            leaves.append(leaf)
+            frontier.append(leaf_hash(leaf["leaf"]))
+        await _insert(conn, leaves)
+        await asyncio.sleep(pause_s)
     head = Checkpoint(origin, frontier.size, frontier.root())
     note = sign_checkpoint(head, signer.log, now_ns=now_ns)
 
-    await conn.execute(insert(log_leaf), leaves)
-    await conn.execute(insert(log_opening), openings)
+    # What is moved stays in the database: these rows, and no others that have become visible meanwhile.
+    await conn.execute(_OPEN, {"first_index": first_index})
     await _erase(conn, rows)
-    deleted = await conn.execute(delete(outbox).where(outbox.c.id.in_([row.id for row in rows])))
+    deleted = await conn.execute(_TAKE_OUT, {"first_index": first_index})
     if deleted.rowcount != len(rows):
         raise RuntimeError(f"{len(rows)} outbox rows were read but {deleted.rowcount} deleted: rolling back")
     await conn.execute(update(log_state).values(num_leaves=frontier.size, frontier=frontier.dump()))
@@ -111,6 +146,14 @@ async def _lock(conn: AsyncConnection) -> None:
     await conn.execute(take)
 
 
+async def _insert(conn: AsyncConnection, leaves: list[dict[str, Any]]) -> None:
+    if conn.dialect.name != "postgresql":
+        await conn.execute(insert(log_leaf), leaves)
+        return
+    # One statement with a list for each column: a third of the time of as many statements as there are rows.
+    await conn.execute(_NEW_LEAVES, {name: [leaf[name] for leaf in leaves] for name in _LEAF_TYPES})
+
+
 def _leaf(row: Any, index: int, pseudonym_key: bytes) -> dict[str, Any]:
     tenant = pseudonym(pseudonym_key, row.tenant_id)
     leaf = leaf_bytes(
@@ -124,10 +167,6 @@ def _leaf(row: Any, index: int, pseudonym_key: bytes) -> dict[str, Any]:
         "pseudonym": tenant,
         "leaf": leaf,
     }
-
-
-def _opening(row: Any, index: int) -> dict[str, Any]:
-    return {"leaf_index": index, "tenant_id": row.tenant_id, "nonce": row.nonce, "body": row.body}
 
 
 async def _erase(conn: AsyncConnection, rows: Sequence[Any]) -> None:

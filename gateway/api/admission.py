@@ -25,6 +25,7 @@ from gateway.api.problems import ClaimTakenError, CreditExhaustedError, Headers,
 from gateway.api.translation import Work
 from gateway.budget_alerts import append_expired
 from gateway.services import Services
+from gateway.stages import passed
 from gateway.world import new_id
 from tenancy.access.keys import InvalidApiKeyError, Principal, require_alive
 from tenancy.accounts.ledger import Hold, InsufficientCredit, place_hold
@@ -98,12 +99,14 @@ async def admit(
     for _ in range(EPOCH_TRIES):
         claim.lease = await _acquire(services, caller, work, claim.request_id)
         state["answer_headers"] = _lease_headers(claim.lease)
+        passed(state, "quota")
         try:
             admission = await _hold(services, caller, work, claim)
         except StaleLeaseError:
             services.allowance.stale(claim.lease)
             claim.lease = None
             continue
+        passed(state, "hold")
         if admission.lowered_by:
             lowered = f"{admission.lowered_by}; max_tokens={admission.max_tokens}"
             state["answer_headers"] += (("x-bulkhead-budget", lowered),)

@@ -43,7 +43,7 @@ def create_app(services: Services, *, extra_routes: Sequence[BaseRoute] = ()) ->
             *extra_routes,
         ],
         exception_handlers={HTTPException: _http_problem},
-        middleware=[Middleware(Edge, services.settings, services.world, services.metrics)],
+        middleware=[Middleware(Edge, services.settings, services.world, services.metrics, stages=services.stages)],
     )
     app.router.redirect_slashes = False
     app.state.settler = settler

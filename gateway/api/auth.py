@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from starlette.types import Scope
 
 from gateway.api.problems import MissingScopeError
+from gateway.database import DatabaseUnavailableError
 from gateway.services import Services
 from tenancy.access.callers import identify
-from tenancy.access.keys import PresentedKey, Principal
+from tenancy.access.keys import InvalidApiKeyError, PresentedKey, Principal
 from tenancy.quotas.limits import ScopeLimits
 
 INFERENCE_SCOPE = "inference"
@@ -37,14 +38,34 @@ async def authenticated(
     may_remember = may_remember and not services.database.is_sqlite
     caller = services.remembered.caller(services.world, key, peer) if may_remember else None
     if caller is None:
-        asked_ns = services.world.monotonic_ns()
-        async with services.database.glance() as conn:
-            caller = Caller(*await identify(conn, key, now_ns=now_ns, peer=peer))
-        if may_remember:
-            services.remembered.keep_caller(key, replace(caller, remembered=True), asked_ns)
+        caller = await _looked_up(services, key, peer, keep=may_remember)
     services.key_uses.note(caller.principal.key_id, now_ns)
     if required not in caller.principal.scopes:
         raise MissingScopeError(required)
+    return caller
+
+
+async def look_again(services: Services, scope: Scope, caller: Caller) -> None:
+    """After an answer: look a remembered caller up before it is forgotten."""
+    if not caller.remembered:
+        return
+    key = PresentedKey.of(bearer_key(scope), services.secrets.key_pepper)
+    if services.remembered.take_ageing(services.world, key):
+        try:
+            await _looked_up(services, key, peer_address(scope), keep=True)
+        except (InvalidApiKeyError, DatabaseUnavailableError):  # the next request is told
+            services.remembered.given_up(key)
+        except BaseException:
+            services.remembered.given_up(key)
+            raise
+
+
+async def _looked_up(services: Services, key: PresentedKey, peer: str | None, *, keep: bool) -> Caller:
+    now_ns, asked_ns = services.world.now_ns(), services.world.monotonic_ns()
+    async with services.database.glance() as conn:
+        caller = Caller(*await identify(conn, key, now_ns=now_ns, peer=peer))
+    if keep:
+        services.remembered.keep_caller(key, replace(caller, remembered=True), asked_ns)
     return caller
 
 

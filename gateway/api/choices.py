@@ -27,6 +27,7 @@ class Choices:
         self._pulls: dict[int, asyncio.Task[TokenOutput]] = {}
         self._produced = [NOTHING] * len(submits)
         self._delivered = [NOTHING] * len(submits)
+        self._alone = len(submits) == 1
         self._aborted = False
         self.cut = False  # an abort came before all had begun
 
@@ -60,13 +61,7 @@ class Choices:
         """
         if self._empty:
             return self._empty.popleft(), TokenOutput("", "", (), 0, 0, 0, "length")
-        for index, generation in self._generations.items():
-            if index not in self._pulls and not generation.finished:
-                self._pulls[index] = asyncio.create_task(generation.__anext__())
-        await asyncio.wait(self._pulls.values(), return_when=asyncio.FIRST_COMPLETED)
-        index = next(index for index, pull in self._pulls.items() if pull.done())  # the one that waited longest
-        output = self._pulls[index].result()
-        del self._pulls[index]
+        index, output = await self._pulled()
         self._produced[index] = Usage(
             num_prompt_tokens=output.num_prompt_tokens,
             num_cached_tokens=output.num_cached_tokens,
@@ -75,6 +70,16 @@ class Choices:
         if output.num_completion_tokens:
             await self._submit(len(self._waiting))
         return index, output
+
+    async def _pulled(self) -> tuple[int, TokenOutput]:
+        if self._alone:  # nothing to choose from, and as little is lost
+            return 0, await anext(self._generations[0])
+        for index, generation in self._generations.items():
+            if index not in self._pulls and not generation.finished:
+                self._pulls[index] = asyncio.create_task(generation.__anext__())
+        await asyncio.wait(self._pulls.values(), return_when=asyncio.FIRST_COMPLETED)
+        index = next(index for index, pull in self._pulls.items() if pull.done())  # the one that waited longest
+        return index, self._pulls.pop(index).result()
 
     def mark_delivered(self, index: int) -> None:
         """All that was last produced of this answer has been sent."""

@@ -28,6 +28,7 @@ from gateway.api.problems import (
 )
 from gateway.metrics import Metrics
 from gateway.settings import Settings
+from gateway.stages import Stages
 from gateway.world import World, new_id
 
 BODY_TIMEOUT_S = 30.0  # for the whole body
@@ -39,13 +40,20 @@ log = structlog.get_logger("gateway.api.edge")
 
 class Edge:
     def __init__(
-        self, app: ASGIApp, settings: Settings, world: World, metrics: Metrics, body_timeout_s: float = BODY_TIMEOUT_S
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        world: World,
+        metrics: Metrics,
+        body_timeout_s: float = BODY_TIMEOUT_S,
+        stages: Stages | None = None,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._settings = settings
         self._world = world
         self._body_timeout_s = body_timeout_s
+        self._stages = stages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,6 +61,8 @@ class Edge:
             return
         request_id = new_id("req", self._world.entropy)
         scope.setdefault("state", {})["request_id"] = request_id
+        if self._stages is not None:
+            self._stages.begin(scope["state"])
         answer = _Answer(send, request_id, scope["state"])
         body = _Body(receive, self._settings.body_bytes_max, self._body_timeout_s)
         started_ns = self._world.monotonic_ns()
@@ -66,6 +76,8 @@ class Edge:
             await self._fail(error, answer, body, request_id)
         finally:
             self._metrics.answered(answer.status)
+            if self._stages is not None:
+                self._stages.keep(scope["state"])
             log.info(
                 "request",
                 request_id=request_id,

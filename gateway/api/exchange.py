@@ -15,6 +15,7 @@ How a request ends -> what is charged:
 """
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -43,6 +44,7 @@ from gateway.api.shapes import Choice, Shape
 from gateway.api.streaming import HEARTBEAT, HEARTBEAT_S, EventStream, SlowReaderError, bounded_send, event
 from gateway.api.translation import Work, submits_of
 from gateway.services import Services
+from gateway.stages import passed
 from tenancy.closing import TenantInactiveError
 from tenancy.idempotency import IdempotencyKey
 from tenancy.quotas.quota import QuotaUnavailableError
@@ -80,7 +82,7 @@ async def serve(
     except BaseException:
         settler.undo(claim, claiming)
         raise
-    exchange = Exchange(services, settler, client, admission, work, shape, receive, send)
+    exchange = Exchange(services, settler, client, admission, work, shape, scope["state"], receive, send)
     await exchange.run()
     return exchange.answered
 
@@ -96,6 +98,7 @@ class Exchange:
         admission: Admission,
         work: Work,
         shape: Shape,
+        state: Mapping[str, Any],
         receive: Receive,
         send: Send,
     ) -> None:
@@ -104,6 +107,7 @@ class Exchange:
         self._admission = admission
         self._work = work
         self._shape = shape
+        self._state = state
         self._receive = receive
         self._send = send
         cover = Cover.of(services.settings, work.cover, services.world.entropy)
@@ -121,8 +125,8 @@ class Exchange:
         self._pull: asyncio.Task[tuple[int, TokenOutput]] | None = None
         self._gone: asyncio.Task[None] | None = None
         self._settlement: asyncio.Task[bool] | None = None
-        self._dismissed = asyncio.Event()
-        self._dismissal: asyncio.Task[Any] | None = None
+        self._dismissed = asyncio.get_running_loop().create_future()
+        self._renewing: asyncio.Task[None] | None = None
         self._started_ns = services.world.monotonic_ns()
         self._life = Life(services.world, admission.expires_ns, services.settings.hold_ttl_s)
         self._last_text: dict[int, tuple[float, int]] = {}  # by choice: when it came, tokens until then
@@ -131,8 +135,7 @@ class Exchange:
 
     async def run(self) -> None:
         self._gone = asyncio.create_task(self._until_gone())
-        self._dismissal = asyncio.create_task(self._dismissed.wait())
-        renewing = asyncio.create_task(self._renew_lease())
+        renewal = asyncio.get_running_loop().call_later(self._services.settings.lease_ttl_s / 3, self._renew)
         tenant_id, running = self._admission.principal.tenant_id, self._services.running
         running.add(tenant_id, self)
         try:
@@ -160,13 +163,15 @@ class Exchange:
             await self._broken(error, "error")
         finally:
             running.remove(tenant_id, self)
-            await _cancel(self._gone, self._dismissal, renewing, self._pull)
+            renewal.cancel()
+            await _cancel(self._gone, self._renewing, self._pull)
             await self._events.stop()
             await self._choices.close()
 
     def dismiss(self) -> None:
         """The tenant is no longer active: free the engine at once; the answer ends when it next looks."""
-        self._dismissed.set()
+        if not self._dismissed.done():
+            self._dismissed.set_result(None)
         self._choices.abort()
 
     # --- the answer ---------------------------------------------------------------------------------------------------
@@ -197,9 +202,9 @@ class Exchange:
         self._require_billed()
         content = msgspec.json.encode(self._shape.whole(choices, self._prompt_logprobs, usage))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        timeout_s = self._services.settings.send_timeout_s
-        await bounded_send(self._send, {"type": "http.response.start", "status": 200, "headers": headers}, timeout_s)
-        await bounded_send(self._send, {"type": "http.response.body", "body": content}, timeout_s)
+        head = {"type": "http.response.start", "status": 200, "headers": headers}
+        body = {"type": "http.response.body", "body": content}
+        await bounded_send(self._send, head, body, timeout_s=self._services.settings.send_timeout_s)
 
     async def _answer_stream(self) -> None:
         """Status and headers wait for the first output, so that an early refusal still gets its own status."""
@@ -244,14 +249,14 @@ class Exchange:
         Raises ClientGoneError, TenantInactiveError or EngineGoneError.
         """
         assert self._gone is not None
-        assert self._dismissal is not None
         if self._pull is None:
             self._pull = asyncio.create_task(self._choices.next())
-        awaited = {self._pull, self._gone, self._dismissal}
-        await asyncio.wait(awaited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            {self._pull, self._gone, self._dismissed}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
         if self._gone.done():
             raise ClientGoneError
-        if self._dismissed.is_set():
+        if self._dismissed.done():
             raise TenantInactiveError
         return self._pulled() if self._pull.done() else None
 
@@ -350,7 +355,9 @@ class Exchange:
         return self._settlement
 
     async def _settled_soon(self, usage: Usage, reason: str) -> None:
+        passed(self._state, "engine")
         await asyncio.wait({self._settle(usage, reason)}, timeout=SETTLE_WAIT_S)
+        passed(self._state, "settle")
 
     def _require_billed(self) -> None:
         """Nothing has been sent yet, and nothing is where the hold was over. Raises DeadlineExceededError."""
@@ -363,16 +370,20 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
+    def _renew(self) -> None:
+        """The first time is due; most requests end before."""
+        self._renewing = asyncio.create_task(self._renew_lease())
+
     async def _renew_lease(self) -> None:
         """Without Valkey the lease runs out and its place may be given away while we still run: logged, not fatal."""
         while True:
-            await asyncio.sleep(self._services.settings.lease_ttl_s / 3)
             try:
                 kept = await self._services.allowance.renew(self._admission.lease)
                 if not kept:
                     log.warning("lease.expired", request_id=self._admission.request_id)
             except QuotaUnavailableError as error:
                 log.warning("lease.not_renewed", request_id=self._admission.request_id, error=str(error))
+            await asyncio.sleep(self._services.settings.lease_ttl_s / 3)
 
 
 async def _cancel(*tasks: asyncio.Task[Any] | None) -> None:

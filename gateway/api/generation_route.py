@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.protocol import Ready
 from gateway.api.admission import show_limits
-from gateway.api.auth import Caller, authenticated
+from gateway.api.auth import Caller, authenticated, look_again
 from gateway.api.exchange import serve
 from gateway.api.idempotency import idempotency_key, serve_once
 from gateway.api.problems import ModelNotFoundError, TierNotAllowedError
@@ -21,6 +21,7 @@ from gateway.api.shapes import Frame, Shape, fingerprint
 from gateway.api.translation import Work
 from gateway.api.wire import Common
 from gateway.services import Services
+from gateway.stages import passed
 from tenancy.idempotency import IdempotencyKey
 
 RequestT = TypeVar("RequestT", bound=Common)
@@ -47,6 +48,7 @@ class GenerationRoute(Generic[RequestT]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         services = self._services
         caller = await authenticated(services, scope, may_remember=True)  # before a byte of the body is read
+        passed(scope["state"], "authenticate")
         try:
             body = await Request(scope, receive).body()
             key = idempotency_key(scope, caller.principal.tenant_id, body)
@@ -59,6 +61,7 @@ class GenerationRoute(Generic[RequestT]):
         except Exception:
             await show_limits(services, caller, scope["state"])
             raise
+        passed(scope["state"], "read")
         request_id: str = scope["state"]["request_id"]
         frame = Frame(
             id=self._id_prefix + request_id.removeprefix("req_"),
@@ -76,6 +79,8 @@ class GenerationRoute(Generic[RequestT]):
             await run(receive, send)
         else:
             await serve_once(services, caller, key, run, scope, receive, send)
+        passed(scope["state"], "answer")
+        await look_again(services, scope, caller)
 
     def _tier(self, request: RequestT, caller: Caller) -> str:
         """The service tier that serves it. Raises TierNotAllowedError where key or tenant may not use that one."""

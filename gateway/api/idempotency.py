@@ -150,8 +150,8 @@ async def _replay(services: Services, caller: Caller, found: Claimed, scope: Sco
         (b"x-bulkhead-replayed", found.request_id.encode()),
     ]
     timeout_s = services.settings.send_timeout_s
-    await bounded_send(send, {"type": "http.response.start", "status": 200, "headers": headers}, timeout_s)
-    await bounded_send(send, {"type": "http.response.body", "body": found.answer}, timeout_s)
+    head = {"type": "http.response.start", "status": 200, "headers": headers}
+    await bounded_send(send, head, {"type": "http.response.body", "body": found.answer}, timeout_s=timeout_s)
 
 
 class Recorder:

@@ -58,7 +58,9 @@ class EventStream:
             (b"x-accel-buffering", b"no"),  # nginx would otherwise collect events
         ]
         await bounded_send(
-            self._send, {"type": "http.response.start", "status": 200, "headers": headers}, self._send_timeout_s
+            self._send,
+            {"type": "http.response.start", "status": 200, "headers": headers},
+            timeout_s=self._send_timeout_s,
         )
 
     async def write(self, *frames: bytes) -> None:
@@ -102,14 +104,15 @@ class EventStream:
     async def _piece(self, piece: bytes, *, more: bool) -> None:
         body = piece if self._cover is None else self._cover.padded(piece)
         await bounded_send(
-            self._send, {"type": "http.response.body", "body": body, "more_body": more}, self._send_timeout_s
+            self._send, {"type": "http.response.body", "body": body, "more_body": more}, timeout_s=self._send_timeout_s
         )
 
 
-async def bounded_send(send: Send, message: dict[str, Any], timeout_s: float) -> None:
+async def bounded_send(send: Send, *messages: dict[str, Any], timeout_s: float) -> None:
     """`send` with a limit. Raises SlowReaderError."""
     try:
         async with asyncio.timeout(timeout_s):
-            await send(message)
+            for message in messages:
+                await send(message)
     except TimeoutError as error:
         raise SlowReaderError from error

@@ -16,11 +16,12 @@ from tenancy import tables
 
 ENTRIES_PER_REQUEST = 4  # hold: credit, held; capture: held, revenue
 CHUNK_REQUESTS = 100_000
+FIRST_ID = 10**9  # ids of one length are in the order in which they are written: indexes grow at their end
 DAY_NS = 86_400 * 10**9
 
 _SOURCE = """
-    SELECT n, t.id AS tenant_id, k.id AS key_id, k.project_id AS project_id, p.id AS price_id,
-           t.created_ns - {month} + CAST(n AS BIGINT) * 1000000 AS at_ns
+    SELECT 'past' || ({first_id} + n) AS id, t.id AS tenant_id, k.id AS key_id, k.project_id AS project_id,
+           p.id AS price_id, t.created_ns - {month} + CAST(n AS BIGINT) * 1000000 AS at_ns
     FROM {numbers}
     JOIN (SELECT id, created_ns, row_number() OVER (ORDER BY id) - 1 AS place FROM tenant) t
       ON t.place = n % (SELECT count(*) FROM tenant)
@@ -31,25 +32,26 @@ _SOURCE = """
 _STATEMENTS = (
     """INSERT INTO hold (id, tenant_id, request_id, price_id, amount_nano_usd, state, captured_nano_usd, created_ns,
                          expires_ns, settled_ns, project_id, key_id, num_tokens)
-       SELECT 'past' || n, tenant_id, 'past' || n, price_id, 2, 'captured', 2, at_ns, at_ns + 1000, at_ns + 500,
+       SELECT id, tenant_id, id, price_id, 2, 'captured', 2, at_ns, at_ns + 1000, at_ns + 500,
               project_id, key_id, 2 FROM source""",
     """INSERT INTO usage_record (request_id, tenant_id, project_id, key_id, model, num_prompt_tokens,
                                  num_cached_tokens, num_completion_tokens, price_id, amount_nano_usd, started_ns,
                                  finished_ns, finish_reason, stream)
-       SELECT 'past' || n, tenant_id, project_id, key_id, 'scripted', 1, 0, 1, price_id, 2, at_ns, at_ns + 500,
+       SELECT id, tenant_id, project_id, key_id, 'scripted', 1, 0, 1, price_id, 2, at_ns, at_ns + 500,
               'length', {true} FROM source""",
     """INSERT INTO ledger_transaction (id, tenant_id, kind, hold_id, memo, created_ns)
-       SELECT 'past' || n || ':' || verb, tenant_id, kind, 'past' || n, '', at_ns
+       SELECT id || ':' || verb, tenant_id, kind, id, '', at_ns
        FROM source, (SELECT 'hold' AS verb, 'hold' AS kind UNION ALL SELECT 'settle', 'captured') steps""",
     """INSERT INTO ledger_entry (transaction_id, line, account_id, amount_nano_usd)
-       SELECT 'past' || n || ':' || verb, line, tenant_id || ':' || account || ':USD', amount
+       SELECT id || ':' || verb, line, tenant_id || ':' || account || ':USD', amount
        FROM source, (SELECT 'hold' AS verb, 0 AS line, 'credit' AS account, -2 AS amount
                      UNION ALL SELECT 'hold', 1, 'held', 2 UNION ALL SELECT 'settle', 0, 'held', -2
                      UNION ALL SELECT 'settle', 1, 'revenue', 2) lines""",
 )
 _BALANCES = """
-    UPDATE account SET balance_nano_usd =
-        (SELECT coalesce(sum(amount_nano_usd), 0) FROM ledger_entry WHERE account_id = account.id)
+    UPDATE account SET balance_nano_usd = entries.total
+    FROM (SELECT account_id, sum(amount_nano_usd) AS total FROM ledger_entry GROUP BY account_id) AS entries
+    WHERE entries.account_id = account.id
 """
 
 
@@ -63,17 +65,19 @@ async def write_history(
     first_request, num_requests = (-(-rows // ENTRIES_PER_REQUEST) for rows in (written_rows, ledger_rows))
     for first in range(first_request, num_requests, CHUNK_REQUESTS):
         last = min(first + CHUNK_REQUESTS, num_requests) - 1
-        source = _SOURCE.format(month=30 * DAY_NS, numbers=_numbers(database, first, last))
+        source = _SOURCE.format(first_id=FIRST_ID, month=30 * DAY_NS, numbers=_numbers(database, first, last))
         fills = [_fill(database, source, statement) for statement in _STATEMENTS]
         await asyncio.gather(*fills)  # on SQLite they wait for each other, in this order
         say(f"{(last + 1) * ENTRIES_PER_REQUEST:,} ledger rows")
     if num_requests > first_request:
         async with database.transaction() as conn:
             await conn.exec_driver_sql(_BALANCES)
-            if not database.is_sqlite:
-                await conn.exec_driver_sql("ANALYZE")
             entry = tables.ledger_entry
             assert await conn.scalar(select(func.sum(entry.c.amount_nano_usd))) == 0
+        if not database.is_sqlite:  # what the server would do of itself a little later, in the middle of a measurement
+            async with database.glance() as conn:
+                await conn.exec_driver_sql("VACUUM ANALYZE")
+                await conn.exec_driver_sql("CHECKPOINT")
 
 
 async def _fill(database: Database, source: str, statement: str) -> None:

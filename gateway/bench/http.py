@@ -61,6 +61,8 @@ class Connection:
         self._reader = self._writer = None
 
     async def _send(self, method: str, path: str, content: bytes) -> Reply:
+        if self._reader is not None and self._reader.at_eof():
+            self.close()  # the server has let an idle connection go
         if self._reader is None or self._writer is None:
             self._reader, self._writer = await asyncio.open_connection(
                 "127.0.0.1", self._port, ssl=self._tls, server_hostname="127.0.0.1" if self._tls else None

@@ -9,6 +9,7 @@ without any of that (GET /healthz), and is part of what is added.
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, cycle
 from typing import Any
 
@@ -16,6 +17,7 @@ from engine.bench.byte_model import END
 from engine.client import EngineClient
 from engine.protocol import SamplingParams, Submit
 from gateway.bench.accounts import Account, open_accounts
+from gateway.bench.breakdown import Breakdown, nearest_rank
 from gateway.bench.history import write_history
 from gateway.bench.http import Connection
 from gateway.bench.servers import MODEL_ID, GatewayProcess, Place, place
@@ -35,6 +37,7 @@ QUEUE_MAX_MS = 100.0  # a median above it: what is due waits for what was due be
 CLIENTS_MAX = 512  # in flight; a request that finds none free has failed
 GROWTH = 1.3
 Send = Callable[[], Awaitable[bool]]
+Load = Callable[[Send, int, float], Awaitable["Run"]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,7 @@ class Plan:
     seconds: float = 8.0  # of one row
     ledger_rows: tuple[int, ...] = (0,)  # of history that lies in the ledger: measured at each, the least first
     postgres: bool = True
+    stages: bool = False  # also where the time went, inside the gateway and between the processes
     rate_max: int = 2_000
 
 
@@ -59,8 +63,7 @@ class Run:
 
     def percentile(self, percent: int) -> float:
         """Nearest rank."""
-        ordered = sorted(self.latencies_ms)
-        return ordered[max(0, -(-len(ordered) * percent // 100) - 1)] if ordered else float("inf")
+        return nearest_rank(self.latencies_ms, percent)
 
 
 async def measure_overhead(world: World, plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
@@ -74,13 +77,15 @@ async def measure_overhead(world: World, plan: Plan, say: Callable[[str], None])
             async with database.transaction() as conn:
                 accounts = await open_accounts(conn, world, pepper, NUM_TENANTS, budget_tokens=10**12)
             script: dict[str, str | int] = {"step_ms": 0, "tokens_per_step": MAX_TOKENS}
+            here.with_stages = plan.stages
             gateway = await here.start_gateway(0, script)
-            return await _rows(here, database, gateway, accounts, plan, say)
+            return await _rows(world, here, database, gateway, accounts, plan, say)
         finally:
             await database.dispose()
 
 
 async def _rows(
+    world: World,
     here: Place,
     database: Database,
     gateway: GatewayProcess,
@@ -91,19 +96,22 @@ async def _rows(
     folders = open_folders(gateway.folder)
     engine = await EngineClient.connect(folders.engine_socket, timeout_s=10)
     clients = Clients(gateway, accounts)
+    load = partial(open_loop, now_s=lambda: world.monotonic_ns() / 1e9)
+    breakdown = Breakdown(world, here, gateway, engine.ready.pid) if plan.stages else None
     rows: list[dict[str, Any]] = []
     highest = written_rows = 0
     try:
-        await open_loop(clients.chat, 20, WARM_UP_S)
+        await load(clients.chat, 20, WARM_UP_S)
         for ledger_rows in sorted(set(plan.ledger_rows)):
             if ledger_rows:
                 say(f"writing {ledger_rows:,} ledger rows")
                 await write_history(database, ledger_rows, say, written_rows=written_rows)
-                await open_loop(clients.chat, 20, WARM_UP_S)
+                await load(clients.chat, 20, WARM_UP_S)
             written_rows = ledger_rows
-            highest = highest or await _highest(clients.chat, plan, say)
+            highest = highest or await _highest(load, clients.chat, plan, say)
             for rate in sorted({*(rate for rate in plan.rates if rate <= highest), max(1, highest // 2), highest}):
-                rows.append({**await _row(engine, clients, rate, plan.seconds), "ledger_rows": ledger_rows})
+                row = await _row(load, engine, clients, rate, plan.seconds, breakdown)
+                rows.append({**row, "ledger_rows": ledger_rows})
                 say(str(rows[-1]))
         return {"overhead": rows, "highest_rps": highest, "database": here.database_url.partition("+")[0]}
     finally:
@@ -111,10 +119,15 @@ async def _rows(
         clients.close()
 
 
-async def _row(engine: EngineClient, clients: "Clients", rate: int, seconds: float) -> dict[str, Any]:
-    bare = await open_loop(bare_sender(engine), rate, seconds)
-    https = await open_loop(clients.health, rate, seconds / 2)
-    full = await open_loop(clients.chat, rate, seconds)
+async def _row(
+    load: Load, engine: EngineClient, clients: "Clients", rate: int, seconds: float, breakdown: Breakdown | None
+) -> dict[str, Any]:
+    bare = await load(bare_sender(engine), rate, seconds)
+    https = await load(clients.health, rate, seconds / 2)
+    if breakdown is not None:
+        breakdown.begin()
+    full = await load(clients.chat, rate, seconds)
+    found = breakdown.end(full.num_due) if breakdown is not None else {}
     return {
         "rate_rps": rate,
         "added_p50_ms": round(full.percentile(50) - bare.percentile(50), 2),
@@ -122,14 +135,15 @@ async def _row(engine: EngineClient, clients: "Clients", rate: int, seconds: flo
         "https_p50_ms": round(https.percentile(50), 2),
         "https_p99_ms": round(https.percentile(99), 2),
         "num_failed": full.num_failed,
+        **found,
     }
 
 
-async def _highest(send: Send, plan: Plan, say: Callable[[str], None]) -> int:
+async def _highest(load: Load, send: Send, plan: Plan, say: Callable[[str], None]) -> int:
     """The highest rate that is sustained, to within GROWTH."""
     rate, found = 40.0, 0
     while rate <= plan.rate_max:
-        run = await open_loop(send, int(rate), 3.0)
+        run = await load(send, int(rate), 3.0)
         say(f"{int(rate)} requests/s: {'sustained' if run.sustained else 'not sustained'}")
         if not run.sustained:
             break
@@ -139,15 +153,15 @@ async def _highest(send: Send, plan: Plan, say: Callable[[str], None]) -> int:
     return found
 
 
-async def open_loop(send: Send, rate: int, seconds: float) -> Run:
-    """`send` at a fixed rate, whether or not earlier ones have ended."""
-    loop = asyncio.get_running_loop()
-    began, latencies, num_failed = loop.time() + 0.05, list[float](), 0
+async def open_loop(send: Send, rate: int, seconds: float, *, now_s: Callable[[], float]) -> Run:
+    """`send` at a fixed rate, whether or not earlier ones have ended. `now_s`: an event loop's own time may be one of
+    whole milliseconds."""
+    began, latencies, num_failed = now_s() + 0.05, list[float](), 0
 
     async def one(due: float) -> None:
         nonlocal num_failed
         if await send():
-            latencies.append((loop.time() - due) * 1_000)
+            latencies.append((now_s() - due) * 1_000)
         else:
             num_failed += 1
 
@@ -155,7 +169,7 @@ async def open_loop(send: Send, rate: int, seconds: float) -> Run:
     num_due = int(rate * seconds)
     for number in range(num_due):
         due = began + number / rate
-        if (wait_s := due - loop.time()) > 0:
+        while (wait_s := due - now_s()) > 0:  # noqa: ASYNC110 - a timer may be early by half a millisecond
             await asyncio.sleep(wait_s)
         task = asyncio.create_task(one(due))
         tasks.add(task)

@@ -37,6 +37,8 @@ class Place:
     database_url: str = ""
     _valkey: Child | None = None
     _num_valkeys: int = 0
+    postgres_pid: int | None = None
+    with_stages: bool = False  # gateways started from now on keep where time goes
     gateways: list["GatewayProcess"] = field(default_factory=list)
 
     @property
@@ -57,6 +59,10 @@ class Place:
         self._num_valkeys += 1
         self._valkey = valkey_child(self.folder / f"valkey-{self._num_valkeys}", self.valkey_socket, {})
         await self._valkey.start()
+
+    @property
+    def valkey_pid(self) -> int | None:
+        return self._valkey.pid if self._valkey is not None else None
 
     async def lose_valkey(self) -> None:
         assert self._valkey is not None
@@ -79,6 +85,7 @@ class GatewayProcess:
 
     def __init__(self, place: Place, number: int, script: Mapping[str, str | int], settings: Mapping[str, str]) -> None:
         self.folder = place.folder / f"gateway-{number}"
+        self.stages = self.folder / "stages" if place.with_stages else None  # gateway/stages.py
         self.port = free_port()
         self._process: asyncio.subprocess.Process | None = None
         self._script = msgspec.json.encode({"counts_dir": str(place.counts), **script}).decode()
@@ -97,15 +104,21 @@ class GatewayProcess:
         self._env = kept | {f"BULKHEAD_{name.upper()}": value for name, value in own.items()}
 
     @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def tls(self) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=str(self.folder / "tls" / "ca.pem"))
 
     async def start(self) -> None:
         """Raises CommandError when it does not answer in time."""
         self.folder.mkdir(exist_ok=True)
+        arguments = [self._script] if self.stages is None else [self._script, str(self.stages)]
         with (self.folder / "errors").open("ab") as errors:
             self._process = await asyncio.create_subprocess_exec(
-                *dying_with_me([sys.executable, "-m", "gateway.bench.replica", self._script]),
+                *dying_with_me([sys.executable, "-m", "gateway.bench.replica", *arguments]),
                 env=self._env,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=errors,
@@ -147,7 +160,9 @@ async def place(world: World, *, postgres: bool = True) -> AsyncIterator[Place]:
         (model / "model.safetensors").touch()  # what makes it a model folder; nobody reads it
         if postgres:
             server = await asyncio.to_thread(_start_postgres, folder / "postgres")
-            one.database_url = f"postgresql+asyncpg://postgres@/postgres?host={server.get_postmaster_info().socket_dir}"
+            postmaster = server.get_postmaster_info()
+            one.postgres_pid = postmaster.pid
+            one.database_url = f"postgresql+asyncpg://postgres@/postgres?host={postmaster.socket_dir}"
         else:
             one.database_url = f"sqlite+aiosqlite:///{folder / 'bench.db'}"
         await one.start_valkey()

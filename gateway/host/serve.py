@@ -30,7 +30,7 @@ from gateway.host.first_run import FirstRun, first_run
 from gateway.host.folders import Folders, gateway_id, only_server, open_folders
 from gateway.host.housekeeping import Housekeeping
 from gateway.host.https import HttpsServer, https_server
-from gateway.host.memory import keep_what_started, return_freed_memory
+from gateway.host.memory import keep_what_started, let_the_loop_in, return_freed_memory
 from gateway.host.migrate import migrate
 from gateway.host.port import bind
 from gateway.host.recovery import recover
@@ -40,6 +40,7 @@ from gateway.host.valkey import connect_redis, valkey_child
 from gateway.secrets import load_secrets
 from gateway.services import Services
 from gateway.settings import Settings
+from gateway.stages import Stages
 from gateway.world import World
 from tenancy.access.directory import DuplicateNameError
 from tenancy.quotas.quota import Quota
@@ -50,19 +51,26 @@ VALKEY_GRACE_S = 5.0
 log = structlog.get_logger(__name__)
 
 
-def run_serve(settings: Settings, world: World, console: Console, engine: EngineCommand = served_engine) -> int:
-    """Serve until SIGINT or SIGTERM. `engine` is what listens on the engine's socket.
+def run_serve(
+    settings: Settings,
+    world: World,
+    console: Console,
+    engine: EngineCommand = served_engine,
+    stages: Stages | None = None,
+) -> int:
+    """Serve until SIGINT or SIGTERM. `engine` is what listens on the engine's socket; `stages` keeps where time goes.
 
     Raises FolderError, PortError, ModelError and others with one clear line.
     """
     started_ns = world.monotonic_ns()
     return_freed_memory()
+    let_the_loop_in()
     folders = open_folders(settings.data_dir, settings.secrets_dir)
     with only_server(folders):
         listener = bind(settings.host, settings.port)
         with console.status("model"):
             prepare_model(settings, lambda text: console.print(f"model: {text}"))
-        return uvloop.run(_serve(settings, world, folders, listener, console, started_ns, engine))
+        return uvloop.run(_serve(settings, world, folders, listener, console, started_ns, engine, stages))
 
 
 def prepare_model(settings: Settings, say: Callable[[str], None]) -> None:
@@ -89,6 +97,7 @@ async def _serve(
     console: Console,
     started_ns: int,
     engine: EngineCommand,
+    stages: Stages | None,
 ) -> int:
     task = asyncio.current_task()
     assert task is not None
@@ -107,7 +116,7 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     with contextlib.suppress(asyncio.CancelledError):
         async with AsyncExitStack() as stack:
-            services, fresh = await _start(settings, world, folders, stack, console, engine)
+            services, fresh = await _start(settings, world, folders, stack, console, engine, stages)
             app = create_app(services, extra_routes=admin_routes(services))
             stack.push_async_callback(app.state.settler.drain, settings.drain_timeout_s)
             tls = tls_files(settings, world, folders)
@@ -129,6 +138,7 @@ async def _start(
     stack: AsyncExitStack,
     console: Console,
     engine_command: EngineCommand,
+    stages: Stages | None,
 ) -> tuple[Services, FirstRun | None]:
     """Start everything behind the HTTP server; `stack` undoes it in the opposite order."""
     with console.status("database") as status:
@@ -154,7 +164,9 @@ async def _start(
         await asyncio.gather(*starts)
         tokenizer = Tokenizer.load(settings.effective_model_dir)
         name = gateway_id(folders, world.entropy)
-        services = Services(settings, world, database, redis, Quota(redis), link, tokenizer, secrets, gateway_id=name)
+        services = Services(
+            settings, world, database, redis, Quota(redis), link, tokenizer, secrets, gateway_id=name, stages=stages
+        )
         services.metrics.watch_engine(link)
         status.update("first run and recovery")
         fresh = await _first_run(services) if settings.demo_tenants else None

@@ -27,6 +27,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError
 
 from tenancy.money import require_int
+from tenancy.quotas.calls import Calls
 from tenancy.quotas.limits import LIMIT_NAMES, PER_DAY_MAX, LimitName, ScopeLimits
 from tenancy.quotas.quota_epochs import Counters
 
@@ -98,6 +99,7 @@ class Quota:
 
     def __init__(self, redis: Redis, *, prefix: str = "bulkhead") -> None:
         self._redis = redis
+        self._calls = Calls(redis)
         self._prefix = prefix
         self._admit = _Script("admit_v3")
         self._release = _Script("release_v3")
@@ -131,7 +133,7 @@ class Quota:
             arguments.append(sum(2**bit for bit, name in enumerate(LIMIT_NAMES) if name in scope.shadow))
         root = self._root(tenant_id, scopes)
         keys = [f"{root}:epoch", f"{root}:lease:{lease_id}", *self._scope_keys(tenant_id, scopes)]
-        answer = await self._admit.run(self._redis, keys, arguments)
+        answer = await self._admit.run(self._calls, self._redis, keys, arguments)
         if len(answer) == 1:
             return EpochMismatch()
         verdict, at_scope, at_limit, retry_us, *left = cast("list[int]", answer)
@@ -151,7 +153,7 @@ class Quota:
     async def renew(self, lease: Lease) -> bool:
         """Keep a lease for another lease_ttl_ms. False if it had already expired. Raises QuotaUnavailableError."""
         arguments: list[str | int] = [lease.lease_id, lease.lease_ttl_ms]
-        return bool(await self._renew.run(self._redis, self._keys(lease), arguments))
+        return bool(await self._renew.run(self._calls, self._redis, self._keys(lease), arguments))
 
     async def release(self, lease: Lease, num_tokens_used: int) -> bool:
         """End a lease and give back num_tokens - num_tokens_used, once. False, and nothing given back, if it was gone.
@@ -163,14 +165,14 @@ class Quota:
         arguments: list[str | int] = [lease.lease_id, num_tokens_used]
         for scope in lease.scopes:
             arguments += _counted(scope)
-        return bool(await self._release.run(self._redis, self._keys(lease), arguments))
+        return bool(await self._release.run(self._calls, self._redis, self._keys(lease), arguments))
 
     async def usage_now(self, tenant_id: str, scopes: Sequence[ScopeLimits]) -> QuotaSnapshot:
         """What is left now, without taking any of it. Raises QuotaUnavailableError."""
         arguments: list[str | int] = []
         for scope in scopes:
             arguments += _counted(scope)
-        left = await self._usage.run(self._redis, self._scope_keys(tenant_id, scopes), arguments)
+        left = await self._usage.run(self._calls, self._redis, self._scope_keys(tenant_id, scopes), arguments)
         return _snapshot(scopes, cast("list[int]", left))
 
     async def cut(
@@ -185,7 +187,9 @@ class Quota:
         for scope in scopes:
             arguments += map(_or_unlimited, (getattr(scope, name) for name in LIMIT_NAMES))
         root = self._root("", scopes)
-        answer = await self._cut.run(self._redis, [f"{root}:epoch", *self._scope_keys("", scopes)], arguments)
+        answer = await self._cut.run(
+            self._calls, self._redis, [f"{root}:epoch", *self._scope_keys("", scopes)], arguments
+        )
         if len(answer) != 4 * len(scopes):
             return EpochMismatch()
         return list(zip(*(answer[number::4] for number in range(4)), strict=True))
@@ -204,7 +208,7 @@ class Quota:
             arguments += [request.request_id, request.num_tokens, int(request.in_minute), int(request.in_day)]
             arguments += [len(request.scope_ids), *request.scope_ids]
         keys = [f"{root}:epoch", f"{root}:{counters.organisation_id}:leases"]
-        await self._rebuild.run(self._redis, keys, arguments)
+        await self._rebuild.run(self._calls, self._redis, keys, arguments)
 
     def _keys(self, lease: Lease) -> list[str]:
         lease_key = self._lease_key(lease.tenant_id, lease.scopes, lease.lease_id)
@@ -238,22 +242,21 @@ class _Script:
         self._text = f"-- bulkhead {name}\n{common}\n{body}"
         self._digest = hashlib.sha1(self._text.encode(), usedforsecurity=False).hexdigest()
 
-    async def run(self, redis: Redis, keys: Sequence[str], arguments: Sequence[str | int]) -> Any:
+    async def run(self, calls: Calls, redis: Redis, keys: Sequence[str], arguments: Sequence[str | int]) -> Any:
         try:
             try:
-                return await self._evaluate(redis, keys, arguments)
+                return await calls.evalsha(self._digest, keys, arguments)
             except NoScriptError:
                 await redis.script_load(self._text)
-                return await self._evaluate(redis, keys, arguments)
+                return await calls.evalsha(self._digest, keys, arguments)
         except (RedisError, OSError, TimeoutError) as error:
             raise QuotaUnavailableError(f"{type(error).__name__}: {error}") from error
-
-    async def _evaluate(self, redis: Redis, keys: Sequence[str], arguments: Sequence[str | int]) -> Any:
-        return await redis.evalsha(self._digest, len(keys), *keys, *arguments)
 
 
 def _without_shadow(scope: ScopeLimits) -> ScopeLimits:
     """What clients see: a limit that does not refuse is none."""
+    if not scope.shadow:
+        return scope
     unlimited: dict[str, Any] = dict.fromkeys(scope.shadow)
     return replace(scope, **unlimited)
 

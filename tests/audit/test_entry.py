@@ -2,14 +2,17 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import rfc8785
 from hypothesis import given
+from hypothesis import strategies as st
 
 from audit import verify
 from audit.transparency.commitment import commit, leaf_bytes, pseudonym
-from audit.transparency.entry import INT64_MAX, KINDS, Entry, EntryError, is_decimal_field
+from audit.transparency.entry import INT64_MAX, KINDS, Entry, EntryError, canonical, is_decimal_field
 from audit.transparency.entry_kind import SAFE_INT_MAX
 from tests.audit.strategies import entries
 from tests.audit.world import admitted
@@ -25,6 +28,22 @@ def test_a_body_survives_its_canonical_form(entry: Entry) -> None:
     assert read == {k: str(v) if is_decimal_field(k) else v for k, v in entry.body.items()}
     assert verify.canonical(read) == entry.canonical_body()  # the verifier's own encoder writes the same bytes
     assert list(read) == sorted(read)
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="ascii"), max_size=8),
+        st.text() | st.integers(-SAFE_INT_MAX, SAFE_INT_MAX) | st.booleans() | st.lists(st.text(), max_size=3),
+        max_size=6,
+    )
+)
+def test_the_canonical_form_is_the_standards(body: dict[str, str | int | bool | list[str]]) -> None:
+    assert canonical(body) == rfc8785.dumps(body)
+
+
+def test_every_character_is_written_as_the_standard_says() -> None:
+    text = "".join(chr(number) for number in range(sys.maxunicode + 1) if not 0xD800 <= number <= 0xDFFF)
+    assert canonical({"text": text}) == rfc8785.dumps({"text": text})
 
 
 def bad_bodies() -> list[tuple[str, dict[str, object], str]]:

@@ -51,11 +51,35 @@ LEASE_TTL_S = 3_600  # nobody renews here: longer than any machine that runs thi
 
 
 class Cable:
-    """The real client, which can be cut off."""
+    """The real client, which can be cut off; also its own pool, so that the connections end with it that scripts are
+    called on."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self.is_cut = False
+        self._is_cut = False
+        self._lent: list[Any] = []
+        self.connection_pool = self
+
+    @property
+    def is_cut(self) -> bool:
+        return self._is_cut
+
+    @is_cut.setter
+    def is_cut(self, is_cut: bool) -> None:
+        self._is_cut = is_cut
+        for connection in self._lent if is_cut else ():
+            connection._writer.transport.abort()
+
+    async def get_connection(self) -> Any:
+        if self.is_cut:
+            raise RedisConnectionError("cut")
+        connection = await self._redis.connection_pool.get_connection()
+        self._lent.append(connection)
+        return connection
+
+    async def release(self, connection: Any) -> None:
+        self._lent.remove(connection)
+        await self._redis.connection_pool.release(connection)
 
     def __getattr__(self, name: str) -> Any:
         async def call(*arguments: Any) -> Any:

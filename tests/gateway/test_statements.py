@@ -12,8 +12,13 @@ import pytest
 from redis.asyncio import Redis
 from sqlalchemy import event
 
+from gateway import remembered
+from gateway.api import auth
+from gateway.api.auth import authenticated, look_again
+from gateway.database import DatabaseUnavailableError
 from gateway.trips import Trips
 from tenancy.access.keys import revoke_key
+from tenancy.quotas.calls import Calls
 from tenancy.quotas.limits import set_limits
 from tests.fakes.hall import Hall, chat_body
 from tests.gateway.conftest import Stage
@@ -58,14 +63,19 @@ def listen(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> Asked:
         await begin(self)
 
     monkeypatch.setattr(asyncpg.transaction.Transaction, "start", began)
-    call = hall.services.redis.execute_command
+    for owner, name in ((hall.services.redis, "execute_command"), (Calls, "evalsha")):
+        call = getattr(owner, name)
 
-    async def called(*args: Any, **options: Any) -> Any:
-        asked.num_calls += 1
-        return await call(*args, **options)
+        async def called(*args: Any, call: Any = call, **options: Any) -> Any:
+            asked.num_calls += 1
+            return await call(*args, **options)
 
-    monkeypatch.setattr(hall.services.redis, "execute_command", called)
+        monkeypatch.setattr(owner, name, called)
     return asked
+
+
+def bearer(secret: str) -> dict[str, Any]:
+    return {"headers": [(b"authorization", f"Bearer {secret}".encode())], "client": ("127.0.0.1", 1)}
 
 
 async def one_more(hall: Hall, asked: Asked, **fields: Any) -> None:
@@ -79,6 +89,7 @@ def test_on_postgresql_a_request_is_two_statements(
     postgres_stage: Stage, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """T1 and T2, each a transaction by itself. Who asks was known, or is one statement more."""
+    monkeypatch.setattr(remembered, "CALLER_NS", 60 * 10**9)  # not looked up again while the test runs
     hall, _ = postgres_stage.make(remember=True)
     asked = listen(hall, monkeypatch)
 
@@ -99,6 +110,90 @@ def test_on_postgresql_a_request_is_two_statements(
         assert len(asked.statements) == 3
         assert asked.num_transactions == 0
         await hall.check_books()
+
+    runner.run(scenario())
+
+
+def test_who_asks_often_is_looked_up_after_an_answer(
+    postgres_stage: Stage, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hall, _ = postgres_stage.make(remember=True)
+    monkeypatch.setattr(remembered, "CALLER_NS", 60 * 10**9)
+    asked = listen(hall, monkeypatch)
+
+    async def scenario() -> None:
+        await one_more(hall, asked)
+        await one_more(hall, asked)
+        assert len(asked.statements) == 2  # too young
+        monkeypatch.setattr(remembered, "AGEING_NS", 60 * 10**9)
+        await one_more(hall, asked)
+        assert [("place" in one, "settle" in one, "api_key.secret" in one) for one in asked.statements] == [
+            (True, False, False),
+            (False, True, False),
+            (False, False, True),
+        ]
+
+    runner.run(scenario())
+
+
+def test_one_of_many_looks_a_caller_up_again(
+    postgres_stage: Stage, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hall, _ = postgres_stage.make(remember=True)
+    services, known = hall.services, hall.services.remembered._callers
+    monkeypatch.setattr(remembered, "CALLER_NS", 60 * 10**9)
+    monkeypatch.setattr(remembered, "AGEING_NS", 60 * 10**9)
+    scope = bearer(hall.accounts["acme"].secret)
+    num_lookups, go_on, identified = 0, asyncio.Event(), auth.identify
+
+    async def slowly(*arguments: Any, **options: Any) -> Any:
+        nonlocal num_lookups
+        num_lookups += 1
+        await go_on.wait()
+        return await identified(*arguments, **options)
+
+    async def scenario() -> None:
+        await authenticated(services, scope, may_remember=True)
+        caller = await authenticated(services, scope, may_remember=True)
+        (until,) = (found[2] for found in known.values())
+        monkeypatch.setattr(auth, "identify", slowly)
+        looking = [asyncio.ensure_future(look_again(services, scope, caller)) for _ in range(6)]
+        await asyncio.sleep(0.05)
+        go_on.set()
+        await asyncio.gather(*looking)
+        assert num_lookups == 1
+        assert [found[2] > until for found in known.values()] == [True]
+        await look_again(services, scope, caller)
+        assert num_lookups == 2  # and the next time somebody does again
+
+    runner.run(scenario())
+
+
+@pytest.mark.parametrize("ends", ["revoked", "unreachable"])
+def test_who_cannot_be_looked_up_again_is_forgotten(
+    postgres_stage: Stage, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    hall, _ = postgres_stage.make(remember=True)
+    services, account = hall.services, hall.accounts["acme"]
+    scope = bearer(account.secret)
+    monkeypatch.setattr(remembered, "CALLER_NS", 60 * 10**9)
+    monkeypatch.setattr(remembered, "AGEING_NS", 60 * 10**9)
+
+    async def gone(*_: Any) -> None:
+        raise DatabaseUnavailableError("gone")
+
+    async def scenario() -> None:
+        await authenticated(services, scope, may_remember=True)
+        caller = await authenticated(services, scope, may_remember=True)
+        assert caller.remembered
+        if ends == "revoked":
+            async with hall.database.transaction() as conn:
+                await revoke_key(conn, account.key_id, now_ns=services.world.now_ns())
+        else:
+            monkeypatch.setattr(auth, "identify", lambda *_, **__: gone())
+        await look_again(services, scope, caller)
+        assert not services.remembered._callers
+        assert not services.remembered._looked_up
 
     runner.run(scenario())
 
