@@ -308,14 +308,15 @@ class Clerk:
 
     async def set_budget(
         self, kind: BudgetScope, scope_id: str, period: Period, *, hard: bool, limit_nano_usd: int
-    ) -> None:
-        """Set or replace one budget; alerts that its use calls for at once are logged too."""
+    ) -> str:
+        """Set or replace one budget; its tenant's id. Alerts that its use calls for at once are logged too."""
         budget, alerts = await budgets.set_budget(
             self.conn, kind, scope_id, period, hard=hard, limit_nano_usd=limit_nano_usd, now_ns=self.now_ns
         )
         body = {**budget_fields(budget), "limit_nano_usd": limit_nano_usd}
         await self._log("budget.set", budget.tenant_id, body)
         await append_alerts(self.conn, alerts, self.now_ns, entropy=self.entropy)
+        return budget.tenant_id
 
     async def remove_budget(self, scope_id: str, period: Period, *, hard: bool) -> None:
         """Raises BudgetError where there is none."""

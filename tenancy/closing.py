@@ -44,7 +44,7 @@ async def delete_tenant(conn: AsyncConnection, tenant_id: str, *, now_ns: int) -
     balance = await lock_balance(conn, tenant_id)
     if balance.held_nano_usd:
         raise MoneyHeldError(
-            f"requests of the tenant still hold {balance.held_nano_usd} nano-USD: suspend it and wait for them to end"
+            f"requests of the tenant still hold {balance.held_nano_usd} nano-units: suspend it and wait for them to end"
         )
     tenant = await set_tenant_status(conn, tenant_id, "deleted")
     await forget_tenant(conn, tenant_id)

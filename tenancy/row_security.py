@@ -39,6 +39,7 @@ RULES: Final[dict[Table, str]] = {
             price_tables.volume,
             invoice_tables.buyer,
             invoice_tables.invoice,
+            invoice_tables.invoice_payment,
         ),
         f"tenant_id = {_TENANT}",
     ),

@@ -69,6 +69,15 @@ def test_structure_has_one_line_a_file() -> None:
         assert names == sorted(names)
 
 
+def test_every_test_that_a_clause_names_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (DOCS / "clauses.md").read_text())
+    assert len(named) > 60
+    for path, name in named:
+        assert re.search(rf"^(?:async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE), f"{path} has no {name}"
+    for path in re.findall(r"`((?:gateway|tenancy|migrations)/[\w/.]*)`", (DOCS / "clauses.md").read_text()):
+        assert (ROOT / path).exists(), f"docs/clauses.md names {path}: not there"
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):

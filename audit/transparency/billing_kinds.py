@@ -66,7 +66,22 @@ BILLING_KINDS = (
             *counts("due_ns"),
         ),
     ),
-    Kind("invoice.paid", 1, "An invoice was paid, as the operator says.", texts("invoice_id", "reference")),
+    Kind(
+        "invoice.payment",
+        1,
+        "A payment of an invoice was noted, and what is open now. Amounts are minor units; of a credit note, which is "
+        "paid out, below zero.",
+        (
+            *texts("invoice_id", "payment_id", "reference"),
+            *counts("amount_minor", "open_minor", minimum=-SAFE_INT_MAX),
+        ),
+    ),
+    Kind(
+        "invoice.paid",
+        1,
+        "An invoice was paid, as the operator says: nothing of it is open.",
+        texts("invoice_id", "reference"),
+    ),
     Kind(
         "invoice.voided",
         1,

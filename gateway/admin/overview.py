@@ -14,7 +14,6 @@ from gateway.admin.chart import Bar
 from gateway.admin.limits import LimitUse, limits_in_use
 from gateway.admin.wording import NS_PER_S, utc, utc_minute
 from gateway.services import Services
-from tenancy.accounts.posting import CURRENCY
 from tenancy.usage.overview import tenant_overview
 
 NUM_MINUTES = 60  # of the charts
@@ -47,6 +46,15 @@ PERIOD_DEFAULT = "month"
 
 
 @dataclass(frozen=True, slots=True)
+class Money:
+    """In nano-units of one currency; what is billed belongs to the period."""
+
+    billed: int
+    held: int
+    credit: int  # what is left to spend: neither billed nor held
+
+
+@dataclass(frozen=True, slots=True)
 class TenantFigures:
     """One row. Requests, tokens and billed belong to the period; everything else is as of now."""
 
@@ -57,13 +65,10 @@ class TenantFigures:
     num_prompt_tokens: int
     num_cached_tokens: int  # part of num_prompt_tokens
     num_completion_tokens: int
-    billed_nano_usd: int
-    held_nano_usd: int
-    credit_nano_usd: int  # what is left to spend: neither billed nor held
+    money: Mapping[str, Money]  # by currency: a tenant has one, the total those of its rows
     num_blocks: int
     limits: Mapping[str, LimitUse]  # "requests", "tokens", "concurrency"
     minutes: tuple[Bar, ...]  # the last NUM_MINUTES, oldest first; the last one is not over yet
-    currency: str = CURRENCY  # of its amounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +111,10 @@ async def gather(services: Services, period: Period) -> Overview:
             num_prompt_tokens=t.num_prompt_tokens,
             num_cached_tokens=t.num_cached_tokens,
             num_completion_tokens=t.num_completion_tokens,
-            billed_nano_usd=t.billed_nano_usd,
-            held_nano_usd=t.held_nano_usd,
-            credit_nano_usd=t.credit_nano_usd,
+            money={t.currency: Money(t.billed_nano_usd, t.held_nano_usd, t.credit_nano_usd)},
             num_blocks=blocks.get(t.tenant_id, 0),  # a tenant's domain in the engine is its id
             limits=limits[t.tenant_id],
             minutes=minutes.get(t.tenant_id) or empty_minutes(now_ns),
-            currency=t.currency,
         )
         for t in tenants
     )
@@ -155,8 +157,11 @@ def empty_minutes(now_ns: int) -> tuple[Bar, ...]:
 
 
 def add_up(rows: Sequence[TenantFigures], now_ns: int) -> TenantFigures:
-    """The totals row: the sum of exactly these rows; of money, of those in CURRENCY."""
-    money = [row for row in rows if row.currency == CURRENCY]
+    """The totals row: the sum of exactly these rows; of money, one for each currency, by its name."""
+    money: dict[str, Money] = {}
+    for currency in sorted({one for row in rows for one in row.money}):
+        parts = [row.money[currency] for row in rows if currency in row.money]
+        money[currency] = Money(*(sum(getattr(part, name) for part in parts) for name in Money.__slots__))
     minutes = tuple(
         Bar(
             empty.label,
@@ -174,9 +179,7 @@ def add_up(rows: Sequence[TenantFigures], now_ns: int) -> TenantFigures:
         num_prompt_tokens=sum(row.num_prompt_tokens for row in rows),
         num_cached_tokens=sum(row.num_cached_tokens for row in rows),
         num_completion_tokens=sum(row.num_completion_tokens for row in rows),
-        billed_nano_usd=sum(row.billed_nano_usd for row in money),
-        held_nano_usd=sum(row.held_nano_usd for row in money),
-        credit_nano_usd=sum(row.credit_nano_usd for row in money),
+        money=money,
         num_blocks=sum(row.num_blocks for row in rows),
         limits={},
         minutes=minutes,

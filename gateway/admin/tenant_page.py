@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from gateway.admin import queries
 from gateway.admin.chart import Chart, stacked_bars
 from gateway.admin.health import Fact
+from gateway.admin.invoice_lines import InvoiceLine, invoice_lines
 from gateway.admin.overview import empty_minutes, gather_minutes
-from gateway.admin.wording import count, duration, plural, usd_in_column, utc
+from gateway.admin.wording import count, duration, in_column, plural, utc
 from gateway.services import Services
 from tenancy.accounts.budget_use import BudgetUse, budget_uses
 from tenancy.accounts.corrections import refunded_nano_usd
 from tenancy.accounts.credits import Credit, list_credits
 from tenancy.accounts.posting import currency_of
-from tenancy.money import format_nano_usd
+from tenancy.money import format_nano
 from tenancy.usage.meter import TenantUsage
 
 REQUESTS_PER_PAGE = 50
@@ -94,6 +95,7 @@ class TenantPage:
     credits: tuple[CreditLine, ...]
     credits_note: str
     budgets: tuple[BudgetLine, ...]
+    invoices: tuple[InvoiceLine, ...]
     requests: tuple[RequestLine, ...]
     older: str  # cursor of the next page; empty when there is none
     is_older: bool  # this is not the first page
@@ -125,6 +127,7 @@ async def gather(services: Services, tenant_id: str, *, before: str) -> TenantPa
         uses = await budget_uses(conn, tenant_id, now_ns)
         credits = await list_credits(conn, tenant_id, now_ns)
         currency = await currency_of(conn, tenant_id)
+        invoices = await invoice_lines(conn, tenant_id, now_ns)
     shown = requests[:REQUESTS_PER_PAGE]
     return TenantPage(
         tenant_id=tenant.tenant_id,
@@ -132,25 +135,26 @@ async def gather(services: Services, tenant_id: str, *, before: str) -> TenantPa
         status=tenant.status,
         as_of=utc(now_ns),
         currency=currency,
-        money=_money(balances, billed, refunded, num_held),
-        check=check_account(balances, sums, billed.amount_nano_usd - refunded, held_nano_usd),
+        money=_money(balances, billed, refunded, num_held, currency),
+        check=check_account(balances, sums, billed.amount_nano_usd - refunded, held_nano_usd, currency),
         chart=stacked_bars(minutes or empty_minutes(now_ns), subject=tenant.name),
-        credits=tuple(_credit_line(credit, now_ns) for credit in credits[:CREDITS_MAX]),
+        credits=tuple(_credit_line(credit, now_ns, currency) for credit in credits[:CREDITS_MAX]),
         credits_note="In the order in which they are used"
         + (f"; the first {CREDITS_MAX} of {len(credits)}" if len(credits) > CREDITS_MAX else ""),
-        budgets=tuple(_budget_line(use) for use in uses),
-        requests=tuple(_request_line(row) for row in shown),
+        budgets=tuple(_budget_line(use, currency) for use in uses),
+        invoices=invoices,
+        requests=tuple(_request_line(row, currency) for row in shown),
         older=format_cursor(shown[-1]) if len(requests) > len(shown) else "",
         is_older=cursor is not None,
-        holds=tuple(_hold_line(row, now_ns) for row in holds),
-        holds_note=f"{plural(num_held, 'hold')}, {format_nano_usd(held_nano_usd)}"
+        holds=tuple(_hold_line(row, now_ns, currency) for row in holds),
+        holds_note=f"{plural(num_held, 'hold')}, {format_nano(held_nano_usd, currency)}"
         + (f"; the first {HOLDS_MAX} are shown" if num_held > len(holds) else ""),
         keys=tuple(_key_line(row, now_ns) for row in keys),
     )
 
 
 def check_account(
-    balances: Mapping[str, int], sums: Mapping[str, int], billed_nano_usd: int, held_nano_usd: int
+    balances: Mapping[str, int], sums: Mapping[str, int], billed_nano_usd: int, held_nano_usd: int, currency: str
 ) -> Fact:
     """Three figures that are kept apart must agree: balances and entries, billed and revenue, held and holds."""
     differences = {
@@ -161,10 +165,10 @@ def check_account(
         "Pending holds minus ledger held": held_nano_usd - balances.get("held", 0),
         "Sum of all accounts": sum(balances.values()),
     }
-    lines = {name: f"{name}: {format_nano_usd(value)}" for name, value in differences.items()}
+    lines = {name: f"{name}: {format_nano(value, currency)}" for name, value in differences.items()}
     if any(differences.values()):
         return Fact("bad", "Does not agree", lines)
-    return Fact("good", "Agrees to the nano-USD", lines)
+    return Fact("good", f"Agrees to the nano-{currency}", lines)
 
 
 def parse_cursor(text: str) -> tuple[int, str] | None:
@@ -180,25 +184,25 @@ def format_cursor(row: queries.UsageRow) -> str:
 
 
 def _money(
-    balances: Mapping[str, int], billed: TenantUsage, refunded_nano_usd: int, num_held: int
+    balances: Mapping[str, int], billed: TenantUsage, refunded_nano_usd: int, num_held: int, currency: str
 ) -> tuple[MoneyFact, ...]:
     return (
-        MoneyFact("Credit left", format_nano_usd(balances.get("credit", 0)), ("Neither billed nor held",)),
-        MoneyFact("Held", format_nano_usd(balances.get("held", 0)), (plural(num_held, "pending hold"),)),
+        MoneyFact("Credit left", format_nano(balances.get("credit", 0), currency), ("Neither billed nor held",)),
+        MoneyFact("Held", format_nano(balances.get("held", 0), currency), (plural(num_held, "pending hold"),)),
         MoneyFact(
             "Billed, all time",
-            format_nano_usd(billed.amount_nano_usd),
+            format_nano(billed.amount_nano_usd, currency),
             (
                 plural(billed.num_requests, "request"),
                 f"{count(billed.num_prompt_tokens)} prompt tokens, {count(billed.num_cached_tokens)} of them cached",
                 f"{count(billed.num_completion_tokens)} completion tokens",
-                *((f"{format_nano_usd(refunded_nano_usd)} of it refunded",) if refunded_nano_usd else ()),
+                *((f"{format_nano(refunded_nano_usd, currency)} of it refunded",) if refunded_nano_usd else ()),
             ),
         ),
     )
 
 
-def _request_line(row: queries.UsageRow) -> RequestLine:
+def _request_line(row: queries.UsageRow, currency: str) -> RequestLine:
     return RequestLine(
         finished=utc(row.finished_ns).removesuffix(" UTC"),
         model=row.model,
@@ -206,38 +210,38 @@ def _request_line(row: queries.UsageRow) -> RequestLine:
         prompt=count(row.num_prompt_tokens),
         cached=count(row.num_cached_tokens),
         completion=count(row.num_completion_tokens),
-        amount=usd_in_column(row.amount_nano_usd),
+        amount=in_column(row.amount_nano_usd, currency),
         finish_reason=row.finish_reason,
         request_id=row.request_id,
     )
 
 
-def _hold_line(row: queries.HoldRow, now_ns: int) -> HoldLine:
+def _hold_line(row: queries.HoldRow, now_ns: int, currency: str) -> HoldLine:
     left_ns = row.expires_ns - now_ns
     expires = f"in {duration(left_ns)}" if left_ns > 0 else f"{duration(-left_ns)} ago, waiting to be settled"
-    return HoldLine(row.request_id, usd_in_column(row.amount_nano_usd), expires)
+    return HoldLine(row.request_id, in_column(row.amount_nano_usd, currency), expires)
 
 
-def _credit_line(credit: Credit, now_ns: int) -> CreditLine:
+def _credit_line(credit: Credit, now_ns: int, currency: str) -> CreditLine:
     if credit.expires_ns is None:
         expires = "never"
     else:
         expires = utc(credit.expires_ns) if credit.expires_ns > now_ns else "expired"
     # What came back by refunds and adjustments was never granted.
-    granted = usd_in_column(credit.amount_nano_usd) if credit.amount_nano_usd else "-"
-    return CreditLine(credit.kind, usd_in_column(credit.left_nano_usd), granted, expires, credit.credit_id)
+    granted = in_column(credit.amount_nano_usd, currency) if credit.amount_nano_usd else "-"
+    return CreditLine(credit.kind, in_column(credit.left_nano_usd, currency), granted, expires, credit.credit_id)
 
 
-def _budget_line(use: BudgetUse) -> BudgetLine:
+def _budget_line(use: BudgetUse, currency: str) -> BudgetLine:
     budget = use.budget
     word, state = (f"{use.alerted_percent} % reached", "warn") if use.alerted_percent else ("below 50 %", "good")
     return BudgetLine(
         scope=budget.scope_kind if budget.scope_kind == "tenant" else f"{budget.scope_kind} {budget.scope_id}",
         period=budget.period,
         kind="hard" if budget.hard else "soft",
-        used=usd_in_column(use.used_nano_usd),
-        held=usd_in_column(use.held_nano_usd),
-        limit=usd_in_column(budget.limit_nano_usd),
+        used=in_column(use.used_nano_usd, currency),
+        held=in_column(use.held_nano_usd, currency),
+        limit=in_column(budget.limit_nano_usd, currency),
         word=word,
         state="bad" if use.alerted_percent >= 100 else state,
     )

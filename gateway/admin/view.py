@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.admin.chart import BAR_WIDTH, HEIGHT, Chart, stacked_bars
-from gateway.admin.overview import NUM_MINUTES, Overview, TenantFigures
-from gateway.admin.wording import count, usd_in_column, utc
-from tenancy.accounts.posting import CURRENCY
+from gateway.admin.overview import NUM_MINUTES, Money, Overview, TenantFigures
+from gateway.admin.wording import count, in_column, utc
 
 TOTAL = "total"
 
@@ -34,7 +33,7 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class View:
     period: str
-    currency: str
+    currencies: tuple[str, ...]  # of the tenants, each once
     rows: tuple[Row, ...]
     fields: dict[str, str]  # what stands where
     states: dict[str, str]  # fact -> good, warn, bad
@@ -73,7 +72,7 @@ def overview_view(overview: Overview) -> View:
     _add_figures(fields, charts, TOTAL, overview.total, subject="All tenants")
     return View(
         period=overview.period.name,
-        currency=CURRENCY,
+        currencies=tuple(overview.total.money),
         rows=tuple(rows),
         fields=fields,
         states=states,
@@ -93,9 +92,10 @@ def _add_figures(
         f"{key}.prompt": count(figures.num_prompt_tokens),
         f"{key}.cached": count(figures.num_cached_tokens),
         f"{key}.completion": count(figures.num_completion_tokens),
-        f"{key}.billed": usd_in_column(figures.billed_nano_usd, figures.currency),
-        f"{key}.held": usd_in_column(figures.held_nano_usd, figures.currency),
-        f"{key}.credit": usd_in_column(figures.credit_nano_usd, figures.currency),
+        **{
+            f"{key}.{name}": "\n".join(in_column(getattr(money, name), of) for of, money in figures.money.items())
+            for name in Money.__slots__
+        },
         f"{key}.blocks": count(figures.num_blocks),
         f"{key}.chart": chart.title,
     }

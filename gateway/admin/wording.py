@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from tenancy.money import format_nano
 
 NS_PER_S = 10**9
-DECIMALS_MAX = 9  # of a nano-USD amount in USD
+DECIMALS_MAX = 9  # of an amount in nano-units
 FIGURE_SPACE = "\u2007"  # as wide as a digit, and HTML does not collapse it
 
 
@@ -13,9 +13,9 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
-def usd_in_column(nano_usd: int, currency: str = "USD") -> str:
+def in_column(nano: int, currency: str) -> str:
     """format_nano, filled up with figure spaces so that decimal points stand under each other."""
-    text = format_nano(nano_usd, currency)
+    text = format_nano(nano, currency)
     return text + FIGURE_SPACE * (DECIMALS_MAX - len(text.partition(".")[2]))
 
 

@@ -224,7 +224,7 @@ def _credit_exhausted(error: CreditExhaustedError) -> Problem:
     available_nano_usd = max(0, limiter.available_nano_usd)
     message = (
         f"You exceeded your current {'credit' if is_credit else f'budget ({limiter.name})'}: this request needs at "
-        f"least {error.needed_nano_usd} nano-USD, {available_nano_usd} nano-USD are available."
+        f"least {error.needed_nano_usd} nano-units of the account's currency, {available_nano_usd} are available."
     )
     named: Headers = (("x-bulkhead-budget", f"{limiter.name}; max_tokens=0"),)
     if limiter.available_nano_usd + limiter.held_nano_usd >= error.needed_nano_usd:

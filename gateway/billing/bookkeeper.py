@@ -7,9 +7,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from audit.transparency.entry import Entry, Value
 from audit.transparency.outbox import append
-from tenancy.invoicing import invoices, parties
+from tenancy.ids import new_id
+from tenancy.invoicing import endings, invoices, parties
 from tenancy.invoicing.invoices import Document, Invoice
 from tenancy.invoicing.parties import Buyer, Issuer
+from tenancy.invoicing.payments import find_payment
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +95,44 @@ class Bookkeeper:
         await self._log("invoice.issued", before.tenant_id, body)
         return document
 
-    async def pay(self, invoice_id: str, reference: str) -> Invoice:
-        """A repeat changes and logs nothing. Raises InvoiceError."""
-        before = await invoices.get_invoice(self.conn, invoice_id)
-        paid = await invoices.pay(self.conn, invoice_id, reference, now_ns=self.now_ns)
-        if before.state != paid.state:
-            await self._log("invoice.paid", paid.tenant_id, {"invoice_id": invoice_id, "reference": reference})
-        return paid
+    async def pay(
+        self, invoice_id: str, reference: str, *, amount_minor: int | None = None, payment_id: str = ""
+    ) -> Invoice:
+        """What is open, or a part of it. A repeat changes and logs nothing; a part without an id is never a repeat.
+
+        Raises InvoiceError or CreditLineError.
+        """
+        if amount_minor is not None and not payment_id:
+            payment_id = new_id("pay", self.entropy)
+        payment_id = payment_id or f"{invoice_id}:paid"
+        known = await find_payment(self.conn, payment_id)
+        after = await endings.pay(
+            self.conn,
+            invoice_id,
+            reference,
+            now_ns=self.now_ns,
+            amount_minor=amount_minor,
+            payment_id=payment_id,
+        )
+        made = await find_payment(self.conn, payment_id)
+        if made is None or known is not None or made.paid_ns != self.now_ns:  # the last: another did while we waited
+            return after
+        body: dict[str, Value] = {
+            "invoice_id": invoice_id,
+            "payment_id": payment_id,
+            "amount_minor": made.amount_minor,
+            "open_minor": await endings.open_of(self.conn, after),
+            "reference": reference,
+        }
+        await self._log("invoice.payment", after.tenant_id, body)
+        if after.state == "paid":
+            await self._log("invoice.paid", after.tenant_id, {"invoice_id": invoice_id, "reference": reference})
+        return after
 
     async def void(self, invoice_id: str, reason: str) -> Invoice:
         """A repeat changes and logs nothing. Raises InvoiceError."""
         before = await invoices.get_invoice(self.conn, invoice_id)
-        gone = await invoices.void(self.conn, invoice_id, reason, now_ns=self.now_ns)
+        gone = await endings.void(self.conn, invoice_id, reason, now_ns=self.now_ns)
         if before.state != gone.state:
             await self._log("invoice.voided", gone.tenant_id, {"invoice_id": invoice_id, "reason": reason})
         return gone

@@ -6,7 +6,7 @@
     usage   = ledger    each usage row has one capture (or, of nothing, a void) of the same amount, which is its counts
                         at its price, tier and volume, computed again; each capture has a usage row
     ledger  = invoice   each issued document of the period says what the ledger gives now; its hash is that of its text
-                        what is due on a post-paid tenant's issued documents is its receivable, now and not of a period
+                        what is open of a post-paid tenant's documents is its receivable, now and not of a period
     ledger  = export    the FOCUS file of the period, written and read back, adds up to what the revenue account gained,
                         tenant by tenant
 
@@ -29,7 +29,7 @@ from gateway.billing.focus import REVENUE_KINDS, focus_rows, write_focus
 from tenancy import tables
 from tenancy.access.directory import list_tenants
 from tenancy.invoicing.invoice_document import NANO, digest, lines_of
-from tenancy.invoicing.invoice_tables import invoice, invoice_document
+from tenancy.invoicing.invoice_tables import invoice, invoice_document, invoice_payment
 from tenancy.invoicing.invoices import get_document, lines_now, list_invoices
 from tenancy.pricing.price_book import get_price
 from tenancy.pricing.prices import Price, charge_nano_usd
@@ -177,19 +177,28 @@ async def _documents(conn: AsyncConnection, found: Reconciliation) -> None:
 
 
 async def _receivables(conn: AsyncConnection, found: Reconciliation) -> None:
-    """Of documents that were issued to a tenant with a credit line, by the transaction that says so."""
+    """Of documents that were issued to a tenant with a credit line, by the transaction that says so, less payments."""
     account, transaction = tables.account, tables.ledger_transaction
+    paid = (
+        select(func.coalesce(func.sum(invoice_payment.c.amount_minor), 0))
+        .where(invoice_payment.c.invoice_id == invoice.c.id)
+        .correlate(invoice)
+        .scalar_subquery()
+    )
     query = (
-        select(invoice.c.tenant_id, invoice_document.c.document)
+        select(invoice.c.tenant_id, invoice.c.state, invoice_document.c.document, paid)
         .join(invoice_document, invoice_document.c.invoice_id == invoice.c.id)
         .join(transaction, transaction.c.id == invoice.c.id + ":issued")
-        .where(invoice.c.state == "issued")
+        .where(invoice.c.state.in_(("issued", "paid")))
     )
     due: dict[str, int] = {}
     async with conn.stream(query) as rows:
-        async for tenant_id, text in rows:
+        async for tenant_id, state, text, paid_minor in rows:
             figures = json.loads(text)
-            nano = figures["due_minor"] * NANO // 10 ** figures["minor_digits"]
+            open_minor = figures["due_minor"] - int(paid_minor)
+            if state == "paid" and open_minor:
+                found.differs("ledger and invoice", f"{figures['number']} is paid, {open_minor} minor units are open")
+            nano = open_minor * NANO // 10 ** figures["minor_digits"]
             due[tenant_id] = due.get(tenant_id, 0) + nano
     receivable = select(account.c.tenant_id, account.c.balance_nano_usd).where(account.c.kind == "receivable")
     for tenant_id, balance_nano in (await conn.execute(receivable.order_by(account.c.tenant_id))).all():

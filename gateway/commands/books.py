@@ -11,15 +11,16 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from engine.journal import read_journals
 from gateway.billing.focus import focus_rows, write_focus
 from gateway.billing.reconcile import Reconciliation, reconcile
-from gateway.commands.directory import NANO_PER_USD, exact, find_tenant, print_table
-from gateway.commands.invoices import AsJson, Month, Since, Until
+from gateway.commands.directory import NANO_PER_USD, AsJson, exact, find_tenant, print_table
+from gateway.commands.invoices import Month, Since, Until
 from gateway.commands.invoices import invoice_app as invoice_app  # with the commands below, what cli.py mounts
 from gateway.commands.periods import instant_of, period_of
 from gateway.commands.session import CommandError, in_snapshot, open_session
 from gateway.sequences import usage_by_request
 from tenancy.access.directory import list_tenants
+from tenancy.accounts.posting import CURRENCY, currency_of
 from tenancy.invoicing.periods import DAY_NS, period_start_ns
-from tenancy.money import format_nano_usd
+from tenancy.money import format_nano
 from tenancy.usage.attribution import Attribution, attribute, cost_nano_usd, read_spans
 
 
@@ -76,13 +77,17 @@ def invoice_reconcile(
 
 @invoice_app.command("margin")
 def invoice_margin(
-    cost_per_hour: Annotated[str, typer.Option(help="USD that an hour of the engine costs, a decimal number")],
+    cost_per_hour: Annotated[str, typer.Option(help="what an hour of the engine costs, a decimal number")],
+    currency: Annotated[str, typer.Option(help="of that cost: ISO 4217; other tenants have no margin")] = CURRENCY,
     month: Month = "",
     since: Since = "",
     until: Until = "",
     as_json: AsJson = False,
 ) -> None:
-    """Estimate what each tenant cost and left over, by its share of the engine's time; idle time is shown apart."""
+    """Estimate what each tenant cost and left over, by its share of the engine's time; idle time is shown apart.
+
+    A tenant with an account in another currency has its share and revenue, and no margin: nothing is exchanged.
+    """
     session = open_session()
     since_ns, until_ns = period_of(month, since, until)
     until_ns = min(until_ns, session.world.now_ns())
@@ -90,20 +95,23 @@ def invoice_margin(
         raise CommandError("a margin needs --month, or --since and a later --until, that has begun")
     rate = exact(cost_per_hour, NANO_PER_USD, "--cost-per-hour")
 
-    async def work(conn: AsyncConnection) -> tuple[Attribution, dict[str, str]]:
+    async def work(conn: AsyncConnection) -> tuple[Attribution, dict[str, str], dict[str, str]]:
         spans = await read_spans(conn, since_ns, until_ns)
         found = attribute(spans, since_ns, until_ns, block_size=session.settings.block_size)
-        return found, {one.tenant_id: one.name for one in await list_tenants(conn)}
+        currencies = {tenant_id: await currency_of(conn, tenant_id) for tenant_id in found.shares}
+        return found, {one.tenant_id: one.name for one in await list_tenants(conn)}, currencies
 
-    found, names = in_snapshot(session, work)
+    found, names, currencies = in_snapshot(session, work)
     rows = []
     for tenant_id, share in sorted(found.shares.items(), key=lambda one: -one[1].engine_ns):
         cost = cost_nano_usd(share.engine_ns, rate)
-        figures = {"cost_nano_usd": cost, "margin_nano_usd": share.revenue_nano_usd - cost}
+        own = currencies[tenant_id]
+        margin = share.revenue_nano_usd - cost if own == currency else None
+        figures = {"currency": own, "cost_nano_usd": cost, "margin_nano_usd": margin}
         rows.append({"tenant": names[tenant_id], "tenant_id": tenant_id, **asdict(share), **figures})
     idle_cost = cost_nano_usd(found.idle_ns, rate)
     if as_json:
-        idle = {"idle_ns": found.idle_ns, "idle_cost_nano_usd": idle_cost}
+        idle = {"idle_ns": found.idle_ns, "idle_cost_nano_usd": idle_cost, "cost_currency": currency}
         typer.echo(json.dumps({"since_ns": since_ns, "until_ns": until_ns, "tenants": rows, **idle}))
         return
     table = [
@@ -113,11 +121,13 @@ def invoice_margin(
             f"{row['cache_token_seconds']:,}",
             f"{row['cache_block_ns'] / 1e9:,.1f}",
             f"{row['engine_ns'] / 3.6e12:.3f}",
-            *(format_nano_usd(row[name]) for name in ("revenue_nano_usd", "cost_nano_usd", "margin_nano_usd")),
+            format_nano(row["revenue_nano_usd"], row["currency"]),
+            format_nano(row["cost_nano_usd"], currency),
+            "-" if row["margin_nano_usd"] is None else format_nano(row["margin_nano_usd"], currency),
         )
         for row in rows
     ]
     nothing = ("",) * 5
-    table.append(("(idle)", *nothing, f"{found.idle_ns / 3.6e12:.3f}", "", format_nano_usd(idle_cost), ""))
+    table.append(("(idle)", *nothing, f"{found.idle_ns / 3.6e12:.3f}", "", format_nano(idle_cost, currency), ""))
     counts = ("tenant", "requests", "prefill", "decode", "token-seconds", "block-seconds")
     print_table((*counts, "engine hours", "revenue", "cost", "margin"), table, numbers_from=1)

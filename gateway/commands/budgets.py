@@ -1,16 +1,18 @@
 """bulkhead budget: what a tenant, project or key may spend in a day, a month or in all."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.commands.directory import NANO_PER_USD, clerk, exact, find_tenant, print_table
+from gateway.commands.directory import NANO_PER_USD, AsJson, Listed, clerk, exact, find_tenant, print_list
 from gateway.commands.session import in_transaction, open_session
 from tenancy.access.directory import list_tenants
 from tenancy.accounts.budget_use import BudgetScope, budget_uses
+from tenancy.accounts.posting import currency_of
 from tenancy.invoicing.periods import Period
-from tenancy.money import format_nano_usd
+from tenancy.money import format_nano
 
 budget_app = typer.Typer(no_args_is_help=True, help="Budgets per day, month or in all.")
 
@@ -25,19 +27,21 @@ def budget_set(
     scope: Scope,
     of: Of,
     period: PeriodOption,
-    usd: Annotated[str, typer.Option(help="amount in USD, a decimal number")],
+    usd: Annotated[str, typer.Option(help="amount in the account's currency, a decimal number")],
     hard: Hard = True,
 ) -> None:
     """Set or change one budget. What was spent in the period before counts."""
     session = open_session()
 
-    async def work(conn: AsyncConnection) -> None:
+    async def work(conn: AsyncConnection) -> str:
         limit_nano_usd = exact(usd, NANO_PER_USD, "--usd")
         scope_id = await find_scope(conn, scope, of)
-        await clerk(session, conn).set_budget(scope, scope_id, period, hard=hard, limit_nano_usd=limit_nano_usd)
+        tenant_id = await clerk(session, conn).set_budget(
+            scope, scope_id, period, hard=hard, limit_nano_usd=limit_nano_usd
+        )
+        return format_nano(limit_nano_usd, await currency_of(conn, tenant_id))
 
-    in_transaction(session, work)
-    typer.echo(f"the {kind_of(hard)} {period} budget of {scope} {of} is {usd} USD")
+    typer.echo(f"the {kind_of(hard)} {period} budget of {scope} {of} is {in_transaction(session, work)}")
 
 
 @budget_app.command("remove")
@@ -53,30 +57,34 @@ def budget_remove(scope: Scope, of: Of, period: PeriodOption, hard: Hard = True)
 
 
 @budget_app.command("list")
-def budget_list(tenant: Annotated[str, typer.Option(help="only this tenant")] = "") -> None:
+def budget_list(tenant: Annotated[str, typer.Option(help="only this tenant")] = "", as_json: AsJson = False) -> None:
     """List budgets with what is used and held in the period that runs, and the highest alert that was given."""
     session = open_session()
 
-    async def work(conn: AsyncConnection) -> list[tuple[str, ...]]:
+    async def work(conn: AsyncConnection) -> Listed:
         tenants = [await find_tenant(conn, tenant)] if tenant else await list_tenants(conn)
         return [
             (
-                one.name,
-                f"{use.budget.scope_kind} {use.budget.scope_id}",
-                use.budget.period,
-                kind_of(use.budget.hard),
-                f"{use.alerted_percent} %" if use.alerted_percent else "-",
-                *(
-                    format_nano_usd(amount)
-                    for amount in (use.used_nano_usd, use.held_nano_usd, use.budget.limit_nano_usd)
+                (
+                    one.name,
+                    f"{use.budget.scope_kind} {use.budget.scope_id}",
+                    use.budget.period,
+                    kind_of(use.budget.hard),
+                    f"{use.alerted_percent} %" if use.alerted_percent else "-",
+                    *(
+                        format_nano(amount, currency)
+                        for amount in (use.used_nano_usd, use.held_nano_usd, use.budget.limit_nano_usd)
+                    ),
                 ),
+                asdict(use) | {"currency": currency},
             )
             for one in tenants
+            for currency in [await currency_of(conn, one.tenant_id)]
             for use in await budget_uses(conn, one.tenant_id, session.world.now_ns())
         ]
 
     columns = ("tenant", "of", "period", "kind", "alerted", "used", "held", "limit")
-    print_table(columns, in_transaction(session, work), numbers_from=4)
+    print_list(columns, in_transaction(session, work), as_json, numbers_from=4)
 
 
 async def find_scope(conn: AsyncConnection, scope: BudgetScope, of: str) -> str:

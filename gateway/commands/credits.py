@@ -1,12 +1,23 @@
 """bulkhead credit grant, limit, list: prepaid credit, of a kind and with an end or without, and credit lines."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.commands.corrections import credit_adjust, credit_refund
-from gateway.commands.directory import NANO_PER_USD, Reason, TenantName, clerk, exact, find_tenant, print_table
+from gateway.commands.directory import (
+    NANO_PER_USD,
+    AsJson,
+    Listed,
+    Reason,
+    TenantName,
+    clerk,
+    exact,
+    find_tenant,
+    print_list,
+)
 from gateway.commands.keys import Expires, instant_ns, iso
 from gateway.commands.session import in_transaction, open_session
 from tenancy.accounts.credit_line import CreditLine, get_line
@@ -67,25 +78,30 @@ def credit_limit(tenant: TenantName, usd: Usd, reason: Reason = "") -> None:
 
 
 @credit_app.command("list")
-def credit_list(tenant: TenantName) -> None:
+def credit_list(tenant: TenantName, as_json: AsJson = False) -> None:
     """List what a tenant's credit is made of, in the order in which it is used."""
     session = open_session()
 
-    async def work(conn: AsyncConnection) -> list[tuple[str, ...]]:
+    async def work(conn: AsyncConnection) -> Listed:
         found = await find_tenant(conn, tenant)
         currency = await currency_of(conn, found.tenant_id)
         return [
             (
-                one.credit_id,
-                one.kind,
-                iso(one.expires_ns),
-                format_nano(one.amount_nano_usd, currency),
-                format_nano(one.left_nano_usd, currency),
+                (
+                    one.credit_id,
+                    one.kind,
+                    iso(one.expires_ns),
+                    format_nano(one.amount_nano_usd, currency),
+                    format_nano(one.left_nano_usd, currency),
+                ),
+                asdict(one) | {"currency": currency},
             )
             for one in await list_credits(conn, found.tenant_id, session.world.now_ns())
         ]
 
-    print_table(("transfer", "kind", "expires", "granted", "left"), in_transaction(session, work), numbers_from=3)
+    print_list(
+        ("transfer", "kind", "expires", "granted", "left"), in_transaction(session, work), as_json, numbers_from=3
+    )
 
 
 credit_app.command("refund")(credit_refund)

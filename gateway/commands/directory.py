@@ -1,8 +1,10 @@
 """bulkhead tenant, admin: who is served, and who looks after it."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from decimal import Decimal, InvalidOperation
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -28,6 +30,8 @@ admin_app = typer.Typer(no_args_is_help=True, help="Operators of the admin page.
 TenantName = Annotated[str, typer.Option("--tenant", help="the tenant's name")]
 TenantArgument = Annotated[str, typer.Argument(help="the tenant's name")]
 Reason = Annotated[str, typer.Option("--reason", help="kept in the log")]
+AsJson = Annotated[bool, typer.Option("--json", help="for programs")]
+Listed = list[tuple[tuple[str, ...], dict[str, Any]]]  # each as a row for people and as exact values
 
 
 def clerk(session: Session, conn: AsyncConnection) -> Clerk:
@@ -74,27 +78,32 @@ def tenant_create(
 
 
 @tenant_app.command("list")
-def tenant_list() -> None:
+def tenant_list(as_json: AsJson = False) -> None:
     """List tenants with credit, held money, limits and weight."""
     session = open_session()
 
-    async def work(conn: AsyncConnection) -> list[tuple[str, ...]]:
+    async def work(conn: AsyncConnection) -> Listed:
         tenants = await list_tenants(conn)
         rules = await get_limits(conn, [tenant.tenant_id for tenant in tenants])
-        rows = []
+        rows: Listed = []
         for tenant in tenants:
             money = await balance(conn, tenant.tenant_id)
             rule = rules.get(tenant.tenant_id, ScopeLimits(tenant.tenant_id))
             currency = await currency_of(conn, tenant.tenant_id)
             amounts = (money.credit_nano_usd, money.held_nano_usd, money.captured_nano_usd)
+            row = (
+                tenant.name,
+                tenant.tenant_id,
+                tenant.status,
+                *(format_nano(amount, currency) for amount in amounts),
+                *(limit_text(rule, name) for name in LIMIT_NAMES),
+                str(rule.weight),
+            )
+            limits = {name: getattr(rule, name) for name in LIMIT_NAMES} | {"shadow": rule.shadow}
             rows.append(
                 (
-                    tenant.name,
-                    tenant.tenant_id,
-                    tenant.status,
-                    *(format_nano(amount, currency) for amount in amounts),
-                    *(limit_text(rule, name) for name in LIMIT_NAMES),
-                    str(rule.weight),
+                    row,
+                    asdict(tenant) | {"currency": currency} | asdict(money) | {"limits": limits, "weight": rule.weight},
                 )
             )
         return rows
@@ -112,7 +121,7 @@ def tenant_list() -> None:
         "tok/day",
         "weight",
     )
-    print_table(columns, in_transaction(session, work), numbers_from=3)
+    print_list(columns, in_transaction(session, work), as_json, numbers_from=3)
 
 
 def limit_text(limits: ScopeLimits, name: LimitName) -> str:
@@ -172,6 +181,19 @@ def admin_create(name: Annotated[str, typer.Option(help="log-in name")]) -> None
 def admin_metrics_token() -> None:
     """Print the bearer token that a scraper of /metrics presents."""
     typer.echo(metrics_token(open_session().secrets))
+
+
+def print_list(
+    columns: tuple[str, ...],
+    listed: Listed,
+    as_json: bool,
+    numbers_from: int | None = None,
+) -> None:
+    """A table for people, or one JSON array."""
+    if as_json:
+        typer.echo(json.dumps([values for _, values in listed], default=sorted))  # sets are the only other type
+    else:
+        print_table(columns, [row for row, _ in listed], numbers_from)
 
 
 def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers_from: int | None = None) -> None:

@@ -1,6 +1,7 @@
 """bulkhead invoice: who sells and who is billed, drafts, issued documents and their files."""
 
 import json
+from dataclasses import asdict
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
@@ -13,13 +14,15 @@ from gateway.billing.bookkeeper import Bookkeeper
 from gateway.billing.csv_file import render_csv
 from gateway.billing.pdf import render_pdf
 from gateway.billing.wording import amount, day, describe, interval, quantity, unit_price
-from gateway.commands.directory import Reason, TenantName, exact, find_tenant, print_table
+from gateway.commands.directory import AsJson, Reason, TenantName, exact, find_tenant, print_table
 from gateway.commands.periods import period_of
 from gateway.commands.session import CommandError, Session, in_snapshot, in_transaction, open_session
 from tenancy.access.directory import list_tenants
+from tenancy.invoicing.endings import open_of
 from tenancy.invoicing.invoice_document import canonical
 from tenancy.invoicing.invoices import Invoice, get_document, get_invoice, list_invoices, preview
 from tenancy.invoicing.parties import PAYMENT_DAYS_MAX, Buyer, Terms, find_issuer
+from tenancy.invoicing.payments import payments_of
 
 BP_PER_PERCENT = 100
 
@@ -33,7 +36,6 @@ Id = Annotated[str, typer.Argument(help="the invoice's id, from: bulkhead invoic
 Month = Annotated[str, typer.Option(help="a calendar month (UTC), such as 2027-01")]
 Since = Annotated[str, typer.Option(help="first instant: a day (UTC) or ISO 8601 with an offset")]
 Until = Annotated[str, typer.Option(help="first instant after it")]
-AsJson = Annotated[bool, typer.Option("--json", help="for programs")]
 
 
 class FileKind(StrEnum):
@@ -132,16 +134,59 @@ def invoice_issue(invoice: Id) -> None:
 
 @invoice_app.command("pay")
 def invoice_pay(
-    invoice: Id, reference: Annotated[str, typer.Option(help="of the payment, kept with it and in the log")] = ""
+    invoice: Id,
+    reference: Annotated[str, typer.Option(help="of the payment, kept with it and in the log")] = "",
+    amount_text: Annotated[
+        str, typer.Option("--amount", help="in the invoice's currency, a decimal number; default: all that is open")
+    ] = "",
+    payment_id: Annotated[str, typer.Option(help="a name for it: the same again changes nothing")] = "",
 ) -> None:
-    """Note that an invoice was paid."""
+    """Note a payment of an invoice, of all that is open or of a part; of a credit note, that it was paid out."""
     session = open_session()
 
-    async def work(conn: AsyncConnection) -> None:
-        await bookkeeper(session, conn).pay(invoice, reference)
+    async def work(conn: AsyncConnection) -> str:
+        keeper = bookkeeper(session, conn)
+        minor = None
+        if amount_text:
+            digits = (await get_document(conn, invoice)).figures["minor_digits"]
+            minor = exact(amount_text, 10**digits, "--amount")
+        after = await keeper.pay(invoice, reference, amount_minor=minor, payment_id=payment_id)
+        if after.state == "paid":
+            return f"{invoice} is paid"
+        figures = await figures_of(conn, after)
+        return f"{invoice}: {figures['currency']} {amount(figures, await open_of(conn, after))} are open"
 
-    in_transaction(session, work)
-    typer.echo(f"{invoice} is paid")
+    typer.echo(in_transaction(session, work))
+
+
+@invoice_app.command("payments")
+def invoice_payments(invoice: Id, as_json: AsJson = False) -> None:
+    """List the payments of an invoice, in the order in which they came, and what is open."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> dict[str, Any]:
+        one = await get_invoice(conn, invoice)
+        figures = await figures_of(conn, one)
+        return {
+            "invoice_id": invoice,
+            "state": one.state,
+            "currency": figures["currency"],
+            "minor_digits": figures["minor_digits"],
+            "due_minor": figures["due_minor"],
+            "open_minor": await open_of(conn, one),
+            "payments": [asdict(payment) for payment in await payments_of(conn, invoice)],
+        }
+
+    found = in_snapshot(session, work)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    rows = [
+        (one["payment_id"], day(one["paid_ns"]), one["reference"], money(found | one, "amount_minor"))
+        for one in found["payments"]
+    ]
+    rows.append(("", "", "open", money(found, "open_minor")))
+    print_table(("payment", "on", "reference", "amount"), rows, numbers_from=3)
 
 
 @invoice_app.command("void")
@@ -167,7 +212,8 @@ def invoice_list(tenant: Annotated[str, typer.Option(help="only this tenant's")]
         found = []
         for one in await list_invoices(conn, tenant_id):
             figures = await figures_of(conn, one)
-            found.append({"state": one.state, "tenant": names[one.tenant_id], **figures})
+            own = {"state": one.state, "tenant": names[one.tenant_id], "open_minor": await open_of(conn, one)}
+            found.append(own | figures)
         return found
 
     found = in_snapshot(session, work)
@@ -185,10 +231,11 @@ def invoice_list(tenant: Annotated[str, typer.Option(help="only this tenant's")]
             day(one["due_ns"]) if one["number"] else "-",
             money(one, "total_minor"),
             money(one, "due_minor"),
+            money(one, "open_minor"),
         )
         for one in found
     ]
-    columns = ("id", "number", "kind", "state", "tenant", "period (UTC)", "due by", "total", "due")
+    columns = ("id", "number", "kind", "state", "tenant", "period (UTC)", "due by", "total", "due", "open")
     print_table(columns, rows, numbers_from=7)
 
 
@@ -197,11 +244,11 @@ def invoice_show(invoice: Id, as_json: AsJson = False) -> None:
     """Show an invoice: an issued one as it is stored, a draft as it would be now."""
     session = open_session()
 
-    async def work(conn: AsyncConnection) -> tuple[Invoice, dict[str, Any]]:
+    async def work(conn: AsyncConnection) -> tuple[Invoice, dict[str, Any], int]:
         one = await get_invoice(conn, invoice)
-        return one, await figures_of(conn, one)
+        return one, await figures_of(conn, one), await open_of(conn, one)
 
-    one, figures = in_snapshot(session, work)
+    one, figures, open_minor = in_snapshot(session, work)
     if as_json:
         typer.echo(canonical(figures))
         return
@@ -214,7 +261,10 @@ def invoice_show(invoice: Id, as_json: AsJson = False) -> None:
     print_table(("for", "what", "detail", "quantity", "unit price", "amount"), rows, numbers_from=3)
     tax = f"{Decimal(figures['tax_rate_bp']) / BP_PER_PERCENT} %"
     names = (("net", "net_minor"), (f"tax {tax}", "tax_minor"), ("total", "total_minor"), ("due", "due_minor"))
-    print_table(("", ""), [(label, money(figures, name)) for label, name in names], numbers_from=1)
+    sums = [(label, money(figures, name)) for label, name in names]
+    if one.issued_ns is not None:
+        sums.append(("open", f"{figures['currency']} {amount(figures, open_minor)}"))
+    print_table(("", ""), sums, numbers_from=1)
 
 
 @invoice_app.command("export")

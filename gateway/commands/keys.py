@@ -1,12 +1,13 @@
 """bulkhead key: create, list, rotate, revoke."""
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.commands.directory import Reason, TenantName, clerk, find_tenant, print_table
+from gateway.commands.directory import AsJson, Listed, Reason, TenantName, clerk, find_tenant, print_list
 from gateway.commands.session import CommandError, Session, in_transaction, open_session
 from tenancy.access.directory import list_projects, owner_of
 from tenancy.access.key_rules import TIERS, read_rules
@@ -91,16 +92,16 @@ def key_rotate(
 
 
 @key_app.command("list")
-def key_list(tenant: TenantName) -> None:
+def key_list(tenant: TenantName, as_json: AsJson = False) -> None:
     """List the keys of a tenant, never their secrets."""
     session = open_session()
 
-    async def work(conn: AsyncConnection) -> list[tuple[str, ...]]:
-        found = await list_keys(conn, (await find_tenant(conn, tenant)).tenant_id)
-        return [key_row(key, session.world.now_ns()) for key in found]
+    async def work(conn: AsyncConnection) -> Listed:
+        found, now_ns = await list_keys(conn, (await find_tenant(conn, tenant)).tenant_id), session.world.now_ns()
+        return [(key_row(key, now_ns), asdict(key) | {"state": key.state(now_ns)}) for key in found]
 
     columns = ("id", "key", "name", "scopes", "state", "expires", "last used", "models", "networks", "tiers")
-    print_table(columns, in_transaction(session, work))
+    print_list(columns, in_transaction(session, work), as_json)
 
 
 def key_row(key: ApiKey, now_ns: int) -> tuple[str, ...]:

@@ -1,12 +1,13 @@
 """bulkhead price: add, draft, schedule, withdraw, discard, list."""
 
+from dataclasses import asdict
 from decimal import Decimal
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.commands.directory import NANO_PER_USD, Reason, exact, print_table
+from gateway.commands.directory import NANO_PER_USD, AsJson, Listed, Reason, exact, print_list
 from gateway.commands.keys import iso
 from gateway.commands.periods import instant_of
 from gateway.commands.session import CommandError, Session, in_snapshot, in_transaction, open_session
@@ -126,22 +127,18 @@ def price_discard(draft: DraftId) -> None:
 
 
 @price_app.command("list")
-def price_list(model: Annotated[str, typer.Option(help="only this model")] = "") -> None:
+def price_list(model: Annotated[str, typer.Option(help="only this model")] = "", as_json: AsJson = False) -> None:
     """List drafts and price versions with the interval in which each is in force."""
     session = open_session()
 
-    async def work(conn: AsyncConnection) -> list[tuple[str, ...]]:
+    async def work(conn: AsyncConnection) -> Listed:
         drafts = [one for one in await list_drafts(conn) if model in ("", one.terms.model)]
         book = await list_book(conn, session.world.now_ns(), model or None)
         return [
-            *(_row(one.terms, one.draft_id, "draft", "-", "-") for one in drafts),
+            *(_listed(one.terms, one.draft_id, "draft", None, None) for one in drafts),
             *(
-                _row(
-                    PriceTerms.of(one.price),
-                    one.price.price_id,
-                    one.state,
-                    iso(one.price.effective_from_ns),
-                    iso(one.until_ns),
+                _listed(
+                    PriceTerms.of(one.price), one.price.price_id, one.state, one.price.effective_from_ns, one.until_ns
                 )
                 for one in book
             ),
@@ -149,7 +146,7 @@ def price_list(model: Annotated[str, typer.Option(help="only this model")] = "")
 
     columns = ("model", "tier", "id", "state", "from", "until", "other tiers", "currency")
     figures = ("from token", "input/M", "cached/M", "output/M", "per request")
-    print_table((*columns, *figures), in_snapshot(session, work), numbers_from=8)
+    print_list((*columns, *figures), in_snapshot(session, work), as_json, numbers_from=8)
 
 
 def price_clerk(session: Session, conn: AsyncConnection) -> PriceClerk:
@@ -198,6 +195,14 @@ def step_of(text: str) -> Step:
 
 def per_million(text: str, option: str) -> int:
     return exact(text, PICO_PER_USD_PER_MILLION, option)
+
+
+def _listed(
+    terms: PriceTerms, name: str, state: str, since_ns: int | None, until_ns: int | None
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    since, until = ("-" if state == "draft" else iso(at_ns) for at_ns in (since_ns, until_ns))
+    values = {"id": name, "state": state, "effective_from_ns": since_ns, "until_ns": until_ns}
+    return _row(terms, name, state, since, until), values | asdict(terms)
 
 
 def _row(terms: PriceTerms, name: str, state: str, since: str, until: str) -> tuple[str, ...]:

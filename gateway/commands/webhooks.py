@@ -1,12 +1,13 @@
 """bulkhead webhook: who is told of alerts, and what became of it."""
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.commands.directory import clerk, find_tenant, print_table
+from gateway.commands.directory import AsJson, Listed, clerk, find_tenant, print_list, print_table
 from gateway.commands.session import CommandError, in_transaction, open_session
 from gateway.webhooks.events import ALERT_KINDS, EVENT_KINDS, num_leaves
 from gateway.webhooks.post import PostError, check_url
@@ -47,18 +48,21 @@ def webhook_add(
 
 
 @webhook_app.command("list")
-def webhook_list() -> None:
+def webhook_list(as_json: AsJson = False) -> None:
     """List active endpoints."""
     session = open_session()
 
-    async def work(conn: AsyncConnection) -> list[tuple[str, ...]]:
+    async def work(conn: AsyncConnection) -> Listed:
         names = {one.tenant_id: one.name for one in await list_tenants(conn)}
         return [
-            (one.endpoint_id, names.get(one.tenant_id, "(all)"), one.url, " ".join(sorted(one.kinds)))
+            (
+                (one.endpoint_id, names.get(one.tenant_id, "(all)"), one.url, " ".join(sorted(one.kinds))),
+                asdict(one),
+            )
             for one in await endpoints(conn)
         ]
 
-    print_table(("endpoint", "tenant", "url", "kinds"), in_transaction(session, work), numbers_from=4)
+    print_list(("endpoint", "tenant", "url", "kinds"), in_transaction(session, work), as_json, numbers_from=4)
 
 
 @webhook_app.command("remove")

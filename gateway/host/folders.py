@@ -1,4 +1,4 @@
-"""The data folder (kept), the runtime folder (sockets, gone at reboot), and the lock that keeps a second server out."""
+"""The data folder (kept), the runtime folder (there while a server is), the lock that keeps a second server out."""
 
 import fcntl
 import hashlib
@@ -6,7 +6,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +92,11 @@ def gateway_id(folders: Folders, entropy: Callable[[int], bytes]) -> str:
 
 @contextmanager
 def only_server(folders: Folders) -> Iterator[None]:
-    """Hold the data folder's lock. Raises FolderError when another server holds it. Released by the kernel on exit."""
+    """Hold the data folder's lock, and have a runtime folder meanwhile.
+
+    Raises FolderError when another server holds it. The kernel releases it on exit; the sockets of a server that was
+    killed are found and replaced by the next one.
+    """
     handle = os.open(folders.data / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
@@ -105,17 +109,27 @@ def only_server(folders: Folders) -> Iterator[None]:
             ) from error
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        yield
+        _make_private(folders.run)
+        try:
+            yield
+        finally:  # with the lock still held: nobody else has it open
+            for socket in (folders.valkey_socket, folders.engine_socket):
+                socket.unlink(missing_ok=True)
+            with suppress(OSError):  # something else lies there: not ours to remove
+                folders.run.rmdir()
     finally:
         os.close(handle)
 
 
 def _runtime_folder(data: Path) -> Path:
-    """A short path for unix sockets (108 bytes at most), owned by us and closed to others."""
+    """A short path for unix sockets (108 bytes at most); who serves makes the folder."""
     tag = hashlib.sha256(os.fsencode(data)).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir()) / f"bulkhead-{os.getuid()}-{tag}"
+    return Path(tempfile.gettempdir()) / f"bulkhead-{os.getuid()}-{tag}"
+
+
+def _make_private(folder: Path) -> None:
+    """Owned by us and closed to others. Raises FolderError."""
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise FolderError(f"{folder} belongs to somebody else or is open to others: remove it")
-    return folder

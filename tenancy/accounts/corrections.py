@@ -54,7 +54,7 @@ async def refund(
         return tenant_id, False
     left_nano_usd = await refundable_nano_usd(conn, hold)
     if amount_nano_usd > left_nano_usd:
-        raise CorrectionError(f"of {request_id} {left_nano_usd} nano-USD are left to refund, not {amount_nano_usd}")
+        raise CorrectionError(f"of {request_id} {left_nano_usd} nano-units are left to refund, not {amount_nano_usd}")
     changes = {"revenue": -amount_nano_usd, "credit": amount_nano_usd}
     await post(conn, tenant_id, balances, changes, transfer_id, "refund", now_ns, memo=reason, corrects_id=corrects_id)
     await credits.give_back(conn, tenant_id, transfer_id, amount_nano_usd, now_ns, of=corrects_id)
@@ -91,7 +91,7 @@ async def adjust(
         own = [one for one in await credits.list_credits(conn, tenant_id, now_ns) if one.kind != "line"]
         free_nano_usd = min(balances["credit"], sum(one.left_nano_usd for one in own))
         if -amount_nano_usd > free_nano_usd:
-            raise CorrectionError(f"{-amount_nano_usd} nano-USD cannot be taken: the credit is {free_nano_usd}")
+            raise CorrectionError(f"{-amount_nano_usd} nano-units cannot be taken: the credit is {free_nano_usd}")
     changes = {"funding": -amount_nano_usd, "credit": amount_nano_usd}
     await post(
         conn,

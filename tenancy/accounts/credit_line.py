@@ -6,15 +6,16 @@ tenant is never one token over its limit for the same reason as a pre-paid one i
 
     limit           line -x         credit +x                                   the limit is raised by x (or lowered)
     invoiced        receivable -d   line +u   funding +p   tax +t   rounding    an invoice is issued: d is due
-    payment         funding -d      receivable +d    line -u   credit +u        it was paid
+    payment         funding -e      receivable +e    line -v   credit +v        e of it was paid
     invoice_voided                                                              the opposite of its `invoiced`
 
     u   what the invoice's requests took of the line, less refunds
     p   what they took of paid credit, where the buyer's terms are that it was on account (parties.py)
     t   tax; rounding: d is in minor units, u and p are exact
+    v   u in proportion: after payments of e1, e2... the line has back u * (e1 + e2...) / d, rounded down; at the end u
 
     line         minus the limit, but for what is billed and not paid
-    receivable   minus what is billed and not paid: the sum of `due` over issued documents
+    receivable   minus what is billed and not paid: the sum of what is open over issued documents
     drawn        limit - left = what was used of the line and not paid, billed or not
     drawn + held of the line <= limit                                           always
 
@@ -25,7 +26,7 @@ is paid out takes back the room that its refund made, so it is refused while tha
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
@@ -137,38 +138,52 @@ async def invoiced(conn: AsyncConnection, tenant_id: str, invoice_id: str, due: 
         await post(conn, tenant_id, balances, changes, _issued(invoice_id), "invoiced", now_ns)
 
 
-async def paid(conn: AsyncConnection, tenant_id: str, invoice_id: str, reference: str, now_ns: int) -> None:
-    """Post that an invoice was paid: what it had drawn of the line can be used again. Raises CreditLineError."""
+async def paid(
+    conn: AsyncConnection,
+    tenant_id: str,
+    invoice_id: str,
+    amount_nano: int,
+    *,
+    payment_id: str,
+    reference: str,
+    now_ns: int,
+) -> None:
+    """Post that so much of an invoice was paid: that part of what it had drawn of the line can be used again.
+
+    Nothing for an invoice that was issued to a tenant without a line. Raises CreditLineError.
+    """
     entries = await _entries(conn, _issued(invoice_id))
     if not entries:
         return
     balances = await lock_all_accounts(conn, tenant_id)
-    due, drawn = -entries.get("receivable", 0), entries.get("line", 0)
+    due, drawn, before = -entries.get("receivable", 0), entries.get("line", 0), await _paid_nano(conn, invoice_id)
+    after = before + amount_nano
+    assert 0 <= before * due <= after * due <= due * due, f"{payment_id} is not within what is open of {invoice_id}"
+    freed = _share(drawn, after, due) - (_share(drawn, before, due) if before else 0)
     line = await get_line(conn, tenant_id)
     assert line is not None, f"{invoice_id} was invoiced to {tenant_id}, which has no line"
     room = min(balances["credit"], line.left_nano_usd)
-    if drawn < -room:
+    if freed < -room:
         raise CreditLineError(
-            f"{invoice_id} cannot be paid out: {-drawn} nano-units of the line came back with it and {room} are free"
+            f"{invoice_id} cannot be paid out: {-freed} nano-units of the line came back with it and {room} are free"
         )
-    changes = {"funding": -due, "receivable": due, "line": -drawn, "credit": drawn}
+    changes = {"funding": -amount_nano, "receivable": amount_nano, "line": -freed, "credit": freed}
     changes = {kind: nano for kind, nano in changes.items() if nano}
     if not changes:
         return
-    transaction_id = f"{invoice_id}:paid"
     await post(
         conn,
         tenant_id,
         balances,
         changes,
-        transaction_id,
+        payment_id,
         "payment",
         now_ns,
         memo=reference,
         corrects_id=_issued(invoice_id),
     )
-    if drawn:
-        await credits.use(conn, line_id(tenant_id), transaction_id, -drawn)
+    if freed:
+        await credits.use(conn, line_id(tenant_id), payment_id, -freed)
 
 
 async def voided(conn: AsyncConnection, tenant_id: str, invoice_id: str, reason: str, now_ns: int) -> None:
@@ -192,6 +207,27 @@ async def voided(conn: AsyncConnection, tenant_id: str, invoice_id: str, reason:
 
 def _issued(invoice_id: str) -> str:
     return f"{invoice_id}:issued"
+
+
+def _share(drawn: int, paid_nano: int, due_nano: int) -> int:
+    """What comes back of `drawn` when so much of what was due is paid: rounded down, so never too early."""
+    return drawn if paid_nano == due_nano else drawn * paid_nano // due_nano
+
+
+async def _paid_nano(conn: AsyncConnection, invoice_id: str) -> int:
+    """What the ledger says was paid of an invoice."""
+    entry, account, transaction = tables.ledger_entry, tables.account, tables.ledger_transaction
+    query = (
+        select(func.coalesce(func.sum(entry.c.amount_nano_usd), 0))
+        .join(account, account.c.id == entry.c.account_id)
+        .join(transaction, transaction.c.id == entry.c.transaction_id)
+        .where(
+            transaction.c.corrects_id == _issued(invoice_id),
+            transaction.c.kind == "payment",
+            account.c.kind == "receivable",
+        )
+    )
+    return int(await conn.scalar(query) or 0)
 
 
 async def _entries(conn: AsyncConnection, transaction_id: str) -> dict[str, int]:

@@ -1,7 +1,7 @@
-"""Who sells, who is billed, and what was billed.
+"""Who sells, who is billed, what was billed, and what of it was paid.
 
-A document is append-only: what was issued is never changed, whatever becomes of it. `invoice` is its lifecycle, issuer
-and buyer are current values that are copied into each document.
+A document and its payments are append-only: what was issued is never changed, whatever becomes of it. `invoice` is its
+lifecycle, issuer and buyer are current values that are copied into each document.
 """
 
 from sqlalchemy import CheckConstraint, Column, ForeignKey, Index, String, Table, Text, UniqueConstraint
@@ -76,3 +76,16 @@ invoice_document = Table(
     UniqueConstraint("issuer_id", "number"),
 )
 make_append_only(invoice_document)
+
+invoice_payment = Table(
+    "invoice_payment",
+    metadata,
+    Column("id", String(128), primary_key=True),
+    Column("invoice_id", String(64), ForeignKey("invoice.id"), nullable=False),
+    Column("tenant_id", String(64), ForeignKey("tenant.id"), nullable=False),
+    Column("amount_minor", ExactInteger(), nullable=False),  # of a credit note below zero: it was paid out
+    Column("reference", Text, nullable=False),
+    Column("paid_ns", ExactInteger(), nullable=False),
+    Index(None, "invoice_id"),
+)
+make_append_only(invoice_payment)

@@ -2,6 +2,7 @@
 
     draft -> issued -> paid | void          draft -> void (it had no number)
 
+An issued document is paid when its payments add up to what is due; until the first one it can be voided (endings.py).
 A draft is a period; its figures are read from the ledger each time, so that a preview shows what would be issued. At
 issue the issuer's next number is taken and the document is stored, append-only, in one transaction. PDF, CSV and JSON
 are functions of the document alone, so they can be made again, byte for byte. A post-paid tenant's documents also move
@@ -144,7 +145,7 @@ async def issue(conn: AsyncConnection, invoice_id: str, *, now_ns: int) -> Docum
     await _require_over(conn, invoice, now_ns)
     issuer = await get_issuer(conn, invoice.issuer_id)
     due_ns = now_ns + issuer.payment_days * DAY_NS
-    await _move(conn, invoice, "issued", issued_ns=now_ns, due_ns=due_ns)
+    await move(conn, invoice, "issued", issued_ns=now_ns, due_ns=due_ns)
     number = await take_number(conn, issuer.issuer_id)
     figures = await _document(conn, invoice, number=number_text(issuer, number), issued_ns=now_ns, due_ns=due_ns)
     text = canonical(figures)
@@ -157,32 +158,6 @@ async def issue(conn: AsyncConnection, invoice_id: str, *, now_ns: int) -> Docum
     due = await _due(conn, invoice, figures)
     await credit_line.invoiced(conn, invoice.tenant_id, invoice_id, due, now_ns)
     return made
-
-
-async def pay(conn: AsyncConnection, invoice_id: str, reference: str, *, now_ns: int) -> Invoice:
-    """A payment of what was due; what it had drawn of a credit line can be used again.
-
-    Raises InvoiceError, or CreditLineError for a credit note whose money is in use again.
-    """
-    before = await get_invoice(conn, invoice_id)
-    after = await _end(conn, invoice_id, "paid", reference, now_ns)
-    if before.state != after.state:
-        await credit_line.paid(conn, after.tenant_id, invoice_id, reference, now_ns)
-    return after
-
-
-async def void(conn: AsyncConnection, invoice_id: str, reason: str, *, now_ns: int) -> Invoice:
-    """Its period can be billed again; an issued document and its number stay. Raises InvoiceError."""
-    credit_note = await conn.scalar(
-        select(_INVOICE.c.id).where(_INVOICE.c.corrects_id == invoice_id, _INVOICE.c.state != "void")
-    )
-    if credit_note is not None:
-        raise InvoiceError(f"{invoice_id} has a credit note, {credit_note}: void that first")
-    before = await get_invoice(conn, invoice_id)
-    after = await _end(conn, invoice_id, "void", reason, now_ns)
-    if before.state != after.state:
-        await credit_line.voided(conn, after.tenant_id, invoice_id, reason, now_ns)
-    return after
 
 
 async def get_invoice(conn: AsyncConnection, invoice_id: str) -> Invoice:
@@ -216,6 +191,19 @@ async def list_invoices(
     if within is not None:
         query = query.where(_INVOICE.c.since_ns < within[1], _INVOICE.c.until_ns > within[0])
     return [Invoice(*row) for row in await conn.execute(query)]
+
+
+async def move(conn: AsyncConnection, invoice: Invoice, state: State, **values: Any) -> None:
+    """The conditional UPDATE decides between two that move it at once."""
+    origins = [origin for origin, targets in MOVES.items() if state in targets]
+    changed = await conn.execute(
+        update(_INVOICE)
+        .where(_INVOICE.c.id == invoice.invoice_id, or_(*(_INVOICE.c.state == origin for origin in origins)))
+        .values(state=state, **values)
+    )
+    if changed.rowcount == 0:
+        now = (await get_invoice(conn, invoice.invoice_id)).state
+        raise InvoiceError(f"{invoice.invoice_id} is {now}: it cannot become {state}")
 
 
 async def lines_now(conn: AsyncConnection, invoice: Invoice) -> list[Line]:
@@ -328,27 +316,6 @@ async def _add(
     )
     await conn.execute(insert(_INVOICE).values({column: getattr(made, name) for name, column in _COLUMNS.items()}))
     return made
-
-
-async def _end(conn: AsyncConnection, invoice_id: str, state: State, note: str, now_ns: int) -> Invoice:
-    invoice = await get_invoice(conn, invoice_id)
-    if invoice.state == state and invoice.end_note == note:
-        return invoice
-    await _move(conn, invoice, state, ended_ns=now_ns, end_note=note)
-    return await get_invoice(conn, invoice_id)
-
-
-async def _move(conn: AsyncConnection, invoice: Invoice, state: State, **values: Any) -> None:
-    """The conditional UPDATE decides between two that move it at once."""
-    origins = [origin for origin, targets in MOVES.items() if state in targets]
-    changed = await conn.execute(
-        update(_INVOICE)
-        .where(_INVOICE.c.id == invoice.invoice_id, or_(*(_INVOICE.c.state == origin for origin in origins)))
-        .values(state=state, **values)
-    )
-    if changed.rowcount == 0:
-        now = (await get_invoice(conn, invoice.invoice_id)).state
-        raise InvoiceError(f"{invoice.invoice_id} is {now}: it cannot become {state}")
 
 
 _COLUMNS: Final = {name: name.removeprefix("invoice_") if name == "invoice_id" else name for name in Invoice.__slots__}

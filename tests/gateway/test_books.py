@@ -19,8 +19,10 @@ from gateway.billing.pdf import page_data, render_pdf
 from gateway.billing.reconcile import reconcile, reconciled_entry, reconciled_since
 from tenancy import tables
 from tenancy.access.directory import list_tenants
+from tenancy.invoicing.endings import pay
 from tenancy.invoicing.invoice_document import digest
-from tenancy.invoicing.invoices import get_document, pay
+from tenancy.invoicing.invoice_tables import invoice_payment
+from tenancy.invoicing.invoices import get_document
 from tenancy.invoicing.parties import Buyer
 from tenancy.invoicing.periods import DAY_NS
 from tenancy.usage.meter import Usage
@@ -90,9 +92,28 @@ def test_a_receivable_is_what_documents_say_is_due(database_url: str) -> None:
             async with database.read() as conn:  # paid, and nobody told the ledger
                 await conn.execute(text("UPDATE invoice SET state = 'paid', ended_ns = 1"))
                 assert len(await differences(conn, journals)) == 1
+            planted = insert(invoice_payment).values(
+                id="planted",
+                invoice_id=invoice.invoice_id,
+                tenant_id=books.who.tenant_id,
+                amount_minor=1,
+                reference="",
+                paid_ns=1,
+            )
+            async with database.read() as conn:  # a payment that the ledger never saw
+                await conn.execute(planted)
+                (found,) = await differences(conn, journals)
+                assert found.startswith(f"ledger and invoice: {books.who.tenant_id} owes")
+            async with database.transaction() as conn:
+                part = {"amount_minor": 5, "payment_id": "part", "now_ns": DAY + 3 * DAY_NS}
+                await pay(conn, invoice.invoice_id, "", **part)
+                assert await differences(conn, journals) == []
             async with database.transaction() as conn:
                 await pay(conn, invoice.invoice_id, "", now_ns=DAY + 3 * DAY_NS)
                 assert await differences(conn, journals) == []
+            async with database.read() as conn:
+                await conn.execute(planted)
+                assert any("is paid, -1 minor units are open" in one for one in await differences(conn, journals))
 
     asyncio.run(run())
 
@@ -259,7 +280,7 @@ def test_each_change_of_an_invoice_is_logged_once(sqlite_url: str) -> None:
             for _ in range(2):
                 await keeper.pay(other.invoice_id, "wire")
             kinds = list(await conn.scalars(text("SELECT kind FROM outbox ORDER BY id")))
-            names = ["issuer_set", "buyer_set", "drafted", "issued", "voided", "drafted", "issued", "paid"]
+            names = ["issuer_set", "buyer_set", "drafted", "issued", "voided", "drafted", "issued", "payment", "paid"]
             assert kinds == [f"invoice.{name}" for name in names]
 
     asyncio.run(run())

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,30 @@ def test_the_runtime_folder_is_short_and_private(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 80) / ("e" * 80)
     folders = open_folders(deep)
     assert len(os.fsencode(folders.engine_socket)) < 100
-    assert folders.run.stat().st_mode & 0o077 == 0
+    with only_server(folders):
+        assert folders.run.stat().st_mode & 0o077 == 0
+
+
+def test_the_runtime_folder_is_there_while_a_server_is(tmp_path: Path) -> None:
+    """Commands make none; a server that ends leaves nothing; a killed one's is taken over."""
+    folders = open_folders(tmp_path)
+    assert not folders.run.exists()
+    for killed_before in (False, True):
+        if killed_before:
+            folders.run.mkdir(mode=0o700)
+            folders.engine_socket.touch()
+        with only_server(folders):
+            folders.valkey_socket.touch()
+        assert not folders.run.exists()
+    folders.run.mkdir(mode=0o755)
+    with pytest.raises(FolderError, match="open to others"), only_server(folders):
+        pass
+    folders.run.chmod(0o700)
+    (folders.run / "of somebody").touch()
+    with only_server(folders):
+        pass
+    assert list(folders.run.iterdir()) == [folders.run / "of somebody"]
+    shutil.rmtree(folders.run)
 
 
 def test_a_second_server_on_the_same_folder_is_refused(tmp_path: Path) -> None:

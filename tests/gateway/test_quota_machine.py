@@ -47,6 +47,7 @@ ORGANISATION_TOKENS, TENANT_TOKENS = 90, 60
 ORGANISATION_SLOTS, TENANT_SLOTS = 6, 4
 REQUESTS = 16
 PREFIX = "quota-machine"
+LEASE_TTL_S = 3_600  # nobody renews here: longer than any machine that runs this stands still
 
 
 class Cable:
@@ -87,7 +88,7 @@ class Gateway:
         self.cable = Cable(machine.redis)
         world = World(time.time_ns, lambda: time.monotonic_ns() + machine.waited_ns, os.urandom, {})
         quota = Quota(self.cable, prefix=PREFIX)
-        self.allowance = Allowance(quota, self.cable, machine.database, world, metrics, 60)
+        self.allowance = Allowance(quota, self.cable, machine.database, world, metrics, LEASE_TTL_S)
         self.services: Any = SimpleNamespace(
             world=world, settings=Settings(), metrics=metrics, gateway_id=self.name, allowance=self.allowance
         )
@@ -268,12 +269,14 @@ class QuotaMachine:
     async def is_served(self, gateway: Gateway) -> None:
         """Nobody is refused for safety's sake where there is room."""
         for name, tenant in self.tenants.items():
-            scopes = tenant.caller.limits
+            scopes, looked = tenant.caller.limits, time.monotonic()
             now = await gateway.allowance.usage_now(tenant.tenant_id, scopes)
             room = min(now.remaining_tokens_per_day, now.remaining_tokens) >= 2 and now.remaining_requests >= 1
             before = len(await self.holds())
             await self.serve(gateway, name, 1)
-            assert len(await self.holds()) == before + room
+            served = len(await self.holds()) - before
+            stood_still = time.monotonic() - looked > 1  # meanwhile a minute's counters give something back
+            assert served == room or (served == 1 and stood_still)
             await self.end(gateway, 0, 1)
 
     def close(self) -> None:

@@ -33,6 +33,7 @@ from tenancy.access.directory import create_organisation, create_project, create
 from tenancy.access.keys import mint_key
 from tenancy.access.operators import create_operator
 from tenancy.accounts.ledger import Hold, capture, grant_credit, place_hold
+from tenancy.accounts.posting import CURRENCY
 from tenancy.pricing.price_book import add_price
 from tenancy.pricing.prices import Price, charge_nano_usd, worst_case_nano_usd
 from tenancy.quotas.quota import Quota
@@ -94,11 +95,13 @@ class House:
             assert answer.status_code == 303
             yield browser
 
-    async def add_tenant(self, name: str, *, credit_nano_usd: int = 5 * 10**9) -> Customer:
+    async def add_tenant(self, name: str, *, credit_nano_usd: int = 5 * 10**9, currency: str = CURRENCY) -> Customer:
         entropy, now_ns = os.urandom, self.clock()
         async with self.services.database.transaction() as conn:
             organisation = await create_organisation(conn, f"{name[:80]} Inc", entropy=entropy, now_ns=now_ns)
-            tenant = await create_tenant(conn, organisation.organisation_id, name, entropy=entropy, now_ns=now_ns)
+            tenant = await create_tenant(
+                conn, organisation.organisation_id, name, entropy=entropy, now_ns=now_ns, currency=currency
+            )
             project = await create_project(conn, tenant.tenant_id, "default", entropy=entropy, now_ns=now_ns)
             key = await mint_key(
                 conn,

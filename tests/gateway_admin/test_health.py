@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engine.protocol import PROTOCOL_VERSION, Ready, Stats
 from gateway.admin.audit_queries import LoggedEntry, LogState
 from gateway.admin.health import audit_fact, log_fact, worker_fact
-from gateway.admin.wording import NS_PER_S, duration, moment, plural, usd_in_column, utc
+from gateway.admin.wording import NS_PER_S, duration, in_column, moment, plural, utc
 from gateway.engine_link import EngineStatus
 from tenancy.money import format_nano_usd
 
@@ -105,7 +105,7 @@ def test_a_duration_is_short_and_never_negative(duration_ns: int) -> None:
 
 @given(st.integers(-(2**63), 2**63))
 def test_amounts_in_a_column_lose_nothing_and_align(nano_usd: int) -> None:
-    text = usd_in_column(nano_usd)
+    text = in_column(nano_usd, "USD")
     assert text.rstrip("\u2007") == format_nano_usd(nano_usd)
     assert len(text) - text.index(".") == 10
 

@@ -32,10 +32,10 @@ def test_a_tenant_may_be_called_anything(name: str, status: str) -> None:
 def render_overview(name: str, status: str) -> tuple[str, str]:
     from gateway.admin import chart, health
     from gateway.admin.limits import LimitUse
-    from gateway.admin.overview import Overview
+    from gateway.admin.overview import Money, Overview
 
     use = {key: LimitUse(None, None) for key in ("requests", "tokens", "concurrency")}
-    row = Figures("ten_1", name, status, 0, 0, 0, 0, 0, 0, 0, 0, use, empty_minutes(NOON_NS))
+    row = Figures("ten_1", name, status, 0, 0, 0, 0, {"EUR": Money(0, 0, 0)}, 0, use, empty_minutes(NOON_NS))
     lines = dict.fromkeys(
         (
             "heartbeat",

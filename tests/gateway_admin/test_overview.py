@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from audit.transparency.keyring import load_keyring
 from audit.transparency.log import sequence
-from gateway.admin.overview import PERIODS, add_up, empty_minutes
+from gateway.admin.overview import PERIODS, Money, add_up, empty_minutes
 from gateway.admin.overview import TenantFigures as Figures
 from tenancy.accounts.ledger import balance
 from tenancy.accounts.ledger_check import check_ledger
@@ -69,9 +69,11 @@ figures = st.builds(
     num_prompt_tokens=st.integers(0, BIGINT_MAX),
     num_cached_tokens=st.integers(0, BIGINT_MAX),
     num_completion_tokens=st.integers(0, BIGINT_MAX),
-    billed_nano_usd=st.integers(0, BIGINT_MAX),
-    held_nano_usd=st.integers(0, BIGINT_MAX),
-    credit_nano_usd=st.integers(0, BIGINT_MAX),
+    money=st.builds(
+        lambda currency, *amounts: {currency: Money(*amounts)},
+        st.sampled_from(["USD", "EUR", "JPY"]),
+        *[st.integers(0, BIGINT_MAX)] * 3,
+    ),
     num_blocks=st.integers(0, 10**6),
     limits=st.just({}),
     minutes=st.just(empty_minutes(NOON_NS)),
@@ -81,15 +83,33 @@ figures = st.builds(
 @given(st.lists(figures, max_size=5))
 def test_the_totals_row_is_the_exact_sum(rows: list[Figures]) -> None:
     total = add_up(rows, NOON_NS)
-    for name in (
-        "num_requests",
-        "num_cached_tokens",
-        "billed_nano_usd",
-        "held_nano_usd",
-        "credit_nano_usd",
-        "num_blocks",
-    ):
+    for name in ("num_requests", "num_cached_tokens", "num_blocks"):
         assert getattr(total, name) == sum(getattr(row, name) for row in rows)
+    assert list(total.money) == sorted({currency for row in rows for currency in row.money})
+    for currency, money in total.money.items():
+        mine = [row.money[currency] for row in rows if currency in row.money]
+        for name in ("billed", "held", "credit"):
+            assert getattr(money, name) == sum(getattr(one, name) for one in mine)
+
+
+async def test_money_is_added_up_and_named_in_each_currency(house: House) -> None:
+    """Some in dollars, two in euros: all are in the totals, nothing is added across, no euro reads as a dollar."""
+    await busy(house)
+    euros = await house.add_tenant("euros", credit_nano_usd=7 * 10**9, currency="EUR")
+    await house.add_tenant("more euros", credit_nano_usd=10**9 + 5, currency="EUR")
+    async with house.visitor() as browser:
+        page = (await browser.get("/admin?period=all")).text
+        fields = PageText(page).fields
+        tenant_page = (await browser.get(f"/admin/tenants/{euros.tenant_id}")).text
+    assert "Money, EUR and USD" in page
+    assert fields[f"{euros.tenant_id}.credit"].rstrip("\u2007") == "EUR 7.00"
+    total_eur, total_usd = (line.rstrip("\u2007") for line in fields["total.credit"].split("\n"))
+    assert total_eur == "EUR 8.000000005"
+    dollars = [fields[f"{one.tenant_id}.credit"] for name, one in house.customers.items() if "euros" not in name]
+    assert nano_usd(total_usd) == sum(map(nano_usd, dollars)) > 0
+    assert "EUR 7.00" in tenant_page
+    assert "Agrees to the nano-EUR" in tenant_page
+    assert "$" not in tenant_page
 
 
 async def test_the_page_and_the_live_update_say_the_same(house: House) -> None:

@@ -11,9 +11,11 @@ from sqlalchemy import select, update
 
 from audit.transparency.tables import outbox
 from gateway.admin.tenant_page import REQUESTS_PER_PAGE, parse_cursor
+from gateway.billing.bookkeeper import Bookkeeper
 from gateway.clerk import Clerk
 from tenancy.access.keys import revoke_key
 from tenancy.accounts.budgets import set_budget
+from tenancy.invoicing.parties import Buyer
 from tenancy.money import BIGINT_MAX
 from tenancy.tables import account, hold
 from tests.gateway_admin.house import House
@@ -70,6 +72,42 @@ async def test_credits_are_shown_in_the_order_in_which_they_are_used(house: Hous
     rows = re.findall(r"<td>(promotional|paid)</td>.*?<td>([^<]*)</td><td><code>([^<]*)</code>", text)
     assert rows[0] == ("promotional", "2026-11-23 12:00:01 UTC", "trf_2")
     assert [(kind, expires) for kind, expires, _ in rows[1:]] == [("paid", "never")]
+
+
+async def test_invoices_are_shown_with_what_is_open(house: House) -> None:
+    acme = await house.add_tenant("acme", currency="USD", credit_nano_usd=10**15)
+    for _ in range(3):
+        await house.serve(acme, 90_000, 0, 90_000)
+    house.clock.advance(86_400)
+    page = f"/admin/tenants/{acme.tenant_id}"
+
+    async def row() -> list[str]:
+        async with house.visitor() as browser:
+            panel = (await browser.get(page)).text.partition('id="invoices"')[2].partition("</section>")[0]
+        return [html.unescape(re.sub("<[^>]*>", "", cell)) for cell in re.findall(r"<td[^>]*>(.*?)</td>", panel)]
+
+    assert await row() == []
+    async with house.services.database.transaction() as conn:
+        keeper = Bookkeeper(conn, os.urandom, house.clock())
+        party = {"name": "<b>Ltd", "address": "", "tax_id": ""}
+        issuer = await keeper.set_issuer("BH", **party, payment_details="", payment_days=14)
+        await keeper.set_buyer(Buyer(acme.tenant_id, issuer.issuer_id, "acme", "", "", 0, "on_account"))
+        drafted = await keeper.draft(acme.tenant_id, None, house.clock() - 3_600 * 10**9)
+    number, kind, *_, due, left, word, invoice_id = await row()
+    assert (number, kind, due, left, word, invoice_id) == ("-", "invoice", "-", "-", "draft", drafted.invoice_id)
+    async with house.services.database.transaction() as conn:
+        keeper = Bookkeeper(conn, os.urandom, house.clock())
+        due_minor = (await keeper.issue(drafted.invoice_id)).figures["due_minor"]
+        assert due_minor > 1
+        await keeper.pay(drafted.invoice_id, "", amount_minor=1)
+    number, _, _, due_by, due, left, word, _ = await row()
+    assert (number, due_by, word) == ("BH-000001", "8 December 2026", "issued")
+    assert [int(text.replace(".", "")) for text in (due, left)] == [due_minor, due_minor - 1]
+    house.clock.advance(15 * 86_400)
+    assert (await row())[-2] == "overdue"
+    async with house.services.database.transaction() as conn:
+        await Bookkeeper(conn, os.urandom, house.clock()).pay(drafted.invoice_id, "")
+    assert (await row())[-3:-1] == ["0.00", "paid"]
 
 
 async def test_a_refund_is_shown_and_the_books_still_agree(house: House) -> None:

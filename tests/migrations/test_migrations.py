@@ -246,3 +246,31 @@ def test_a_migration_does_not_wait_behind_a_lock(postgres_server: PostgresServer
     assert run(url, lambda connection: connection.execute(text(revision)).scalar()) == "0014"
     migrate(url)
     differences_are_none(url)
+
+
+def test_what_was_paid_as_a_whole_is_one_payment(url: str) -> None:
+    """And an invoice that is paid in part cannot go back to where it would be asked for as a whole."""
+    migrate(url)
+    config = scripts(url)
+    command.downgrade(config, "0016")
+    of_invoice = (
+        "INSERT INTO issuer VALUES ('iss_1', 'i', '', '', '', 'I', 3, 14, 1)",
+        "INSERT INTO invoice VALUES ('inv_1', 'iss_1', 'ten_1', 'invoice', NULL, 'paid', 1, 2, 3, 4, 5, 6, 'wire')",
+        "INSERT INTO invoice VALUES ('inv_2', 'iss_1', 'ten_1', 'invoice', NULL, 'issued', 2, 3, 3, 4, 5, NULL, NULL)",
+        """INSERT INTO invoice_document VALUES ('inv_1', 'iss_1', 1, '{"due_minor": 71}', 'x')""",
+        """INSERT INTO invoice_document VALUES ('inv_2', 'iss_1', 2, '{"due_minor": 5}', 'x')""",
+    )
+    statements = [*BILLED_HOLD.split(";")[:2], *of_invoice]
+    run(url, lambda connection: [connection.exec_driver_sql(one) for one in statements])
+    command.upgrade(config, "head")
+
+    def payments(connection: Connection) -> list[Any]:
+        return [tuple(row) for row in connection.execute(select(invoice_tables.invoice_payment))]
+
+    assert run(url, payments) == [("inv_1:paid", "inv_1", "ten_1", 71, "wire", 6)]
+    command.downgrade(config, "0016")
+    command.upgrade(config, "head")
+    part = "INSERT INTO invoice_payment VALUES ('part', 'inv_2', 'ten_1', 1, '', 7)"
+    run(url, lambda connection: connection.execute(text(part)))
+    with pytest.raises(ValueError, match="paid in part"):
+        command.downgrade(config, "0016")

@@ -55,10 +55,10 @@ def test_a_request_is_refunded_up_to_what_it_cost(database_url: str) -> None:
                 await give_back(conn, 39, "r1")
             with pytest.raises(LedgerConflictError, match="first"):
                 await give_back(conn, 10, "first")
-            with pytest.raises(CorrectionError, match="20 nano-USD are left to refund, not 21"):
+            with pytest.raises(CorrectionError, match="20 nano-units are left to refund, not 21"):
                 await give_back(conn, 21, "r2")
             await give_back(conn, 20, "r2")
-            with pytest.raises(CorrectionError, match="0 nano-USD are left"):
+            with pytest.raises(CorrectionError, match="0 nano-units are left"):
                 await give_back(conn, 1, "r3")
             assert await balance(conn, made.tenant_id) == Balance(1_000, 0, 0)
             assert await refundable_nano_usd(conn, await captured_hold(conn, "req_1")) == 0
@@ -106,7 +106,7 @@ def test_credit_is_adjusted_both_ways_and_never_below_zero(database_url: str) ->
             for _ in range(2):  # a repeat moves nothing
                 await change(-900, "a1", "first")
             assert await balance(conn, made.tenant_id) == Balance(40, 0, 60)
-            with pytest.raises(CorrectionError, match="41 nano-USD cannot be taken: the credit is 40"):
+            with pytest.raises(CorrectionError, match="41 nano-units cannot be taken: the credit is 40"):
                 await change(-41, "a2")
             with pytest.raises(CorrectionError, match="nothing_such"):
                 await change(5, "a3", "nothing_such")

@@ -2,6 +2,9 @@
 
 import asyncio
 from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
 from typing import Any
 
 import pytest
@@ -15,7 +18,8 @@ from tenancy.accounts.credit_line import CreditLine, CreditLineError, Due, get_l
 from tenancy.accounts.ledger import InsufficientCredit, balance, place_hold
 from tenancy.accounts.ledger_check import check_ledger
 from tenancy.accounts.posting import lock_all_accounts
-from tenancy.invoicing.invoices import draft_credit_note, draft_invoice, issue, pay, void
+from tenancy.invoicing.endings import pay, void
+from tenancy.invoicing.invoices import draft_credit_note, draft_invoice, issue
 from tenancy.invoicing.periods import DAY_NS
 from tenancy.usage.meter import Usage
 from tests.tenancy.books import MONTH_NS, Books, open_books
@@ -27,13 +31,24 @@ LIMIT = 10**12
 USED = Usage(1_000_000, 0, 100_000)
 
 
+@dataclass
+class Bill:
+    """An invoice in the model: what its requests drew of the line, what it made due, and what came back."""
+
+    drawn: int
+    due: int
+    paid: int = 0
+    freed: int = 0
+    state: str = "issued"
+
+
 class PostPaidMachine(LedgerMachine):
     """The ledger's machine with a credit line for one of its tenants, which is billed and pays."""
 
     def __init__(self) -> None:
         super().__init__()
         self.limit = self.paid_back = self.to_line = 0
-        self.bills: dict[str, tuple[str, int]] = {}  # invoice -> state, drawn
+        self.bills: dict[str, Bill] = {}
         self.num = 0
 
     @initialize(limit=st.integers(1, 150))
@@ -57,26 +72,47 @@ class PostPaidMachine(LedgerMachine):
     @rule(amount=st.integers(0, 60))
     def bill(self, amount: int) -> None:
         """Of what was drawn of the line and not billed, so much: plus tax, less what minor units leave out."""
-        unbilled = self.drawn() - sum(drawn for state, drawn in self.bills.values() if state == "issued")
+        unbilled = self.drawn() - sum(bill.drawn - bill.freed for bill in self.bills.values() if bill.state == "issued")
         amount = max(0, min(amount, unbilled))
         self.num += 1
-        self.bills[f"inv_{self.num}"] = "issued", amount
+        self.bills[f"inv_{self.num}"] = Bill(amount, amount + 12)
         due = Due(due_nano=amount + 12, line_nano=amount, paid_credit_nano=0, tax_nano=10)
         self.run(credit_line.invoiced, self.acme, f"inv_{self.num}", due, self.now_ns)
 
-    @rule(data=st.data(), state=st.sampled_from(["paid", "void"]))
-    def end_bill(self, data: st.DataObject, state: str) -> None:
-        issued = sorted(name for name, (now, _) in self.bills.items() if now == "issued")
-        if not issued:
+    @rule(data=st.data(), part=st.integers(1, 100))
+    def pay_bill(self, data: st.DataObject, part: int) -> None:
+        """Some percent of what is open, or all of it: what comes back is the billed part's share, to the nano-unit."""
+        name = self.an_issued(data, paid_in_part=True)
+        if not name:
             return
-        name = data.draw(st.sampled_from(issued))
-        drawn = self.bills[name][1]
-        move = credit_line.paid if state == "paid" else credit_line.voided
-        self.run(move, self.acme, name, "", self.now_ns)
-        if state == "paid":
-            self.models["acme"].credit += drawn
-            self.paid_back += drawn
-        self.bills[name] = state, drawn
+        bill = self.bills[name]
+        amount = max(1, (bill.due - bill.paid) * part // 100)
+        self.num += 1
+        how: dict[str, Any] = {"payment_id": f"pay_{self.num}", "reference": "", "now_ns": self.now_ns}
+        with pytest.raises(AssertionError, match="not within what is open"):
+            self.run(credit_line.paid, self.acme, name, bill.due - bill.paid + 1, **how)
+        self.run(credit_line.paid, self.acme, name, amount, **how)
+        bill.paid += amount
+        freed = floor(Fraction(bill.drawn * bill.paid, bill.due))
+        self.models["acme"].credit += freed - bill.freed
+        self.paid_back += freed - bill.freed
+        bill.freed = freed
+        if bill.paid == bill.due:
+            assert bill.freed == bill.drawn
+            bill.state = "paid"
+
+    @rule(data=st.data())
+    def void_bill(self, data: st.DataObject) -> None:
+        name = self.an_issued(data, paid_in_part=False)
+        if name:
+            self.run(credit_line.voided, self.acme, name, "", self.now_ns)
+            self.bills[name].state = "void"
+
+    def an_issued(self, data: st.DataObject, *, paid_in_part: bool) -> str:
+        issued = [
+            name for name, bill in self.bills.items() if bill.state == "issued" and (paid_in_part or not bill.paid)
+        ]
+        return data.draw(st.sampled_from(sorted(issued))) if issued else ""
 
     @property
     def acme(self) -> str:
@@ -105,8 +141,8 @@ class PostPaidMachine(LedgerMachine):
         assert 0 <= own_left <= own
         assert line.drawn_nano_usd + max(0, model.held - own_left) <= line.limit_nano_usd == self.limit
         assert line.drawn_nano_usd == model.captured - (own - own_left) - self.paid_back
-        issued = [drawn for state, drawn in self.bills.values() if state == "issued"]
-        assert line.receivable_nano_usd == sum(issued) + 12 * len(issued)
+        issued = [bill for bill in self.bills.values() if bill.state == "issued"]
+        assert line.receivable_nano_usd == sum(bill.due - bill.paid for bill in issued)
 
     async def compare(self, conn: Any) -> None:
         for name, model in self.models.items():

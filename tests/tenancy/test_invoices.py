@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tenancy import tables
 from tenancy.accounts.ledger import Hold, place_hold
 from tenancy.accounts.ledger import void as void_hold
+from tenancy.invoicing.endings import pay, void
 from tenancy.invoicing.invoice_document import apportion, canonical, digest, lines_of, minor_digits, tax_minor, to_minor
 from tenancy.invoicing.invoices import (
     SETTLE_NS,
@@ -25,9 +26,7 @@ from tenancy.invoicing.invoices import (
     issue,
     lines_now,
     list_invoices,
-    pay,
     preview,
-    void,
 )
 from tenancy.invoicing.parties import Buyer, PartyError, set_buyer
 from tenancy.invoicing.periods import DAY_NS
