@@ -56,7 +56,7 @@ native-asan: setup-dev ## Run the kernels' tests under AddressSanitizer and UBSa
 	BULKHEAD_NATIVE_SANITIZE=1 $(BIN)/python setup.py build_ext --build-lib build/asan --build-temp build/asan-temp
 	NATIVE_LIBRARY=build/asan/kernels/cpu/_native.so ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
-		$(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels
+		$(BIN)/python -m pytest -q -p no:cacheprovider --timeout 600 -m "not deep" --ignore tests/kernels/gpu tests/kernels
 
 AARCH64 := -std=c++17 -pthread -Wall -Wextra -ffp-contract=off -fno-math-errno
 native-aarch64: ## Compile the kernels for 64-bit Arm and try them in an emulator (g++-aarch64-linux-gnu, qemu-user-static)

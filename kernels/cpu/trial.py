@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 
+from kernels import reference
 from kernels.cpu.library import Library
 from kernels.cpu.product import NativeProduct
 from kernels.memory import Arena
@@ -18,7 +19,8 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 @cache
 def multiplies(library: Library, isa: int) -> bool:
-    """Rows agree with float64 within the dtype's tolerance, and have the same bits alone and in company."""
+    """Rows agree with float64 within the dtype's tolerance, also where the product ends with an activation, and have
+    the same bits alone and in company."""
     generator = torch.Generator().manual_seed(0)
     for num_inputs, num_outputs in SIZES:
         for dtype, tolerance in TOLERANCE.items():
@@ -28,6 +30,11 @@ def multiplies(library: Library, isa: int) -> bool:
             right = x.double() @ weight.double().T
             if not torch.allclose(product(x).double(), right, atol=tolerance, rtol=tolerance):
                 return False
-            if not keeps_bits(product, num_inputs, dtype):
+            halves = weight[: num_outputs // 2 * 2]
+            gated = NativeProduct(library, isa, Arena(), halves, gated=True)
+            activated = reference.silu_and_mul(NativeProduct(library, isa, Arena(), halves)(x))
+            if not torch.allclose(gated(x).double(), activated.double(), atol=tolerance, rtol=tolerance):
+                return False
+            if not all(keeps_bits(one, num_inputs, dtype) for one in (product, gated)):
                 return False
     return True

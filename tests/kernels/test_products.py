@@ -16,7 +16,7 @@ from kernels.choice import choose
 from kernels.cpu.backend import NativeBackend
 from kernels.cpu.library import load
 from kernels.cpu.product import NativeProduct
-from kernels.cpu.trial import multiplies
+from kernels.cpu.trial import SIZES, multiplies
 from kernels.products import PlainHead, Product, keeps_bits
 from kernels.torch_cpu import TorchBackend
 from tests.kernels.native import bits, every_isa, isas
@@ -130,12 +130,15 @@ def test_kernels_that_multiply_wrongly_do_not_serve(monkeypatch: pytest.MonkeyPa
 
 @every_isa
 @pytest.mark.parametrize("slip", [lambda y: y * 1.1, lambda y: y + len(y) * 1e-3, lambda y: y * float("nan")])
-def test_the_trial_finds_wrong_products(isa: str, slip: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_trial_finds_wrong_products(isa: str, slip: Callable[[Tensor], Tensor], gated: bool) -> None:
     library, number = load(), load().isas()[isa]
     assert multiplies(library, number)
+    sizes = {outputs // 2 if gated else outputs for _, outputs in SIZES}
 
     def slipped(self: NativeProduct, x: Tensor) -> Tensor:
-        return slip(whole(self, x).float()).to(x.dtype)
+        y = whole(self, x)
+        return slip(y.float()).to(x.dtype) if self.num_outputs in sizes else y
 
     whole = NativeProduct.__call__
     with pytest.MonkeyPatch.context() as patch:

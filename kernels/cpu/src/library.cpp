@@ -128,11 +128,11 @@ struct AttentionJob {
 };
 
 constexpr int64_t TOKENS_PER_PIECE = 8;
-// Elements of some microseconds of work: waking another thread for less costs more than it gives.
-constexpr int64_t NORM_ELEMENTS = 1 << 15, ACTIVATION_ELEMENTS = 1 << 13;
+// Elements of two microseconds of work or more. The other threads are awake: they have just ended a product.
+constexpr int64_t ELEMENTS_PER_PIECE = 1 << 13;
 
-int64_t tokens_per_piece(int64_t size, int64_t num_elements) {
-    return size < num_elements ? num_elements / (size < 1 ? 1 : size) : 1;
+int64_t tokens_per_piece(int64_t size) {
+    return size < ELEMENTS_PER_PIECE ? ELEMENTS_PER_PIECE / (size < 1 ? 1 : size) : 1;
 }
 constexpr int64_t PIECES_PER_THREAD = 8;     // so that threads end together
 constexpr int64_t ITEMS_PER_THREAD_MIN = 4;  // with fewer, an item's heads are shared out
@@ -160,16 +160,16 @@ EXPORT void bulkhead_set_num_threads(int num) {
 }
 
 EXPORT void bulkhead_rms_norm(int isa, const NormArgs* args) {
-    in_chunks(args, ISAS[isa].ops->rms_norm, args->num_tokens, tokens_per_piece(args->size, NORM_ELEMENTS));
+    in_chunks(args, ISAS[isa].ops->rms_norm, args->num_tokens, tokens_per_piece(args->size));
 }
 
 EXPORT void bulkhead_activate_and_mul(int isa, const ActivationArgs* args) {
-    in_chunks(args, ISAS[isa].ops->activate_and_mul, args->num_tokens, tokens_per_piece(args->size, ACTIVATION_ELEMENTS));
+    in_chunks(args, ISAS[isa].ops->activate_and_mul, args->num_tokens, tokens_per_piece(args->size));
 }
 
 EXPORT void bulkhead_rope_and_store(int isa, const RopeArgs* args) {
     const int64_t size = static_cast<int64_t>(args->num_heads + 2 * args->num_kv_heads) * args->head_size;
-    in_chunks(args, ISAS[isa].ops->rope_and_store, args->num_tokens, tokens_per_piece(size, NORM_ELEMENTS));
+    in_chunks(args, ISAS[isa].ops->rope_and_store, args->num_tokens, tokens_per_piece(size));
 }
 
 EXPORT void bulkhead_digest_blocks(const BlocksArgs* args) {
