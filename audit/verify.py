@@ -90,6 +90,7 @@ KINDS: dict[str, dict[int, str]] = {
         1: "invoice_id:s number:s document_sha256:s currency:s invoice_kind:s net_minor:i tax_minor:i due_minor:i "
         "due_ns:d"
     },
+    "invoice.payment": {1: "invoice_id:s payment_id:s reference:s amount_minor:i open_minor:i"},
     "invoice.paid": {1: "invoice_id:s reference:s"},
     "invoice.voided": {1: "invoice_id:s reason:s"},
     "books.reconciled": {1: "since_ns:d until_ns:d num_requests:i num_unwitnessed:i num_differences:i differences:l"},

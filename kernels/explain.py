@@ -88,7 +88,7 @@ def _launches(name: str, backend: Backend, heads: set[Heads]) -> list[dict[str, 
         case "linear" | "gate_up":
             return [{**tile, "num_warps": matmul.NUM_WARPS, "num_stages": matmul.NUM_STAGES}]
         case "head":
-            return [{**tile, "num_warps": matmul.NUM_WARPS_IN_PARTS, "num_stages": matmul.NUM_STAGES}]
+            return [{**tile, "num_warps": matmul.NUM_WARPS_HEAD, "num_stages": matmul.NUM_STAGES}]
         case "silu_and_mul":
             return [{"block": silu_and_mul.BLOCK}]
         case "attend":

@@ -60,7 +60,7 @@ class TritonBackend:
         return Activated(self.linear(weight, bias), self.silu_and_mul)
 
     def head(self, weight: Tensor) -> TritonProduct:
-        return TritonProduct(weight, None, self.device)
+        return TritonProduct(weight, None, self.device, head=True)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None

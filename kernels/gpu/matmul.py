@@ -4,8 +4,7 @@ One tile for every number of rows, one walk over K from the first term to the la
 one order whatever the batch (https://thinkingmachines.ai/blog/defeating-nondeterminism-in-llm-inference, 2025). It
 costs speed where there are few rows; docs/kernels.md has the floor. Twin: torch.nn.functional.linear.
 
-Rows beyond the last and terms beyond K are zeros. A float32 x with a narrower weight, as the head has it, is cut into
-three parts of the weight's dtype whose products are exact: x = a + b + c.
+Rows beyond the last and terms beyond K are zeros. The sums are float32, and a head gives them as they are.
 """
 
 import torch
@@ -19,7 +18,7 @@ from kernels.products import keeps_bits
 
 BLOCK_M, BLOCK_N, BLOCK_K = 16, 64, 64  # part of what a bit is
 NUM_STAGES = 3
-NUM_WARPS, NUM_WARPS_IN_PARTS = 4, 8  # four spill where x is cut into parts
+NUM_WARPS, NUM_WARPS_HEAD = 4, 8  # with four a head spills on one of the four architectures
 
 
 @triton.jit
@@ -35,7 +34,6 @@ def matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    IN_PARTS: tl.constexpr,
     CAST: tl.constexpr,
 ):
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -49,14 +47,6 @@ def matmul_kernel(
         weight = tl.load(weight_at + start, mask=(column < N)[None, :] & (start + term < K)[:, None], other=0.0)
         if CAST:  # the interpreter multiplies bfloat16 as if it were integers
             acc = tl.dot(x.to(tl.float32), weight.to(tl.float32), acc, input_precision="ieee")
-        elif IN_PARTS:
-            first = x.to(weight.dtype)
-            rest = x - first.to(tl.float32)
-            second = rest.to(weight.dtype)
-            third = (rest - second.to(tl.float32)).to(weight.dtype)
-            acc = tl.dot(third, weight, acc)
-            acc = tl.dot(second, weight, acc)
-            acc = tl.dot(first, weight, acc)
         else:
             acc = tl.dot(x, weight, acc, input_precision="ieee")
     if HAS_BIAS:
@@ -65,16 +55,16 @@ def matmul_kernel(
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=(row < num_rows)[:, None] & (column < N)[None, :])
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [M, K], weight [N, K], bias [N] or None -> [M, N] in x's dtype, which is weight's or float32."""
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, head: bool = False) -> Tensor:
+    """x [M, K], weight [N, K], bias [N] or None, all of one dtype -> [M, N] in it; a ``head``'s in float32."""
     num_rows, size = x.shape
     num_outputs = len(weight)
     check(x, (num_rows, size))
     check(weight, (num_outputs, size), x)
-    assert x.dtype in (weight.dtype, torch.float32)
+    assert x.dtype == weight.dtype
     if bias is not None:
         check(bias, (num_outputs,), x)
-    y = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
+    y = torch.empty((num_rows, num_outputs), dtype=torch.float32 if head else x.dtype, device=x.device)
     if num_rows:
         matmul_kernel[(triton.cdiv(num_outputs, BLOCK_N), triton.cdiv(num_rows, BLOCK_M))](
             x,
@@ -88,23 +78,24 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             BLOCK_N=BLOCK_N,
             BLOCK_K=BLOCK_K,
             HAS_BIAS=bias is not None,
-            IN_PARTS=x.dtype != weight.dtype,
             CAST=is_interpreted(),
-            **options(NUM_WARPS if x.dtype == weight.dtype else NUM_WARPS_IN_PARTS, NUM_STAGES),
+            **options(NUM_WARPS_HEAD if head else NUM_WARPS, NUM_STAGES),
         )
     return y
 
 
 class TritonProduct:
-    """weight [out, in], bias [out] or None, on the device. A head gives float32 for float32."""
+    """weight [out, in], bias [out] or None, on the device. Products come in the weight's dtype, a ``head``'s in
+    float32."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, device: torch.device) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, device: torch.device, *, head: bool = False) -> None:
+        self._head = head
         self._weight = weight.to(device).contiguous()
         self._bias = None if bias is None else bias.to(device).contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out]."""
-        return matmul(x.contiguous(), self._weight, self._bias)
+        return matmul(x.contiguous(), self._weight, self._bias, head=self._head)
 
     def rows(self, indices: Tensor) -> Tensor:
         """int64 [T] -> [T, in] in the weight's dtype."""

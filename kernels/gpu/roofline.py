@@ -72,7 +72,7 @@ def layer(model: Model, load: Load, cache_item: int = ITEM) -> Iterator[Work]:
 def after_layers(model: Model, load: Load) -> Iterator[Work]:
     """Once a step, for the rows that sample: one token each."""
     rows = load.num_rows
-    moved = ITEM * model.vocabulary * model.hidden + 4 * rows * (model.hidden + model.vocabulary)  # float32 in and out
+    moved = ITEM * (model.vocabulary + rows) * model.hidden + 4 * rows * model.vocabulary  # float32 out
     yield Work("matmul head, once a step", moved, 2 * rows * model.hidden * model.vocabulary)
     yield Work("greedy or top_k, once a step", 4 * rows * model.vocabulary, 0)
 

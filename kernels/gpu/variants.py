@@ -183,12 +183,11 @@ def scrub(model: Model, number: str, name: str) -> Variant:
 
 
 def product(model: Model, dtype: str, *, is_head: bool = False) -> Variant:
-    x = "*fp32" if is_head else f"*{dtype}"
-    in_parts = is_head and dtype != "fp32"
+    number, y = f"*{dtype}", "*fp32" if is_head else f"*{dtype}"
     return Variant(
         f"matmul {'head ' if is_head else ''}{model.name} {dtype}",
         matmul.matmul_kernel,
-        {"x_ptr": x, "weight_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "y_ptr": x, "num_rows": "i32"},
+        {"x_ptr": number, "weight_ptr": number, "bias_ptr": number, "y_ptr": y, "num_rows": "i32"},
         {
             "N": 4096 if is_head else model.hidden,
             "K": model.hidden,
@@ -196,10 +195,9 @@ def product(model: Model, dtype: str, *, is_head: bool = False) -> Variant:
             "BLOCK_N": matmul.BLOCK_N,
             "BLOCK_K": matmul.BLOCK_K,
             "HAS_BIAS": False,
-            "IN_PARTS": in_parts,
             "CAST": False,
         },
-        launch.options(matmul.NUM_WARPS_IN_PARTS if in_parts else matmul.NUM_WARPS, matmul.NUM_STAGES),
+        launch.options(matmul.NUM_WARPS_HEAD if is_head else matmul.NUM_WARPS, matmul.NUM_STAGES),
         multiplies=dtype != "fp32",
     )
 

@@ -254,8 +254,8 @@ def test_a_replay_never_finds_what_the_first_run_has_left() -> None:
 
 
 def test_a_fault_inside_a_launch_is_found_when_the_answer_is_run_again() -> None:
-    """K10: an alarm after the release, with the sequence and its domain; what its domain has cached is forgotten."""
-    plant = next(fault.plant for fault in FAULTS if fault.fault_id == "K10")
+    """K12: an alarm after the release, with the sequence and its domain; what its domain has cached is forgotten."""
+    plant = next(fault.plant for fault in FAULTS if fault.fault_id == "K12")
     run = prepare(audited=True)
     plant(run)
     run.core.step_number = 10  # the plant acts from some step on
@@ -313,16 +313,20 @@ def test_a_real_models_answers_are_said_again_unless_rows_change_places(tmp_path
     if ready.isolation != "bitwise":
         pytest.skip("this machine has no exact kernels")
     runner: Any = core._runner
-    logits, done = runner.logits, []
+    logits, shown, launched, done = runner.logits, runner._show, [], []
 
-    def swapped(batch: Any, go_on: Any) -> Any:
-        values = logits(batch, go_on)
-        if crossed and not done and len(batch.sampled_index) > 4:
-            values[[0, 4]] = values[[4, 0]]
-            done.append(batch)
-        return values
+    def noted(batch: Any, go_on: Any) -> Any:
+        launched.append(batch)
+        return logits(batch, go_on)
 
-    runner.logits = swapped
+    def swapped(hidden: Any) -> None:
+        """Before the head, which is then given what is shown."""
+        if crossed and not done and len(launched[-1].sampled_index) > 4:
+            hidden[[0, 4]] = hidden[[4, 0]]
+            done.append(launched[-1])
+        shown(hidden)
+
+    runner.logits, runner._show = noted, swapped
     for submit in asked(ready.vocab_size):
         assert core.add(submit) is None
     while core.has_work:

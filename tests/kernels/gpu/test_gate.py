@@ -83,7 +83,7 @@ def test_floors_are_those_counted_by_hand() -> None:
     assert decode["paged_attention"].bytes == 32 * 2048 * 2 * 8 * 128 * 2 + 32 * 64 * 12 + 2 * 32 * 32 * 128 * 2
     assert prefill["paged_attention"].flop == 4 * 32 * 128 * (2048 * 2049 // 2)
     head, best = after_layers(LLAMA_8B, LOADS[0])
-    assert head.bytes == 2 * 128256 * 4096 + 32 * 4096 * 4 + 32 * 128256 * 4
+    assert head.bytes == 2 * 128256 * 4096 + 32 * 4096 * 2 + 32 * 128256 * 4
     assert head.flop == 2 * 32 * 4096 * 128256
     assert best.bytes == 32 * 128256 * 4
     assert decode["matmul down"].floor_us(GPUS[0]) == pytest.approx(1e6 * decode["matmul down"].bytes / 2.039e12)

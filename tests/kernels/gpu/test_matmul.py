@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels.gpu.backend import TritonBackend
 from kernels.gpu.matmul import BLOCK_K, BLOCK_M, BLOCK_N, TritonProduct, matmul
 from tests.kernels.gpu.steps import DEVICE, close, few
 from tests.kernels.native import bits
@@ -29,13 +30,13 @@ def random(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> torch.Tenso
 def test_it_is_torchs_product(
     num_rows: int, size: int, num_outputs: int, dtype: torch.dtype, is_head: bool, has_bias: bool
 ) -> None:
-    x = random((num_rows, size), 1, torch.float32 if is_head else dtype)
+    x = random((num_rows, size), 1, dtype)
     weight = random((num_outputs, size), 2, dtype)
     bias = random((num_outputs,), 3, dtype) if has_bias else None
-    y = matmul(x.to(DEVICE), weight.to(DEVICE), None if bias is None else bias.to(DEVICE))
-    assert y.dtype == x.dtype
+    y = matmul(x.to(DEVICE), weight.to(DEVICE), None if bias is None else bias.to(DEVICE), head=is_head)
+    assert y.dtype == (torch.float32 if is_head else dtype)
     want = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    close(y.cpu() / size**0.5, want / size**0.5, x.dtype)
+    close(y.cpu() / size**0.5, want / size**0.5, y.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,6 +47,15 @@ def test_a_rows_bits_are_its_own(dtype: torch.dtype) -> None:
     for row in (0, BLOCK_M - 1, BLOCK_M, BLOCK_M + 1):
         assert torch.equal(bits(product(x[row : row + 1]).cpu()), bits(together[row : row + 1]))
     assert torch.equal(bits(product(x.flip(0)).cpu()), bits(together.flip(0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_not_rounded(dtype: torch.dtype) -> None:
+    """A bfloat16 logit near 25 has steps of 0.125, and what lies between two steps would be a tie."""
+    x, weight = random((3, 130), 1, dtype), random((70, 130), 2, dtype)
+    logits = TritonBackend().head(weight)(x.to(DEVICE))
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.cpu().double(), F.linear(x.double(), weight.double()), atol=1e-4, rtol=1e-5)
 
 
 def test_embeddings_are_the_weights_rows() -> None:
