@@ -11,7 +11,7 @@ from kernels.backend import Backend, DeviceBackend
 NOT_OPS = ("plan", "check")
 NATIVE = {
     "linear": "kernels/cpu/src/product.h",
-    "gate_up": "kernels/cpu/src/product.h, kernels/cpu/src/gate.h",
+    "gate_up": "kernels/cpu/src/product.h, kernels/cpu/src/gated.h",
     "head": "kernels/cpu/src/product.h",
     "attend": "kernels/cpu/src/elementwise.h, kernels/cpu/src/attention.h",
 }

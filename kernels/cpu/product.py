@@ -47,7 +47,7 @@ def side_by_side(weight: Tensor, half: int) -> Tensor:
 class NativeProduct:
     """weight [out, in], bias [out] or None, both float32 or both bfloat16; the weight is not kept. Products are rounded
     once to the weight's dtype; a ``head``'s stay float32. ``gated``: weight [2 * out, in] and bias [2 * out] are of
-    gate and then of up, and silu(gate) * up comes, with the bits of the two ops one after the other (src/gate.h)."""
+    gate and then of up, and silu(gate) * up comes, with the bits of the two ops one after the other (src/gated.h)."""
 
     def __init__(
         self,

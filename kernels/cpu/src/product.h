@@ -6,7 +6,7 @@
 // The weights lie in panels of PANEL columns, steps of inputs outside, columns inside (kernels/cpu/product.py packs
 // them). What a step is, each Kind below says.
 #pragma once
-#include "gate.h"
+#include "gated.h"
 #include "ops.h"
 #include "vec.h"
 #if defined(__AMX_BF16__)

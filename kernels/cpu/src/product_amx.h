@@ -5,7 +5,7 @@
 //
 // Whoever includes this has the tile intrinsics: the compiler's, or tests/kernels/emulated_tiles.h.
 #pragma once
-#include "gate.h"
+#include "gated.h"
 #include "ops.h"
 #include "vec.h"
 
