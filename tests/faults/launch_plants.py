@@ -105,51 +105,45 @@ def hidden_crossed(run: Run) -> None:
     wrap(run.runner, "hidden", make)
 
 
-def tokens_crossed_in_launch(run: Run) -> None:
+def after_drawing(change: Callable[[Run, Any, Any, Any], bool]) -> Plant:
+    """Once, inside the launch, when the tokens are drawn: given the run, picks, logits and arrays."""
+
+    def plant(run: Run) -> None:
+        def make(sample: Any) -> Any:
+            def faulty(picks: Any, logits: Any, arrays: Any) -> None:
+                sample(picks, logits, arrays)
+                is_due = run.core.step_number >= FIRST_STEP and run.reached_step < 0
+                if is_due and change(run, picks, logits, arrays):
+                    run.reach()
+
+            return faulty
+
+        wrap(run.runner, "sample", make)
+
+    return plant
+
+
+def tokens_crossed(run: Run, picks: Any, logits: Any, arrays: Any) -> bool:
     """Drawn from the right logits; they change places before anyone is told."""
-
-    def make(sample: Any) -> Any:
-        def faulty(picks: Any, logits: Any, arrays: Any) -> None:
-            sample(picks, logits, arrays)
-            if run.core.step_number >= FIRST_STEP and run.reached_step < 0 and swap_tokens(picks):
-                run.reach()
-
-        return faulty
-
-    wrap(run.runner, "sample", make)
+    return swap_tokens(picks)
 
 
-def best_of_a_neighbour(run: Run) -> None:
+def logprobs_crossed(run: Run, picks: Any, logits: Any, arrays: Any) -> bool:
+    return swap_logprobs(picks)
+
+
+def best_of_a_neighbour(run: Run, picks: Any, logits: Any, arrays: Any) -> bool:
     """A greedy row takes the token that is likeliest in another's logits; its own logit of it is told."""
-
-    def make(sample: Any) -> Any:
-        def faulty(picks: Any, logits: Any, arrays: Any) -> None:
-            sample(picks, logits, arrays)
-            rows = [run.runner.rows[int(number)] for number in arrays.sampled_rows]
-            greedy = [place for place, row in enumerate(rows) if row.plain and row.sampling.temperature == 0.0]
-            if run.core.step_number < FIRST_STEP or run.reached_step >= 0 or not greedy or len(rows) < 2:
-                return
-            place = greedy[0]
-            best = int(logits[place - 1].argmax())
-            if best != picks.token_ids[place] and place not in picks.logprobs:
-                picks.token_ids[place], picks.head.logits[place] = best, logits[place][best]
-                run.reach()
-
-        return faulty
-
-    wrap(run.runner, "sample", make)
-
-
-def logprobs_crossed_in_launch(run: Run) -> None:
-    def make(sample: Any) -> Any:
-        def faulty(picks: Any, logits: Any, arrays: Any) -> None:
-            sample(picks, logits, arrays)
-            if run.reached_step < 0 and swap_logprobs(picks):
-                run.reach()
-
-        return faulty
-
-    wrap(run.runner, "sample", make)
+    rows = [run.runner.rows[int(number)] for number in arrays.sampled_rows]
+    greedy = [place for place, row in enumerate(rows) if row.plain and row.sampling.temperature == 0.0]
+    if not greedy or len(rows) < 2:
+        return False
+    place = greedy[0]
+    best = int(logits[place - 1].argmax())
+    if best == picks.token_ids[place] or place in picks.logprobs:
+        return False
+    picks.token_ids[place], picks.head.logits[place] = best, logits[place][best]
+    return True
 
 
 def between_steps(change: Callable[[Run], bool]) -> Plant:
