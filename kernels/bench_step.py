@@ -131,17 +131,17 @@ class Step:
                 halves = timed("gate_up_bare", layer.gate_up_bare, x)
                 x = layer.down(timed("activation_apart", ops.silu_and_mul, halves))
 
-    def run_small(self) -> None:
+    def run_small(self, timed: Timer) -> None:
         """Norms and rope of a step, and nothing between them."""
         ops, heads = self._backend, self._shape.num_heads + 2 * self._shape.num_kv_heads
         plan, residual = ops.plan(self._tables), torch.zeros(self._x.shape)
         qkv = torch.zeros((self._num_rows, heads, self._shape.head_size)).bfloat16()
         for index in range(NUM_LAYERS):
             layer = self._layers[index % len(self._layers)]
-            ops.rms_norm(self._x, self._weight, EPSILON, residual)
-            cache = (layer.keys, layer.values)
-            ops.rope_and_store(qkv, self._cos, self._sin, *cache, num_heads=self._shape.num_heads, plan=plan)
-            ops.rms_norm(self._x, self._weight, EPSILON, residual)
+            rope = (qkv, self._cos, self._sin, layer.keys, layer.values)
+            timed("warm", ops.rms_norm, self._x, self._weight, EPSILON, residual)
+            timed("warm", ops.rope_and_store, *rope, num_heads=self._shape.num_heads, plan=plan)
+            timed("warm", ops.rms_norm, self._x, self._weight, EPSILON, residual)
 
 
 class Layer:
@@ -224,7 +224,7 @@ def measure(
     spent, library, warm = rounds(outside), rounds(within_library), Times()
     for _ in range(num_rounds):
         warm.begin_step()
-        outside(warm, "warm", step.run_small)
+        step.run_small(partial(outside, warm))
     ms = {name: round(spent[name] * 1e3, 3) for name in CALLS}
     return StepFigure(
         rows=len(tables.slot_mapping),
