@@ -54,6 +54,9 @@ class Plan:
     attention: AttentionArgs
     heads: tuple[object, ...] = ()  # that the structs hold: see NativeBackend._take_heads
     rule: tuple[float, int, float, int | None] | None = None
+    cos: Tensor | None = None  # the last layer's
+    sin: Tensor | None = None
+    angles: tuple[int | None, int | None] = (None, None)  # where these two lie
 
 
 class NativeBackend:
@@ -244,6 +247,7 @@ class NativeBackend:
             args.dtype = DTYPES[qkv.dtype]
         plan.attention.query_stride = all_heads * head_size
         plan.heads = heads
+        plan.cos, plan.sin, plan.angles = None, None, (None, None)  # they may not fit these heads
 
     def _take_rule(
         self, plan: Plan, num_heads: int, scale: float, window: int, soft_cap: float, sinks: Tensor | None
@@ -268,17 +272,19 @@ class NativeBackend:
         value_cache: Tensor,
         out: Tensor,
     ) -> None:
-        assert (cos is None) == (sin is None)
-        if cos is not None and sin is not None:
-            assert cos.shape == sin.shape == (len(qkv), qkv.shape[2] // 2)
-            assert cos.dtype == sin.dtype == torch.float32
+        if cos is not plan.cos or sin is not plan.sin:
+            assert (cos is None) == (sin is None)
+            for angles in (cos, sin):
+                assert angles is None or angles.shape == (len(plan.token_tags), qkv.shape[2] // 2)
+                assert angles is None or angles.dtype == torch.float32
+            plan.angles = (optional_pointer(cos), optional_pointer(sin))
+            plan.cos, plan.sin = cos, sin
         self._library.attend(
             self._isa,
             ctypes.byref(plan.rope) if halves & ROPE else None,
             ctypes.byref(plan.attention) if halves & ATTENTION else None,
             pointer(qkv),
-            optional_pointer(cos),
-            optional_pointer(sin),
+            *plan.angles,
             pointer(key_cache),
             pointer(value_cache),
             pointer(out),

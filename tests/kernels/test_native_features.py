@@ -202,3 +202,16 @@ def test_layers_that_differ_share_a_plan(isa: str, layers: list[tuple[int, int, 
         want = run(backend, shape, copy.deepcopy(step), features=wanted)
         got = attend(backend, shape, step, plan, wanted)
         assert torch.equal(bits(got), bits(want))
+
+
+@every_isa
+def test_angles_are_checked_again_for_other_heads(isa: str) -> None:
+    """The last layer's angles are taken for good, but only for heads of the same size: else memory is read that is not
+    theirs."""
+    backend, small, large = NativeBackend(isa), *(Shape(HEADS, 2, size, 16, torch.float32) for size in (8, 16))
+    step, other = (make_step(shape, [random_row(shape, 40, 0)], [(39, 40)]) for shape in (small, large))
+    plan = backend.plan(step.tables)
+    attend(backend, small, step, plan)
+    other.cos, other.sin = step.cos, step.sin
+    with pytest.raises(AssertionError):
+        attend(backend, large, other, plan)
