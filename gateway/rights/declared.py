@@ -36,7 +36,7 @@ class Rights:
 @cache
 def declared() -> dict[str, Rights]:
     """By the table's name; what is not here is none of ours."""
-    found = {table.name: _rights(table) for table in _tables()}
+    found = {table.name: rights_of(table) for table in _tables()}
     return found | {REVISION_TABLE: Rights(frozenset({"SELECT"}))}
 
 
@@ -56,7 +56,8 @@ def _tables() -> list[Table]:
     return [*tenancy_tables.metadata.sorted_tables, *audit_tables.metadata.sorted_tables]
 
 
-def _rights(table: Table) -> Rights:
+def rights_of(table: Table) -> Rights:
+    """From what its room says of it."""
     changed = table.info.get("changed")
     deleted = bool(table.info.get("deleted"))
     on_table = {"SELECT", "INSERT"}

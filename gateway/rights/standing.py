@@ -8,11 +8,12 @@ Asked of the database's own catalogue, rights through PUBLIC and other roles inc
 thing, what somebody granted since another.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import structlog
-from sqlalchemy import CursorResult, text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.database import Database
@@ -153,7 +154,7 @@ def _missing(on_tables: dict[tuple[str, str], bool], on_columns: list[tuple[str,
     return found
 
 
-def _without(number: int, triggers: CursorResult[Any]) -> tuple[str, ...]:
+def _without(number: int, triggers: Iterable[Any]) -> tuple[str, ...]:
     there = {str(name): int(count) for name, count in triggers}
     return tuple(name for name in sorted(append_only_tables()) if there.get(name, 0) < number)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from alembic import command
-from sqlalchemy import Table, text
+from sqlalchemy import Column, Integer, MetaData, Table, insert, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from structlog.testing import capture_logs
@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from audit.transparency import tables as audit_tables
 from gateway.database import Database
 from gateway.host.migrate import MigrationError, migrate
-from gateway.rights.declared import append_only_tables, declared
+from gateway.rights.declared import Rights, append_only_tables, declared, rights_of
 from gateway.rights.grants import renew_grants
 from gateway.rights.standing import Standing, StandingWatch, standing
 from tenancy import tables
@@ -96,6 +96,56 @@ def test_every_table_has_the_rights_that_are_declared_and_no_others(served: str)
         assert not (table.name in UNCHANGED and changed)
     deleted = {name for name, privilege in on_tables if privilege == "DELETE"}
     assert deleted.isdisjoint(set(UNCHANGED) - set(DELETED))
+
+
+def test_a_table_that_is_added_later_has_rights_by_what_it_is() -> None:
+    def new(**info: Any) -> Table:
+        return Table("new", MetaData(), Column("id", Integer, primary_key=True), Column("n", Integer), info=info)
+
+    added = {"SELECT", "INSERT"}
+    kept = new()
+    tables.make_append_only(kept)
+    assert rights_of(kept) == Rights(frozenset(added))
+    assert rights_of(new()) == Rights(frozenset({*added, "UPDATE"}))
+    assert rights_of(new(changed=("n",), deleted=True)) == Rights(frozenset({*added, "DELETE"}), frozenset({"n"}))
+    for wrong in (
+        {"append_only": True, "changed": ("n",)},
+        {"append_only": True, "deleted": True},
+        {"changed": ("m",)},
+    ):
+        with pytest.raises(AssertionError):
+            rights_of(new(**wrong))
+
+
+def test_a_server_at_work_never_lacks_a_right_while_its_grants_are_renewed(postgres_server: PostgresServer) -> None:
+    url = postgres_server.new_served_database()
+
+    async def scenario() -> int:
+        server, owner = Database(url), Database(owner_of(url))
+        renewing = True
+
+        async def work(number: int) -> int:
+            done = 0
+            while renewing:
+                async with server.transaction() as conn:
+                    values = {"id": f"org_{number}_{done}", "name": f"{number} {done}", "created_ns": 1}
+                    await conn.execute(insert(tables.organisation).values(values))
+                    await conn.execute(update(tables.account).values(balance_nano_usd=0))
+                    await conn.exec_driver_sql("SELECT nextval('outbox_id_seq')")
+                done += 1
+            return done
+
+        workers = [asyncio.create_task(work(number)) for number in range(3)]
+        for _ in range(10):
+            async with owner.transaction() as conn:
+                await conn.run_sync(renew_grants)
+        renewing = False
+        done = await asyncio.gather(*workers)
+        await server.dispose()
+        await owner.dispose()
+        return sum(done)
+
+    assert asyncio.run(scenario()) > 10
 
 
 def attempts(name: str, column: str) -> list[str]:
