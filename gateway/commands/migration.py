@@ -39,6 +39,8 @@ def check(settings: Settings) -> int:
         typer.echo(f"  too much: {found.role} {what}")
     for what in found.missing:
         typer.echo(f"  too little: {found.role} lacks {what}")
+    for name in found.unguarded:
+        typer.echo(f"  unguarded: {name} lacks its triggers")
     if found.role:
         held = "row-level security holds" if found.row_security else "row-level security does not hold"
         typer.echo(held + "".join(f"\n  {found.role} {why}" for why in found.unwalled))

@@ -97,6 +97,8 @@ def _tell(found: Standing) -> None:
         log.warning("rights.append_only", held_by="triggers", why=found.sentence())
     else:
         log.info("rights.append_only", held_by=found.append_only)
+    if found.append_only == "rights" and found.unguarded:
+        log.warning("rights.triggers", missing=found.unguarded)  # the owner's own mistakes are not refused any more
     if found.role and found.unwalled:
         log.warning("rights.row_security", holds=False, why=f"{found.role} {_some(found.unwalled)}. {HOW_TO}")
 
