@@ -60,6 +60,14 @@ class PostgresServer:
         asyncio.run(create_served_tables(url))
         return url.replace("@", f"{SERVES}@", 1)
 
+    def superuser_of(self, url: str) -> str:
+        """The URL of a superuser who finds the tables of `url`."""
+        owner = make_url(owner_of(url)).username
+        role = f"{owner}_super{next(self._numbers)}"
+        create = (f"CREATE ROLE {role} LOGIN SUPERUSER", f"ALTER ROLE {role} SET search_path = {owner}")
+        asyncio.run(self.execute(*create))
+        return self.url_of(role)
+
     def url_of(self, role: str) -> str:
         return f"postgresql+asyncpg://{role}@/postgres?host={self.socket_dir}"
 
