@@ -22,6 +22,9 @@ from tenancy.accounts.posting import CURRENCY, currency_of
 from tenancy.invoicing.periods import DAY_NS, period_start_ns
 from tenancy.money import format_nano
 from tenancy.usage.attribution import Attribution, attribute, cost_nano_usd, read_spans
+from tenancy.usage.engine_time import read_engine_time
+
+COUNTS = ("num_requests", "num_prefill_tokens", "num_recomputed_tokens", "num_decode_steps")  # shown by `margin`
 
 
 @invoice_app.command("focus")
@@ -84,7 +87,7 @@ def invoice_margin(
     until: Until = "",
     as_json: AsJson = False,
 ) -> None:
-    """Estimate what each tenant cost and left over, by its share of the engine's time; idle time is shown apart.
+    """What each tenant cost and left over, by the engine's time that its requests took; idle time is shown apart.
 
     A tenant with an account in another currency has its share and revenue, and no margin: nothing is exchanged.
     """
@@ -97,7 +100,8 @@ def invoice_margin(
 
     async def work(conn: AsyncConnection) -> tuple[Attribution, dict[str, str], dict[str, str]]:
         spans = await read_spans(conn, since_ns, until_ns)
-        found = attribute(spans, since_ns, until_ns, block_size=session.settings.block_size)
+        engines = await read_engine_time(conn, since_ns, until_ns)
+        found = attribute(spans, since_ns, until_ns, block_size=session.settings.block_size, engines=engines)
         currencies = {tenant_id: await currency_of(conn, tenant_id) for tenant_id in found.shares}
         return found, {one.tenant_id: one.name for one in await list_tenants(conn)}, currencies
 
@@ -109,15 +113,20 @@ def invoice_margin(
         margin = share.revenue_nano_usd - cost if own == currency else None
         figures = {"currency": own, "cost_nano_usd": cost, "margin_nano_usd": margin}
         rows.append({"tenant": names[tenant_id], "tenant_id": tenant_id, **asdict(share), **figures})
-    idle_cost = cost_nano_usd(found.idle_ns, rate)
+    house = {"own": found.own_ns, "idle": found.idle_ns, "other": found.other_ns}
+    costs = {name: cost_nano_usd(time_ns, rate) for name, time_ns in house.items()}
+    num_estimated = sum(share.num_estimated for share in found.shares.values())
     if as_json:
-        idle = {"idle_ns": found.idle_ns, "idle_cost_nano_usd": idle_cost, "cost_currency": currency}
-        typer.echo(json.dumps({"since_ns": since_ns, "until_ns": until_ns, "tenants": rows, **idle}))
+        times = {f"{name}_ns": time_ns for name, time_ns in house.items()}
+        more = {f"{name}_cost_nano_usd": cost for name, cost in costs.items()}
+        head = {"since_ns": since_ns, "until_ns": until_ns, "num_engines": found.num_engines}
+        counted = {"num_estimated": num_estimated, "cost_currency": currency}
+        typer.echo(json.dumps({**head, "tenants": rows, **times, **more, **counted}))
         return
     table = [
         (
             row["tenant"],
-            *(f"{row[name]:,}" for name in ("num_requests", "num_prefill_tokens", "num_decode_steps")),
+            *(f"{row[name]:,}" for name in COUNTS),
             f"{row['cache_token_seconds']:,}",
             f"{row['cache_block_ns'] / 1e9:,.1f}",
             f"{row['engine_ns'] / 3.6e12:.3f}",
@@ -127,7 +136,10 @@ def invoice_margin(
         )
         for row in rows
     ]
-    nothing = ("",) * 5
-    table.append(("(idle)", *nothing, f"{found.idle_ns / 3.6e12:.3f}", "", format_nano(idle_cost, currency), ""))
-    counts = ("tenant", "requests", "prefill", "decode", "token-seconds", "block-seconds")
+    nothing = ("",) * (len(COUNTS) + 2)
+    for name, time_ns in house.items():
+        table.append((f"({name})", *nothing, f"{time_ns / 3.6e12:.3f}", "", format_nano(costs[name], currency), ""))
+    counts = ("tenant", "requests", "prefill", "recomputed", "decode", "token-seconds", "block-seconds")
     print_table((*counts, "engine hours", "revenue", "cost", "margin"), table, numbers_from=1)
+    if num_estimated:
+        typer.echo(f"{num_estimated:,} requests were not measured: their time is an estimate")
