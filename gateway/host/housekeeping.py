@@ -171,6 +171,7 @@ class Housekeeping:
 
     async def write_key_uses(self) -> None:
         await self._services.key_uses.write(self._services.database)
+        await self._services.token_uses.write(self._services.database)
 
     async def _note(self, kind: str, body: dict[str, str | int | bool | list[str]], tenant_id: str = "") -> None:
         services = self._services
