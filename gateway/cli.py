@@ -78,15 +78,17 @@ def worker(
 
 
 @app.command()
-def migrate() -> None:
-    """Bring the database to this version's schema."""
-    from gateway.host.folders import open_folders
-    from gateway.host.migrate import migrate as run
+def migrate(
+    serving_role: Annotated[str, typer.Option(help="PostgreSQL: the role that servers connect as, and not more")] = "",
+    check: Annotated[bool, typer.Option("--check", help="change nothing; say by what append-only is held")] = False,
+) -> None:
+    """Bring the database to this version's schema, and the roles that serve to their rights."""
+    from gateway.commands import migration
 
     settings = load_settings(real_world().environ)
-    open_folders(settings.data_dir, settings.secrets_dir)
-    changed = run(settings.effective_database_url)
-    typer.echo("database upgraded" if changed else "database is up to date")
+    if check:
+        raise typer.Exit(migration.check(settings))
+    migration.migrate(settings, serving_role)
 
 
 @model_app.command("fetch")

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from engine.protocol import Ready, Stats
 from gateway.engine_link import EngineLink
+from gateway.rights.standing import StandingWatch
 
 TENANTS_MAX = 1_000
 TTFT_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -67,6 +68,9 @@ class Metrics:
 
     def watch_store(self, is_there: Callable[[], bool]) -> None:
         self.registry.register(_StoreCollector(is_there))
+
+    def watch_standing(self, standing: StandingWatch) -> None:
+        self.registry.register(_StandingCollector(standing))
 
     def store_lost(self) -> None:
         self._lost.inc()
@@ -193,6 +197,18 @@ class _StoreCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         yield GaugeMetricFamily("bulkhead_quota_store", "1 while the store of quotas answers", int(self._is_there()))
+
+
+class _StandingCollector(Collector):
+    def __init__(self, standing: StandingWatch) -> None:
+        self._standing = standing
+
+    def collect(self) -> Iterable[Metric]:
+        if (seen := self._standing.seen) is not None:
+            text = "By what append-only is held, and whether tenants are walled off"
+            family = GaugeMetricFamily("bulkhead_database_info", text, labels=["append_only", "row_security"])
+            family.add_metric([seen.append_only, "on" if seen.row_security else "off"], 1)
+            yield family
 
 
 class _LoopCollector(Collector):

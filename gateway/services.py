@@ -11,6 +11,7 @@ from gateway.engine_link import EngineLink
 from gateway.key_uses import KeyUses
 from gateway.metrics import Metrics
 from gateway.remembered import Remembered
+from gateway.rights.standing import StandingWatch
 from gateway.running import Running
 from gateway.secrets import Secrets
 from gateway.settings import Settings
@@ -38,9 +39,12 @@ class Services:
     gateway_id: str = ""  # of this data folder, whose journal counts what its requests produced
     stages: Stages | None = None  # only in benchmarks
     allowance: Allowance = field(init=False)
+    standing: StandingWatch = field(init=False)
 
     def __post_init__(self) -> None:
         allowance = Allowance(
             self.quota, self.redis, self.database, self.world, self.metrics, self.settings.lease_ttl_s
         )
         object.__setattr__(self, "allowance", allowance)
+        object.__setattr__(self, "standing", StandingWatch(self.database))
+        self.metrics.watch_standing(self.standing)

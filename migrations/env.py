@@ -36,6 +36,9 @@ def upgrade(connection: Connection) -> None:
     )
     with context.begin_transaction():
         context.run_migrations()
+        then = context.config.attributes.get("then")
+        if then is not None:  # the hall's part: grants, in the same transaction
+            then(connection)
 
 
 async def main() -> None:

@@ -36,6 +36,7 @@ FORGET_INTERVAL_S = 60.0
 STORE_INTERVAL_S = 0.25  # how soon a store of quotas that is back is noticed where nobody asks
 WEBHOOK_INTERVAL_S = 1.0
 BOOKS_INTERVAL_S = 300.0  # how often it is looked whether yesterday was compared
+RIGHTS_INTERVAL_S = 60.0  # how soon a right that somebody granted is noticed
 ERASE_INTERVAL_S = 2.0
 ERASE_TIMEOUT_S = 30.0  # a step may be under way
 
@@ -63,6 +64,7 @@ class Housekeeping:
             Loop("old deliveries", FORGET_INTERVAL_S, webhooks.forget),
             Loop("answers", FORGET_INTERVAL_S, self.forget_answers),
             Loop("books", BOOKS_INTERVAL_S, self.reconcile),
+            Loop("rights", RIGHTS_INTERVAL_S, services.standing.look),
             Loop("heartbeat", float(settings.heartbeat_interval_s), engine.heartbeat),
         )
 

@@ -39,7 +39,7 @@ from tenancy.pricing.prices import Step
 from tenancy.quotas import quota_tables
 from tenancy.quotas.quota import Lease, QuotaSnapshot
 from tenancy.usage.meter import Usage
-from tests.servers import PostgresServer
+from tests.servers import PostgresServer, owner_of
 from tests.tenancy.world import SECOND, T0, Populated, counting_entropy, populate
 
 DAY = 86_400 * SECOND
@@ -260,18 +260,7 @@ class Twins:
 
 @pytest.fixture(scope="module")
 def urls(postgres_server: PostgresServer) -> list[str]:
-    made = [postgres_server.new_database() for _ in range(2)]
-
-    async def create(url: str) -> None:
-        database = Database(url)
-        async with database.transaction() as conn:
-            await conn.run_sync(tables.metadata.create_all)
-            await conn.run_sync(audit_tables.metadata.create_all)
-        await database.dispose()
-
-    for url in made:
-        asyncio.run(create(url))
-    return made
+    return [postgres_server.new_served_database() for _ in range(2)]
 
 
 @pytest.fixture
@@ -409,8 +398,10 @@ def test_planted_bugs_are_seen(twins: Twins, plant: str) -> None:
     run(twins, history)
 
     async def install(text: str) -> None:
-        async with twins.sides[0].database.transaction() as conn:
+        owner = Database(owner_of(twins.sides[0].database.url))
+        async with owner.transaction() as conn:
             await conn.exec_driver_sql(text)
+        await owner.dispose()
 
     twins.runner.run(install(source.replace(right, wrong)))
     try:

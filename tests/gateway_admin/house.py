@@ -218,9 +218,10 @@ async def build_house(
     clock = clock or Clock()
     world = World(now_ns=clock, monotonic_ns=time.monotonic_ns, entropy=os.urandom, environ={})
     database = Database(database_url or f"sqlite+aiosqlite:///{folder / 'bulkhead.db'}")
-    async with database.transaction() as conn:
-        await conn.run_sync(tenancy_metadata.create_all)
-        await conn.run_sync(audit_metadata.create_all)
+    if database.is_sqlite:
+        async with database.transaction() as conn:
+            await conn.run_sync(tenancy_metadata.create_all)
+            await conn.run_sync(audit_metadata.create_all)
     redis = connect_redis(f"unix://{valkey_socket}")
     await redis.flushall()
     ready = Ready(

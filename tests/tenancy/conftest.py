@@ -44,9 +44,8 @@ def sqlite_url(tmp_path: Path) -> str:
 
 @pytest.fixture
 def postgres_url(postgres_server: PostgresServer) -> str:
-    url = postgres_server.new_database()
-    asyncio.run(create_tables(url))
-    return url
+    """As a server: the role owns nothing (tests.servers.owner_of gives the owner's URL)."""
+    return postgres_server.new_served_database()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
