@@ -16,6 +16,7 @@ from gateway.settings import SettingsError
 from tenancy.access.directory import DuplicateNameError, TenantStatusError, UnknownIdError
 from tenancy.access.key_rules import KeyRuleError
 from tenancy.access.keys import KeyScopeError
+from tenancy.access.operator_tokens import OperatorTokenError
 from tenancy.access.operators import DuplicateOperatorError
 from tenancy.access.rotation import RotationError
 from tenancy.accounts.budgets import BudgetError
@@ -53,6 +54,7 @@ KNOWN_ERRORS = (
     MoneyHeldError,
     MoneyRangeError,
     NoTablesError,
+    OperatorTokenError,
     PartyError,
     PriceConflictError,
     PriceError,
