@@ -181,6 +181,8 @@ def _engine_metrics(ready: Ready, stats: Stats) -> Iterable[Metric]:
     yield counter("bulkhead_engine_steps_broken_off", "Steps broken off and computed again", stats.num_steps_broken_off)
     yield counter("bulkhead_engine_tokens_lost", "Tokens of steps that were broken off", stats.num_tokens_lost)
     yield counter("bulkhead_engine_rescues", "Sequences that had waited too long", stats.num_rescued)
+    yield counter("bulkhead_engine_step_seconds", "Time of all steps", stats.step_ns / 1e9)
+    yield counter("bulkhead_engine_own_seconds", "Of that, what was no tenant's", stats.own_ns / 1e9)
     info = GaugeMetricFamily("bulkhead_isolation_info", "Isolation mode and kernels", labels=["isolation", "kernels"])
     info.add_metric([ready.isolation, ready.kernels], 1)
     yield info

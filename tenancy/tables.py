@@ -286,6 +286,9 @@ hold = Table(
     Index(None, "tenant_id", "created_ns"),
 )
 
+# What a request took of the engine; all null where that was not measured.
+EFFORT: Final = ("engine_ns", "block_ns", "num_prefill_tokens", "num_recomputed_tokens", "num_decode_steps")
+
 usage_record = Table(
     "usage_record",
     metadata,
@@ -305,6 +308,7 @@ usage_record = Table(
     Column("stream", Boolean, nullable=False),
     Column("tier", String(16), nullable=False, server_default="default"),
     _int("num_tokens_before", server_default="0"),  # where in its account's volume it began (volume.py)
+    *(_int(name, nullable=True) for name in EFFORT),
     CheckConstraint("num_cached_tokens BETWEEN 0 AND num_prompt_tokens", name="cached"),
     Index(None, "tenant_id", "finished_ns"),
     Index(None, "finished_ns"),

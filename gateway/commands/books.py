@@ -23,6 +23,8 @@ from tenancy.accounts.posting import CURRENCY
 from tenancy.invoicing.periods import DAY_NS, period_start_ns
 from tenancy.money import format_nano
 
+COUNTS = ("num_requests", "num_prefill_tokens", "num_recomputed_tokens", "num_decode_steps")  # shown by `margin`
+
 
 @invoice_app.command("focus")
 def invoice_focus(
@@ -84,7 +86,7 @@ def invoice_margin(
     until: Until = "",
     as_json: AsJson = False,
 ) -> None:
-    """Estimate what each tenant cost and left over, by its share of the engine's time; idle time is shown apart.
+    """What each tenant cost and left over, by the engine's time that its requests took; idle time is shown apart.
 
     A tenant with an account in another currency has its share and revenue, and no margin: nothing is exchanged.
     """
@@ -108,7 +110,7 @@ def invoice_margin(
     table = [
         (
             row["tenant"],
-            *(f"{row[name]:,}" for name in ("num_requests", "num_prefill_tokens", "num_decode_steps")),
+            *(f"{row[name]:,}" for name in COUNTS),
             f"{row['cache_token_seconds']:,}",
             f"{row['cache_block_ns'] / 1e9:,.1f}",
             f"{row['engine_ns'] / 3.6e12:.3f}",
@@ -118,16 +120,11 @@ def invoice_margin(
         )
         for row in found["tenants"]
     ]
-    nothing = ("",) * 5
-    table.append(
-        (
-            "(idle)",
-            *nothing,
-            f"{found['idle_ns'] / 3.6e12:.3f}",
-            "",
-            format_nano(found["idle_cost_nano_usd"], currency),
-            "",
-        )
-    )
-    counts = ("tenant", "requests", "prefill", "decode", "token-seconds", "block-seconds")
+    nothing = ("",) * (len(COUNTS) + 2)
+    for name in ("own", "idle", "other"):
+        cost = format_nano(found[f"{name}_cost_nano_usd"], currency)
+        table.append((f"({name})", *nothing, f"{found[f'{name}_ns'] / 3.6e12:.3f}", "", cost, ""))
+    counts = ("tenant", "requests", "prefill", "recomputed", "decode", "token-seconds", "block-seconds")
     print_table((*counts, "engine hours", "revenue", "cost", "margin"), table, numbers_from=1)
+    if found["num_estimated"]:
+        typer.echo(f"{found['num_estimated']:,} requests were not measured: their time is an estimate")

@@ -11,6 +11,7 @@ from gateway.host.port import PortError
 from gateway.host.same_keys import ForeignKeysError
 from gateway.host.supervisor import ChildFailedError
 from gateway.host.tls import TlsError
+from gateway.rights.standing import NoTablesError
 from gateway.settings import SettingsError
 from tenancy.access.directory import DuplicateNameError, TenantStatusError, UnknownIdError
 from tenancy.access.key_rules import KeyRuleError
@@ -52,6 +53,7 @@ KNOWN_ERRORS = (
     LimitError,
     MoneyHeldError,
     MoneyRangeError,
+    NoTablesError,
     OperatorTokenError,
     PartyError,
     PriceConflictError,

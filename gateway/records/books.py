@@ -6,6 +6,7 @@ from gateway.records.plain import Record, record
 from tenancy.access.directory import list_tenants
 from tenancy.accounts.posting import currency_of
 from tenancy.usage.attribution import attribute, cost_nano_usd, read_spans
+from tenancy.usage.engine_time import read_engine_time
 
 
 async def margin_record(
@@ -13,7 +14,8 @@ async def margin_record(
 ) -> Record:
     """Of [since_ns, until_ns), the largest share of the engine's time first. ``rate_nano_usd``: what an hour of the
     engine costs, in ``currency``; a tenant with an account in another one has no margin."""
-    found = attribute(await read_spans(conn, since_ns, until_ns), since_ns, until_ns, block_size=block_size)
+    spans, engines = await read_spans(conn, since_ns, until_ns), await read_engine_time(conn, since_ns, until_ns)
+    found = attribute(spans, since_ns, until_ns, block_size=block_size, engines=engines)
     names = {one.tenant_id: one.name for one in await list_tenants(conn)}
     rows = []
     for tenant_id, share in sorted(found.shares.items(), key=lambda one: -one[1].engine_ns):
@@ -21,6 +23,14 @@ async def margin_record(
         margin = share.revenue_nano_usd - cost if own == currency else None
         figures = {"currency": own, "cost_nano_usd": cost, "margin_nano_usd": margin}
         rows.append({"tenant": names[tenant_id], "tenant_id": tenant_id, **record(share), **figures})
-    idle_cost = cost_nano_usd(found.idle_ns, rate_nano_usd)
-    idle = {"idle_ns": found.idle_ns, "idle_cost_nano_usd": idle_cost, "cost_currency": currency}
-    return {"since_ns": since_ns, "until_ns": until_ns, "tenants": rows, **idle}
+    house = {"own": found.own_ns, "idle": found.idle_ns, "other": found.other_ns}
+    return {
+        "since_ns": since_ns,
+        "until_ns": until_ns,
+        "num_engines": found.num_engines,
+        "tenants": rows,
+        **{f"{name}_ns": time_ns for name, time_ns in house.items()},
+        **{f"{name}_cost_nano_usd": cost_nano_usd(time_ns, rate_nano_usd) for name, time_ns in house.items()},
+        "num_estimated": sum(share.num_estimated for share in found.shares.values()),
+        "cost_currency": currency,
+    }

@@ -99,7 +99,7 @@ def test_on_postgresql_a_request_is_two_statements(
             await one_more(hall, asked, stream=stream)
             assert [one.partition("(SELECT ")[2].partition("(")[0] for one in asked.statements] == [
                 "place_hold_v1",
-                "settle_hold_v1",
+                "settle_hold_v2",
             ]
             assert asked.num_transactions == 0
             assert asked.num_calls == 2

@@ -23,9 +23,10 @@ from tenancy import webhook_tables
 from tenancy.access import token_tables
 from tenancy.invoicing import invoice_tables
 from tenancy.pricing import price_tables
+from tenancy.usage import engine_time
 from tests.servers import PostgresServer
 
-TABLES = (invoice_tables, price_tables, token_tables, webhook_tables)  # imported: they add to the metadata
+TABLES = (invoice_tables, price_tables, token_tables, webhook_tables, engine_time)  # imported: they add to the metadata
 METADATA = [tenancy_tables.metadata, audit_tables.metadata]
 
 

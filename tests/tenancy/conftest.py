@@ -14,9 +14,10 @@ from gateway.database import Database
 from tenancy import webhook_tables  # their tables are in the same metadata
 from tenancy.invoicing import invoice_tables
 from tenancy.tables import metadata
+from tenancy.usage import engine_time
 from tests.servers import PostgresServer
 
-ALL_TABLES = (invoice_tables, webhook_tables)
+ALL_TABLES = (invoice_tables, webhook_tables, engine_time)
 OpenDatabase = Callable[[], AbstractAsyncContextManager[Database]]
 OpenRedis = Callable[[], AbstractAsyncContextManager[Redis]]
 
