@@ -16,7 +16,7 @@ from gateway.commands.invoices import Month, Since, Until
 from gateway.commands.invoices import invoice_app as invoice_app  # with the commands below, what cli.py mounts
 from gateway.commands.periods import instant_of, period_of
 from gateway.commands.session import CommandError, in_snapshot, open_session
-from gateway.records.books import margin_record
+from gateway.records.books import HOUSE, margin_record
 from gateway.sequences import usage_by_request
 from tenancy.access.directory import list_tenants
 from tenancy.accounts.posting import CURRENCY
@@ -121,9 +121,9 @@ def invoice_margin(
         for row in found["tenants"]
     ]
     nothing = ("",) * (len(COUNTS) + 2)
-    for name in ("own", "idle", "other"):
-        cost = format_nano(found[f"{name}_cost_nano_usd"], currency)
-        table.append((f"({name})", *nothing, f"{found[f'{name}_ns'] / 3.6e12:.3f}", "", cost, ""))
+    for name in HOUSE:
+        time_ns, cost = found[f"{name}_ns"], found[f"{name}_cost_nano_usd"]
+        table.append((f"({name})", *nothing, f"{time_ns / 3.6e12:.3f}", "", format_nano(cost, currency), ""))
     counts = ("tenant", "requests", "prefill", "recomputed", "decode", "token-seconds", "block-seconds")
     print_table((*counts, "engine hours", "revenue", "cost", "margin"), table, numbers_from=1)
     if found["num_estimated"]:

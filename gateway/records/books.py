@@ -8,6 +8,8 @@ from tenancy.accounts.posting import currency_of
 from tenancy.usage.attribution import attribute, cost_nano_usd, read_spans
 from tenancy.usage.engine_time import read_engine_time
 
+HOUSE = ("own", "idle", "other")  # the engine's time that is no tenant's
+
 
 async def margin_record(
     conn: AsyncConnection, since_ns: int, until_ns: int, *, rate_nano_usd: int, currency: str, block_size: int
@@ -23,14 +25,9 @@ async def margin_record(
         margin = share.revenue_nano_usd - cost if own == currency else None
         figures = {"currency": own, "cost_nano_usd": cost, "margin_nano_usd": margin}
         rows.append({"tenant": names[tenant_id], "tenant_id": tenant_id, **record(share), **figures})
-    house = {"own": found.own_ns, "idle": found.idle_ns, "other": found.other_ns}
-    return {
-        "since_ns": since_ns,
-        "until_ns": until_ns,
-        "num_engines": found.num_engines,
-        "tenants": rows,
-        **{f"{name}_ns": time_ns for name, time_ns in house.items()},
-        **{f"{name}_cost_nano_usd": cost_nano_usd(time_ns, rate_nano_usd) for name, time_ns in house.items()},
-        "num_estimated": sum(share.num_estimated for share in found.shares.values()),
-        "cost_currency": currency,
-    }
+    times = (found.own_ns, found.idle_ns, found.other_ns)
+    house = {f"{name}_ns": time_ns for name, time_ns in zip(HOUSE, times, strict=True)}
+    house |= {f"{name}_cost_nano_usd": cost_nano_usd(house[f"{name}_ns"], rate_nano_usd) for name in HOUSE}
+    head = {"since_ns": since_ns, "until_ns": until_ns, "num_engines": found.num_engines}
+    num_estimated = sum(share.num_estimated for share in found.shares.values())
+    return {**head, "tenants": rows, **house, "num_estimated": num_estimated, "cost_currency": currency}

@@ -26,7 +26,8 @@ from tenancy.pricing import price_tables
 from tenancy.usage import engine_time
 from tests.servers import PostgresServer
 
-TABLES = (invoice_tables, price_tables, token_tables, webhook_tables, engine_time)  # imported: they add to the metadata
+# imported: they add to the metadata
+TABLES = (engine_time, invoice_tables, price_tables, token_tables, webhook_tables)
 METADATA = [tenancy_tables.metadata, audit_tables.metadata]
 
 
