@@ -132,6 +132,7 @@ KINDS: dict[str, dict[int, str]] = {
     "webhook.resent": {1: "endpoint_id:s delivery_id:s"},
     "webhook.given_up": {1: "endpoint_id:s delivery_id:s event_kind:s reason:s log_index:i num_attempts:i"},
     "operator.created": {1: "name:s"},
+    "operator.disabled": {1: "name:s reason:s"},
     "operator.logged_in": {1: "name:s"},
     "operator.logged_out": {1: "name:s"},
     "operator.login_failed": {1: "name:s"},

@@ -21,6 +21,7 @@ from tenancy.quotas import quota_tables
 CHANGED: Final[dict[Table, tuple[str, ...]]] = {
     tables.tenant: ("status",),
     tables.api_key: ("expires_ns", "revoked_ns", "last_used_ns"),
+    tables.operator: ("disabled_ns",),
     token_tables.operator_token: ("revoked_ns", "last_used_ns"),
     tables.account: ("balance_nano_usd",),
     tables.budget_use: ("used_nano_usd", "held_nano_usd", "alerted_percent"),

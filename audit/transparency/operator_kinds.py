@@ -4,6 +4,7 @@ from audit.transparency.entry_kind import Field, Kind, counts, texts
 
 OPERATOR_KINDS = (
     Kind("operator.created", 1, "An operator account was created.", texts("name")),
+    Kind("operator.disabled", 1, "An operator account was disabled, and with it its tokens.", texts("name", "reason")),
     Kind("operator.logged_in", 1, "An operator logged in.", texts("name")),
     Kind("operator.logged_out", 1, "An operator logged out; a session that ran out has no entry.", texts("name")),
     Kind(

@@ -165,6 +165,18 @@ def admin_create(name: Annotated[str, typer.Option(help="log-in name")]) -> None
     typer.echo("This is shown once; only its hash is kept.", err=True)
 
 
+@admin_app.command("disable")
+def admin_disable(name: Annotated[str, typer.Argument(help="the operator's log-in name")], reason: Reason = "") -> None:
+    """Disable an operator for good: sessions and tokens end at once."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> bool:
+        return await clerk(session, conn).disable_operator(name, reason)
+
+    was = "is" if in_transaction(session, work) else "was already"
+    typer.echo(f"operator {name} {was} disabled")
+
+
 @admin_app.command("metrics-token")
 def admin_metrics_token() -> None:
     """Print the bearer token that a scraper of /metrics presents."""

@@ -17,7 +17,7 @@ from tenancy.access.directory import DuplicateNameError, TenantStatusError, Unkn
 from tenancy.access.key_rules import KeyRuleError
 from tenancy.access.keys import KeyScopeError
 from tenancy.access.operator_tokens import OperatorTokenError
-from tenancy.access.operators import DuplicateOperatorError
+from tenancy.access.operators import DuplicateOperatorError, UnknownOperatorError
 from tenancy.access.rotation import RotationError
 from tenancy.accounts.budgets import BudgetError
 from tenancy.accounts.corrections import CorrectionError
@@ -65,6 +65,7 @@ KNOWN_ERRORS = (
     TooManyLinesError,
     TooManyRequestsError,
     UnknownIdError,
+    UnknownOperatorError,
     WebhookError,
     DatabaseUnavailableError,
     FolderError,

@@ -4,19 +4,23 @@ import asyncio
 import csv
 import io
 import json
+from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select
 from typer.testing import CliRunner
 
 from audit.transparency import tables as audit_tables
+from gateway.billing.focus import REVENUE_KINDS
+from gateway.clerk import Clerk
 from gateway.cli import app as command_line
 from gateway.host.valkey import connect_redis
 from gateway.operators.tries import ADDRESS_MAX, PAIR_MAX, Tries
 from gateway.token_clerk import TokenClerk
 from tenancy import tables
 from tenancy.access.operator_tokens import TOKENS_MAX, OperatorTokenError, list_tokens
+from tenancy.access.operators import UnknownOperatorError
 from tests.fakes.hall import Account, Hall
 from tests.fakes.operators import DAY_NS, ROOT, Program, forget_tries, furnish, hire, program_of
 from tests.gateway.conftest import Stage
@@ -60,8 +64,11 @@ def test_a_token_is_dead_at_once(program: Program, runner: asyncio.Runner) -> No
         assert [await token_status(one) for one in (program, reader)] == [401, 200]
         assert await token_status(program, "POST", new) == 401
         async with hall.database.transaction() as conn:
-            await conn.execute(update(tables.operator).values(disabled_ns=world.now_ns()))
+            clerk_of_people = Clerk(conn, world.entropy, world.now_ns())
+            assert await clerk_of_people.disable_operator("olga", "left")
+            assert not await clerk_of_people.disable_operator("olga", "again")
         assert await token_status(reader) == 401
+        assert await hall.outbox("operator.disabled") == [{"name": "olga", "reason": "left"}]
         with pytest.raises(OperatorTokenError, match="no active operator"):
             await program_of(hall)
         (one,) = await hall.outbox("operator.token_revoked")
@@ -226,7 +233,8 @@ def test_a_tenant_s_money_by_http_alone(program: Program, runner: asyncio.Runner
         period = f"since_ns={row.finished_ns - SECOND_NS}&until_ns={after_ns}"
         exported = await program.call("GET", f"/books/focus?{period}&tenant_id={tenant_id}")
         rows = list(csv.DictReader(io.StringIO(exported.body.decode())))
-        assert sum(round(float(one["BilledCost"]) * 10**9) for one in rows if float(one["BilledCost"]) > 0)
+        earned = [Decimal(one["BilledCost"]) for one in rows if one["x_LedgerKind"] in REVENUE_KINDS]
+        assert sum(earned) * 10**9 == row.amount_nano_usd
         margin = await program.get(f"/books/margin?{period}&cost_per_hour_nano_usd=1&currency=EUR")
         (own,) = [one for one in margin["tenants"] if one["tenant_id"] == tenant_id]
         assert own["revenue_nano_usd"] == row.amount_nano_usd
@@ -535,3 +543,8 @@ def test_tokens_on_the_command_line(tmp_path: Any) -> None:
     assert one["state"] == "revoked"
     with pytest.raises(OperatorTokenError, match="no active operator"):
         run("token", "create", "--operator", "nobody")
+    run("token", "create", "--operator", "olga")
+    assert run("disable", "olga", "--reason", "left") == "operator olga is disabled\n"
+    assert [one["state"] for one in json.loads(run("token", "list", "--json"))] == ["revoked", "disabled"]
+    with pytest.raises(UnknownOperatorError):
+        run("disable", "nobody")
