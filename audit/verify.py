@@ -135,6 +135,9 @@ KINDS: dict[str, dict[int, str]] = {
     "operator.logged_in": {1: "name:s"},
     "operator.logged_out": {1: "name:s"},
     "operator.login_failed": {1: "name:s"},
+    "operator.token_created": {1: "token_id:s operator:s name:s read_only:b expires_ns:d"},
+    "operator.token_revoked": {1: "token_id:s operator:s reason:s"},
+    "operator.request": {1: "operator:s token_id:s request_id:s route:s subject:s"},
     "report.issued": {1: "name:s statement_sha256:s since_ns:d until_ns:d"},
     "opening.erased": {1: "reason:s leaf_indexes:l"},
 }

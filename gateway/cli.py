@@ -24,6 +24,7 @@ from gateway.commands import keys as keys_commands
 from gateway.commands import limits as limits_commands
 from gateway.commands import policies as policies_commands
 from gateway.commands import prices as prices_commands
+from gateway.commands import tokens as tokens_commands
 from gateway.commands import webhooks as webhooks_commands
 from gateway.commands.errors import KNOWN_ERRORS
 from gateway.logs import configure_logs
@@ -40,6 +41,7 @@ app.add_typer(prices_commands.price_app, name="price")
 app.add_typer(credits_commands.credit_app, name="credit")
 app.add_typer(books_commands.invoice_app, name="invoice")
 app.add_typer(webhooks_commands.webhook_app, name="webhook")
+directory_commands.admin_app.add_typer(tokens_commands.token_app, name="token")
 app.add_typer(directory_commands.admin_app, name="admin")
 app.add_typer(audit_commands.app, name="audit")
 bench_commands.app.command("kernels")(bench_kernels_commands.bench_kernels)

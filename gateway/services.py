@@ -17,6 +17,7 @@ from gateway.secrets import Secrets
 from gateway.settings import Settings
 from gateway.stages import Stages
 from gateway.world import World
+from tenancy.access.operator_tokens import note_token_uses
 from tenancy.quotas.quota import Quota
 
 
@@ -31,6 +32,7 @@ class Services:
     tokenizer: Tokenizer
     secrets: Secrets
     key_uses: KeyUses = field(default_factory=KeyUses)
+    token_uses: KeyUses = field(default_factory=lambda: KeyUses(note_token_uses))
     running: Running = field(default_factory=Running)
     remembered: Remembered = field(default_factory=Remembered)
     metrics: Metrics = field(default_factory=Metrics)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.products import Head, Product
+from kernels.products import Head, NormedProduct, Product
 
 PADDING_SLOT = -(2**62)  # of a token that only fills up a batch: it is written nowhere
 
@@ -98,6 +98,10 @@ class Backend(Protocol):
         self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """See reference.rms_norm; ``residual`` may be overwritten."""
+        ...
+
+    def normed(self, weight: Tensor, epsilon: float, product: Product) -> NormedProduct:
+        """rms_norm with this weight [in] and then ``product``, which this backend made ready, to the bit."""
         ...
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ SETTLE_S = 0.02  # torch's threads spin for a while after an op: on cores that t
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 576, 1536, 9, 3, 64, 49152
 LAYER_PRODUCTS = {"qkv": (576, 960), "output": (576, 576), "gate_up": (576, 3072), "down": (1536, 576)}
 COPIES_MAX = 30  # as many as there are layers
+STEP_ROUNDS = 5  # of whole steps for each round: their figures are small differences of medians
 
 Call = Callable[[], object]
 
@@ -147,7 +148,7 @@ class Bench:
         layer_bytes = 2 * sum(num * out for num, out in LAYER_PRODUCTS.values())
         shape = bench_step.LayerShape(HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_SIZE)
         tables, copies = scattered(num_rows, 1, context), self.num_copies(layer_bytes)
-        return bench_step.measure(self.ours, shape, tables, copies, self._num_rounds)
+        return bench_step.measure(self.ours, shape, tables, copies, STEP_ROUNDS * self._num_rounds)
 
     def chunk(self, num_tokens: int) -> dict[str, float]:
         attention = [one for one in self.figures if one.op == "attention"][-1]

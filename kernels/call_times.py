@@ -9,7 +9,7 @@ from typing import Any
 from kernels.cpu.library import Library
 
 CALLS = (
-    *("rms_norm", "activate_and_mul", "rope_and_store", "attention", "product", "top"),
+    *("rms_norm", "activate_and_mul", "attend", "product", "normed_product", "top"),
     *("digest_blocks", "fill_blocks"),
 )
 

@@ -9,10 +9,12 @@ from typing import Any
 from kernels.backend import Backend, DeviceBackend
 
 NOT_OPS = ("plan", "check")
+PRODUCTS = ("linear", "gate_up", "head", "normed")
 NATIVE = {
     "linear": "kernels/cpu/src/product.h",
     "gate_up": "kernels/cpu/src/product.h, kernels/cpu/src/gated.h",
     "head": "kernels/cpu/src/product.h",
+    "normed": "kernels/cpu/src/elementwise.h, kernels/cpu/src/product.h",
     "attend": "kernels/cpu/src/elementwise.h, kernels/cpu/src/attention.h",
 }
 TRITON = {
@@ -20,6 +22,7 @@ TRITON = {
     "gate_up": "kernels/gpu/matmul.py, kernels/gpu/silu_and_mul.py",
     "head": "kernels/gpu/matmul.py",
     "rms_norm": "kernels/gpu/rms_norm.py",
+    "normed": "kernels/gpu/rms_norm.py, kernels/gpu/matmul.py",
     "silu_and_mul": "kernels/gpu/silu_and_mul.py",
     "attend": "kernels/gpu/rope_and_store_kv.py, kernels/gpu/paged_attention.py",
     "top": "kernels/gpu/logits.py",
@@ -69,9 +72,7 @@ def ops_of(backend: Backend, heads: set[Heads]) -> list[Op]:
         elif family == "native":
             found.append(Op(name, NATIVE.get(name, "kernels/cpu/src/elementwise.h")))
         else:
-            found.append(
-                Op(name, "kernels/products.py" if name in ("linear", "gate_up", "head") else "kernels/torch_cpu.py")
-            )
+            found.append(Op(name, "kernels/products.py" if name in PRODUCTS else "kernels/torch_cpu.py"))
     return found
 
 
@@ -85,7 +86,7 @@ def _launches(name: str, backend: Backend, heads: set[Heads]) -> list[dict[str, 
     assert isinstance(backend, TritonBackend)
     tile = {"block_m": matmul.BLOCK_M, "block_n": matmul.BLOCK_N, "block_k": matmul.BLOCK_K}
     match name:
-        case "linear" | "gate_up":
+        case "linear" | "gate_up" | "normed":
             return [{**tile, "num_warps": matmul.NUM_WARPS, "num_stages": matmul.NUM_STAGES}]
         case "head":
             return [{**tile, "num_warps": matmul.NUM_WARPS_HEAD, "num_stages": matmul.NUM_STAGES}]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 NUM_ROWS_TRIED = 32
 
+Norm = Callable[[Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]  # see reference.rms_norm
+
 
 class Product(Protocol):
     """A matrix that was made ready once: x [T, in] -> [T, out]."""
@@ -18,6 +20,15 @@ class Product(Protocol):
     def is_exact(self) -> bool:
         """Whether a row keeps all its bits alone, in any place and in any company."""
         ...
+
+
+class NormedProduct(Protocol):
+    """A norm's weight and a matrix, made ready once: reference.rms_norm of x [T, in] and the residual, and the product
+    of what comes -> [T, out] and the sum float32 [T, in], for which the residual may be overwritten."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+    def is_exact(self) -> bool: ...
 
 
 class Head(Product, Protocol):
@@ -60,6 +71,20 @@ class Activated:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._activate(self._product(x))
+
+    def is_exact(self) -> bool:
+        return self._product.is_exact()
+
+
+class NormThenProduct:
+    """The two ops one after the other: ``norm`` is a backend's rms_norm."""
+
+    def __init__(self, norm: Norm, weight: Tensor, epsilon: float, product: Product) -> None:
+        self._norm, self._weight, self._epsilon, self._product = norm, weight, epsilon, product
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        normed, total = self._norm(x, self._weight, self._epsilon, residual)
+        return self._product(normed), total
 
     def is_exact(self) -> bool:
         return self._product.is_exact()

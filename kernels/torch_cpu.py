@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.backend import StepTables
-from kernels.products import Activated, PlainHead, PlainProduct
+from kernels.products import Activated, NormThenProduct, PlainHead, PlainProduct, Product
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -249,6 +249,9 @@ class TorchBackend:
         self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return rms_norm(x, weight, epsilon, residual)
+
+    def normed(self, weight: Tensor, epsilon: float, product: Product) -> NormThenProduct:
+        return NormThenProduct(self.rms_norm, weight, epsilon, product)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         return silu_and_mul(gate_up)

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from audit.transparency import tables as audit_tables
 from tenancy import row_security as row_security  # and with it all tables that are in the same metadata
 from tenancy import tables as tenancy_tables
+from tenancy.access import token_tables as token_tables  # no tenant's, so row_security does not know it
 
 ADVISORY_LOCK = 0x62756C6B68656164  # "bulkhead"
 LOCK_TIMEOUT_MS = 4_000

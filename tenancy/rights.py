@@ -12,6 +12,7 @@ from typing import Final
 from sqlalchemy import Table
 
 from tenancy import tables, webhook_tables
+from tenancy.access import token_tables
 from tenancy.invoicing import invoice_tables
 from tenancy.pricing import price_tables
 from tenancy.quotas import quota_tables
@@ -20,6 +21,7 @@ from tenancy.quotas import quota_tables
 CHANGED: Final[dict[Table, tuple[str, ...]]] = {
     tables.tenant: ("status",),
     tables.api_key: ("expires_ns", "revoked_ns", "last_used_ns"),
+    token_tables.operator_token: ("revoked_ns", "last_used_ns"),
     tables.account: ("balance_nano_usd",),
     tables.budget_use: ("used_nano_usd", "held_nano_usd", "alerted_percent"),
     tables.credit: ("amount_nano_usd", "left_nano_usd"),  # the amount of a credit line, which is its limit

@@ -4,7 +4,8 @@ Three kinds of rows:
 - append-only (price, usage_record, ledger_transaction, ledger_entry, credit_use): triggers in the database refuse
   UPDATE and DELETE, so that a mistake in our code cannot rewrite history. `append_only_ddl` is the text; create_all
   installs it and the migration executes the same text.
-- lifecycle (tenant, api_key, hold, operator, idempotency_key): one state column or timestamp moves forward, never back.
+- lifecycle (tenant, api_key, hold, operator, operator_token, idempotency_key): one state column or timestamp moves
+  forward, never back.
 - current values (scope_limit, budget, budget_use, account.balance_nano_usd, credit.left_nano_usd): may change; a
   balance is always the sum of its entries, a budget's figures the sums of its period's holds.
 """

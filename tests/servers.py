@@ -51,7 +51,7 @@ class PostgresServer:
                 f"ALTER ROLE {name}{SERVES} SET search_path = {name}",
             )
         )
-        return self._url(name)
+        return self.url_of(name)
 
     def new_served_database(self) -> str:
         """One with all tables, as a server finds it: the URL is that of a role that owns nothing and has the rights of
@@ -60,7 +60,15 @@ class PostgresServer:
         asyncio.run(create_served_tables(url))
         return url.replace("@", f"{SERVES}@", 1)
 
-    def _url(self, role: str) -> str:
+    def superuser_of(self, url: str) -> str:
+        """The URL of a superuser who finds the tables of `url`."""
+        owner = make_url(owner_of(url)).username
+        role = f"{owner}_super{next(self._numbers)}"
+        create = (f"CREATE ROLE {role} LOGIN SUPERUSER", f"ALTER ROLE {role} SET search_path = {owner}")
+        asyncio.run(self.execute(*create))
+        return self.url_of(role)
+
+    def url_of(self, role: str) -> str:
         return f"postgresql+asyncpg://{role}@/postgres?host={self.socket_dir}"
 
     async def execute(self, *statements: str) -> None:

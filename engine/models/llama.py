@@ -30,7 +30,7 @@ from engine.models.facts import CacheLayer
 from engine.models.llama_config import LayerConfig, ModelConfig
 from engine.models.rope import rope_tables
 from kernels.backend import Backend
-from kernels.products import Product
+from kernels.products import NormedProduct, Product
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -39,15 +39,13 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class Layer:
     config: LayerConfig
     qk_norms: tuple[Tensor, Tensor] | None  # [D] each
-    input_norm: Tensor
-    qkv: Product
+    qkv: NormedProduct
     output: Product
-    mlp_norm: Tensor
-    gate_up: Product  # with the activation
+    gate_up: NormedProduct  # with the activation
     down: Product
 
     @property
-    def linears(self) -> tuple[Product, ...]:
+    def products(self) -> tuple[NormedProduct | Product, ...]:
         return (self.qkv, self.output, self.gate_up, self.down)
 
 
@@ -57,7 +55,7 @@ class LlamaModel:
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], backend: Backend) -> None:
         self.config = config
         self.backend = backend
-        linear = backend.linear
+        linear, epsilon = backend.linear, config.rms_norm_epsilon
         take = _Taker(weights, backend.device)
         hidden, size = config.hidden_size, config.head_size
         q_size, kv_size = config.num_heads * size, config.num_kv_heads * size
@@ -80,19 +78,25 @@ class LlamaModel:
                         if config.qk_norm
                         else None
                     ),
-                    input_norm=take.own(f"model.layers.{index}.input_layernorm.weight", hidden),
-                    qkv=linear(
-                        torch.cat([take(f"{name}.weight", rows, hidden) for name, rows in q_k_v]),
-                        take.biases(config.qkv_bias, *q_k_v),
+                    qkv=backend.normed(
+                        take.own(f"model.layers.{index}.input_layernorm.weight", hidden),
+                        epsilon,
+                        linear(
+                            torch.cat([take(f"{name}.weight", rows, hidden) for name, rows in q_k_v]),
+                            take.biases(config.qkv_bias, *q_k_v),
+                        ),
                     ),
                     output=linear(
                         take(f"{attention}o_proj.weight", hidden, q_size),
                         take.biases(config.output_bias, (f"{attention}o_proj", hidden)),
                     ),
-                    mlp_norm=take.own(f"model.layers.{index}.post_attention_layernorm.weight", hidden),
-                    gate_up=backend.gate_up(
-                        torch.cat([take(f"{name}.weight", rows, hidden) for name, rows in halves]),
-                        take.biases(config.mlp_bias, *halves),
+                    gate_up=backend.normed(
+                        take.own(f"model.layers.{index}.post_attention_layernorm.weight", hidden),
+                        epsilon,
+                        backend.gate_up(
+                            torch.cat([take(f"{name}.weight", rows, hidden) for name, rows in halves]),
+                            take.biases(config.mlp_bias, *halves),
+                        ),
                     ),
                     down=linear(
                         take(f"{mlp}down_proj.weight", hidden, config.intermediate_size),
@@ -126,7 +130,6 @@ class LlamaModel:
     ) -> Tensor:
         """See engine/models/facts.py."""
         config, ops = self.config, self.backend
-        epsilon = config.rms_norm_epsilon
         cos, sin = self.cos[positions], self.sin[positions]
         residual: Tensor | None = None
         x = _scaled(self._embed(token_ids), config.embedding_scale)
@@ -135,8 +138,8 @@ class LlamaModel:
                 ops.check(plan)  # what the kernels refused so far is not forgotten
                 raise BrokenOffError(index / len(self.layers))
             key_cache, value_cache = cache.layer(index)
-            x, residual = ops.rms_norm(x, layer.input_norm, epsilon, residual)
-            qkv = layer.qkv(x).view(len(token_ids), -1, config.head_size)
+            qkv, residual = layer.qkv(x, residual)
+            qkv = qkv.view(len(token_ids), -1, config.head_size)
             if layer.qk_norms is not None:
                 self._norm_heads(qkv, *layer.qk_norms)
             attended = ops.attend(
@@ -151,13 +154,13 @@ class LlamaModel:
                 window=layer.config.window,
             )
             x = _scaled(layer.output(attended.flatten(1)), config.residual_scale)
-            x, residual = ops.rms_norm(x, layer.mlp_norm, epsilon, residual)
-            x = _scaled(layer.down(layer.gate_up(x)), config.residual_scale)
+            x, residual = layer.gate_up(x, residual)
+            x = _scaled(layer.down(x), config.residual_scale)
         ops.check(plan)
         if go_on is not None and not go_on(1.0):  # the head and the sampler are still to come
             raise BrokenOffError(1.0)
         assert residual is not None
-        x, _ = ops.rms_norm(x[wanted], self.norm, epsilon, residual[wanted])
+        x, _ = ops.rms_norm(x[wanted], self.norm, config.rms_norm_epsilon, residual[wanted])
         if show is not None:
             show(x)
         return _scaled(self.head(x), config.logits_scale)
@@ -173,7 +176,7 @@ class LlamaModel:
     def is_exact(self) -> bool:
         """Whether a row's bits depend on nothing but the row. The products are tried as well; one
         layer's stand for the others', which have the same shapes."""
-        tried = (*self.layers[0].linears, self.head)
+        tried = (*self.layers[0].products, self.head)
         return self.backend.exact and all(product.is_exact() for product in tried)
 
 

@@ -52,11 +52,12 @@ def bench_kernels(
 
 
 def steps_table(steps: list[dict[str, Any]]) -> Table:
-    """Milliseconds of a whole step that are not products or attention. The activation is the end of gate and up's
-    product: what it adds there, and what the op took on its own."""
+    """Milliseconds of a whole step that are not products or attention: what norms, rope and activation add to the calls
+    that they are part of, and what they take apart."""
     parts = {"norms": "norms_ms", "rope": "rope_ms", "activation": "activation_ms", "together": "together_ms"}
-    parts |= {"gate_up": "gate_up_ms", "bare": "gate_up_bare_ms", "apart": "separate_ms"}
-    parts |= {"inside": "library_ms", "warm": "warm_ms", "step": "step_ms"}
+    parts |= {"inside": "library_ms", "norms apart": "norms_apart_ms", "rope apart": "rope_apart_ms"}
+    parts |= {"activation apart": "activation_apart_ms", "warm": "warm_ms"}
+    parts |= {"step": "step_ms", "step apart": "step_apart_ms"}
     table = Table("rows of a step", *(f"{name} ms" for name in parts), box=None)
     for step in steps:
         table.add_row(str(step["rows"]), *(f"{step[key]:.2f}" for key in parts.values()))

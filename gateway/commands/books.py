@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -16,13 +16,12 @@ from gateway.commands.invoices import Month, Since, Until
 from gateway.commands.invoices import invoice_app as invoice_app  # with the commands below, what cli.py mounts
 from gateway.commands.periods import instant_of, period_of
 from gateway.commands.session import CommandError, in_snapshot, open_session
+from gateway.records.books import HOUSE, margin_record
 from gateway.sequences import usage_by_request
 from tenancy.access.directory import list_tenants
-from tenancy.accounts.posting import CURRENCY, currency_of
+from tenancy.accounts.posting import CURRENCY
 from tenancy.invoicing.periods import DAY_NS, period_start_ns
 from tenancy.money import format_nano
-from tenancy.usage.attribution import Attribution, attribute, cost_nano_usd, read_spans
-from tenancy.usage.engine_time import read_engine_time
 
 COUNTS = ("num_requests", "num_prefill_tokens", "num_recomputed_tokens", "num_decode_steps")  # shown by `margin`
 
@@ -98,30 +97,15 @@ def invoice_margin(
         raise CommandError("a margin needs --month, or --since and a later --until, that has begun")
     rate = exact(cost_per_hour, NANO_PER_USD, "--cost-per-hour")
 
-    async def work(conn: AsyncConnection) -> tuple[Attribution, dict[str, str], dict[str, str]]:
-        spans = await read_spans(conn, since_ns, until_ns)
-        engines = await read_engine_time(conn, since_ns, until_ns)
-        found = attribute(spans, since_ns, until_ns, block_size=session.settings.block_size, engines=engines)
-        currencies = {tenant_id: await currency_of(conn, tenant_id) for tenant_id in found.shares}
-        return found, {one.tenant_id: one.name for one in await list_tenants(conn)}, currencies
+    async def work(conn: AsyncConnection) -> dict[str, Any]:
+        block_size = session.settings.block_size
+        return await margin_record(
+            conn, since_ns, until_ns, rate_nano_usd=rate, currency=currency, block_size=block_size
+        )
 
-    found, names, currencies = in_snapshot(session, work)
-    rows = []
-    for tenant_id, share in sorted(found.shares.items(), key=lambda one: -one[1].engine_ns):
-        cost = cost_nano_usd(share.engine_ns, rate)
-        own = currencies[tenant_id]
-        margin = share.revenue_nano_usd - cost if own == currency else None
-        figures = {"currency": own, "cost_nano_usd": cost, "margin_nano_usd": margin}
-        rows.append({"tenant": names[tenant_id], "tenant_id": tenant_id, **asdict(share), **figures})
-    house = {"own": found.own_ns, "idle": found.idle_ns, "other": found.other_ns}
-    costs = {name: cost_nano_usd(time_ns, rate) for name, time_ns in house.items()}
-    num_estimated = sum(share.num_estimated for share in found.shares.values())
+    found = in_snapshot(session, work)
     if as_json:
-        times = {f"{name}_ns": time_ns for name, time_ns in house.items()}
-        more = {f"{name}_cost_nano_usd": cost for name, cost in costs.items()}
-        head = {"since_ns": since_ns, "until_ns": until_ns, "num_engines": found.num_engines}
-        counted = {"num_estimated": num_estimated, "cost_currency": currency}
-        typer.echo(json.dumps({**head, "tenants": rows, **times, **more, **counted}))
+        typer.echo(json.dumps(found))
         return
     table = [
         (
@@ -134,12 +118,13 @@ def invoice_margin(
             format_nano(row["cost_nano_usd"], currency),
             "-" if row["margin_nano_usd"] is None else format_nano(row["margin_nano_usd"], currency),
         )
-        for row in rows
+        for row in found["tenants"]
     ]
     nothing = ("",) * (len(COUNTS) + 2)
-    for name, time_ns in house.items():
-        table.append((f"({name})", *nothing, f"{time_ns / 3.6e12:.3f}", "", format_nano(costs[name], currency), ""))
+    for name in HOUSE:
+        time_ns, cost = found[f"{name}_ns"], found[f"{name}_cost_nano_usd"]
+        table.append((f"({name})", *nothing, f"{time_ns / 3.6e12:.3f}", "", format_nano(cost, currency), ""))
     counts = ("tenant", "requests", "prefill", "recomputed", "decode", "token-seconds", "block-seconds")
     print_table((*counts, "engine hours", "revenue", "cost", "margin"), table, numbers_from=1)
-    if num_estimated:
-        typer.echo(f"{num_estimated:,} requests were not measured: their time is an estimate")
+    if found["num_estimated"]:
+        typer.echo(f"{found['num_estimated']:,} requests were not measured: their time is an estimate")

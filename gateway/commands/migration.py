@@ -11,8 +11,6 @@ from gateway.host.migrate import migrate as run
 from gateway.rights.standing import Standing, standing
 from gateway.settings import Settings
 
-LACKS_MAX = 20  # lines; without tables everything is missing
-
 
 def migrate(settings: Settings, serving_role: str) -> None:
     """As the owner, where the settings name one: then whom the server connects as is a serving role."""
@@ -39,8 +37,10 @@ def check(settings: Settings) -> int:
     typer.echo(found.sentence())
     for what in found.excess:
         typer.echo(f"  too much: {found.role} {what}")
-    for what in found.missing[:LACKS_MAX]:
+    for what in found.missing:
         typer.echo(f"  too little: {found.role} lacks {what}")
+    for name in found.unguarded:
+        typer.echo(f"  unguarded: {name} lacks its triggers")
     if found.role:
         held = "row-level security holds" if found.row_security else "row-level security does not hold"
         typer.echo(held + "".join(f"\n  {found.role} {why}" for why in found.unwalled))

@@ -180,6 +180,7 @@ class Housekeeping:
 
     async def write_key_uses(self) -> None:
         await self._services.key_uses.write(self._services.database)
+        await self._services.token_uses.write(self._services.database)
 
     async def write_engine_time(self) -> None:
         await self._engine_times.write(self._services)

@@ -69,6 +69,10 @@ class Standing:
         return f"append-only is held by nothing: {_some(self.unguarded)} lack their triggers, and {why}. {HOW_TO}"
 
 
+class NoTablesError(Exception):
+    """There is nothing to have rights to."""
+
+
 class StandingWatch:
     """What was seen last, and what is said when it changes."""
 
@@ -93,17 +97,22 @@ def _tell(found: Standing) -> None:
         log.warning("rights.append_only", held_by="triggers", why=found.sentence())
     else:
         log.info("rights.append_only", held_by=found.append_only)
+    if found.append_only == "rights" and found.unguarded:
+        log.warning("rights.triggers", missing=found.unguarded)  # the owner's own mistakes are not refused any more
     if found.role and found.unwalled:
         log.warning("rights.row_security", holds=False, why=f"{found.role} {_some(found.unwalled)}. {HOW_TO}")
 
 
 async def standing(conn: AsyncConnection) -> Standing:
-    """Of the role of this connection."""
+    """Of the role of this connection. Raises NoTablesError, on PostgreSQL."""
     if conn.dialect.name == "sqlite":
         return Standing("", unguarded=_without(3, await conn.execute(_SQLITE_TRIGGERS)))
     who = (await conn.execute(_POWERS, {"powerful": list(POWERFUL)})).one()
     is_superuser = bool(who.rolsuper)
-    names = {"here": await conn.scalar(_HERE), "tables": list(declared()), "functions": list(OUR_FUNCTIONS)}
+    here = await conn.scalar(_HERE)
+    if here is None:
+        raise NoTablesError(f"{who.rolname} finds no tables: run bulkhead migrate (docs/operations.md)")
+    names = {"here": here, "tables": list(declared()), "functions": list(OUR_FUNCTIONS)}
     on_tables = {(row.relname, row.privilege): row.so for row in await conn.execute(_ON_TABLES, names)}
     on_columns = [tuple(row) for row in await conn.execute(_ON_COLUMNS, names)]
     sequences = (await conn.execute(_ON_SEQUENCES, names)).all()

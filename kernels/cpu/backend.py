@@ -28,19 +28,22 @@ from kernels.cpu.library import (
     optional_pointer,
     pointer,
 )
+from kernels.cpu.normed import NativeNormedProduct
 from kernels.cpu.product import NativeProduct
 from kernels.cpu.trial import multiplies
 from kernels.memory import Arena
-from kernels.products import Head, Product
+from kernels.products import Head, NormedProduct, NormThenProduct, Product
 
 ITEM_TOKENS_MAX = 16  # new tokens of a row that share one walk over its keys
+ROPE, ATTENTION = 1, 2  # halves of `attend`
 SILU, GELU_TANH, GELU_ERF = 0, 1, 2
 FLAGS = {1: "a block id out of range", 2: "a block of another owner"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Plan:
-    """Holds the arrays that the structs point into."""
+    """Holds the arrays that the structs point into. Layers are alike: what the structs hold of one is checked and
+    written where it is not the last one's."""
 
     tables: StepTables
     items: NDArray[np.int32]  # [I, 3] row, first and end of a range of its new tokens
@@ -49,6 +52,11 @@ class Plan:
     refused: NDArray[np.int64]  # [T] and one of the blocks
     rope: RopeArgs
     attention: AttentionArgs
+    heads: tuple[object, ...] = ()  # that the structs hold: see NativeBackend._take_heads
+    rule: tuple[float, int, float, int | None] | None = None
+    cos: Tensor | None = None  # the last layer's
+    sin: Tensor | None = None
+    angles: tuple[int | None, int | None] = (None, None)  # where these two lie
 
 
 class NativeBackend:
@@ -150,6 +158,11 @@ class NativeBackend:
         self._library.rms_norm(self._isa, ctypes.byref(args))
         return out, total
 
+    def normed(self, weight: Tensor, epsilon: float, product: Product) -> NormedProduct:
+        if isinstance(product, NativeProduct):
+            return NativeNormedProduct(self._library, self._isa, weight, epsilon, product)
+        return NormThenProduct(self.rms_norm, weight, epsilon, product)
+
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         return self._activate_and_mul(gate_up, SILU)
 
@@ -182,30 +195,10 @@ class NativeBackend:
         soft_cap: float = 0.0,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        num_tokens, all_heads, head_size = qkv.shape
-        num_blocks, block_size, num_kv_heads, _ = key_cache.shape
-        assert key_cache.shape == value_cache.shape == (num_blocks, block_size, num_kv_heads, head_size)
-        assert (num_blocks, block_size) == (len(plan.tables.block_tags), plan.tables.block_size)
-        assert all_heads == num_heads + 2 * num_kv_heads
-        assert num_heads % num_kv_heads == 0
-        assert head_size % 2 == 0
-        assert num_tokens == len(plan.token_tags)
-        assert qkv.dtype == key_cache.dtype == value_cache.dtype
-        assert 0 <= window < 2**31
-        assert soft_cap >= 0
-        assert (cos is None) == (sin is None)
-        for angle in (cos, sin):
-            assert angle is None or (angle.shape == (num_tokens, head_size // 2) and angle.dtype == torch.float32)
-        assert sinks is None or (sinks.shape == (num_heads,) and sinks.dtype == torch.float32)
-        out = torch.empty((num_tokens, num_heads, head_size), dtype=qkv.dtype)
-        args = plan.attention
-        args.query, args.out, args.query_stride = pointer(qkv), pointer(out), all_heads * head_size
-        args.key_cache, args.value_cache = pointer(key_cache), pointer(value_cache)
-        args.num_heads, args.num_kv_heads, args.head_size = num_heads, num_kv_heads, head_size
-        args.dtype, args.scale, args.window, args.soft_cap = DTYPES[qkv.dtype], scale, window, soft_cap
-        args.sinks = optional_pointer(sinks)
-        self.rope_and_store(qkv, cos, sin, key_cache, value_cache, num_heads=num_heads, plan=plan)
-        self._library.attention(self._isa, ctypes.byref(args))
+        self._take_heads(plan, qkv, key_cache, value_cache, num_heads)
+        self._take_rule(plan, num_heads, scale, window, soft_cap, sinks)
+        out = torch.empty((len(qkv), num_heads, qkv.shape[2]), dtype=qkv.dtype)
+        self._attend(plan, ROPE | ATTENTION, qkv, cos, sin, key_cache, value_cache, out)
         return out
 
     def rope_and_store(
@@ -219,14 +212,83 @@ class NativeBackend:
         num_heads: int,
         plan: Plan,
     ) -> None:
-        """The first half of ``attend``, which has checked its arguments: queries are rotated in place, keys and values
-        are written into the cache."""
-        args = plan.rope
-        args.qkv, args.cos, args.sin = pointer(qkv), optional_pointer(cos), optional_pointer(sin)
-        args.key_cache, args.value_cache = pointer(key_cache), pointer(value_cache)
-        args.num_heads, args.num_kv_heads, args.head_size = num_heads, key_cache.shape[2], key_cache.shape[3]
-        args.dtype = DTYPES[qkv.dtype]
-        self._library.rope_and_store(self._isa, ctypes.byref(args))
+        """The first half of ``attend``, to measure: queries are rotated in place, keys and values are written into the
+        cache."""
+        self._take_heads(plan, qkv, key_cache, value_cache, num_heads)
+        self._attend(plan, ROPE, qkv, cos, sin, key_cache, value_cache, qkv)
+
+    def attention(
+        self, qkv: Tensor, key_cache: Tensor, value_cache: Tensor, *, num_heads: int, plan: Plan, scale: float
+    ) -> Tensor:
+        """The second half, to measure, without window, cap and sinks."""
+        self._take_heads(plan, qkv, key_cache, value_cache, num_heads)
+        self._take_rule(plan, num_heads, scale, 0, 0.0, None)
+        out = torch.empty((len(qkv), num_heads, qkv.shape[2]), dtype=qkv.dtype)
+        self._attend(plan, ATTENTION, qkv, None, None, key_cache, value_cache, out)
+        return out
+
+    def _take_heads(self, plan: Plan, qkv: Tensor, key_cache: Tensor, value_cache: Tensor, num_heads: int) -> None:
+        """Checked, and written into the structs, where the layer before was another."""
+        shape = key_cache.shape
+        heads = (qkv.shape, shape, value_cache.shape, qkv.dtype, key_cache.dtype, value_cache.dtype, num_heads)
+        if heads == plan.heads:
+            return
+        num_tokens, all_heads, head_size = qkv.shape
+        num_blocks, block_size, num_kv_heads, _ = shape
+        assert shape == value_cache.shape == (num_blocks, block_size, num_kv_heads, head_size)
+        assert (num_blocks, block_size) == (len(plan.tables.block_tags), plan.tables.block_size)
+        assert all_heads == num_heads + 2 * num_kv_heads
+        assert num_heads % num_kv_heads == 0
+        assert head_size % 2 == 0
+        assert num_tokens == len(plan.token_tags)
+        assert qkv.dtype == key_cache.dtype == value_cache.dtype
+        for args in (plan.rope, plan.attention):
+            args.num_heads, args.num_kv_heads, args.head_size = num_heads, num_kv_heads, head_size
+            args.dtype = DTYPES[qkv.dtype]
+        plan.attention.query_stride = all_heads * head_size
+        plan.heads = heads
+        plan.cos, plan.sin, plan.angles = None, None, (None, None)  # they may not fit these heads
+
+    def _take_rule(
+        self, plan: Plan, num_heads: int, scale: float, window: int, soft_cap: float, sinks: Tensor | None
+    ) -> None:
+        """The same of how scores become weights."""
+        assert sinks is None or (sinks.shape == (num_heads,) and sinks.dtype == torch.float32)
+        rule = (scale, window, soft_cap, optional_pointer(sinks))
+        if rule != plan.rule:
+            assert 0 <= window < 2**31
+            assert soft_cap >= 0
+            args = plan.attention
+            args.scale, args.window, args.soft_cap, args.sinks = plan.rule = rule
+
+    def _attend(
+        self,
+        plan: Plan,
+        halves: int,
+        qkv: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        out: Tensor,
+    ) -> None:
+        if cos is not plan.cos or sin is not plan.sin:
+            assert (cos is None) == (sin is None)
+            for angles in (cos, sin):
+                assert angles is None or angles.shape == (len(plan.token_tags), qkv.shape[2] // 2)
+                assert angles is None or angles.dtype == torch.float32
+            plan.angles = (optional_pointer(cos), optional_pointer(sin))
+            plan.cos, plan.sin = cos, sin
+        self._library.attend(
+            self._isa,
+            ctypes.byref(plan.rope) if halves & ROPE else None,
+            ctypes.byref(plan.attention) if halves & ATTENTION else None,
+            pointer(qkv),
+            *plan.angles,
+            pointer(key_cache),
+            pointer(value_cache),
+            pointer(out),
+        )
 
     def top(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         num_rows, num_columns = logits.shape

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.backend import KernelError
 
 PATH = Path(__file__).parent / "_native.so"
-ABI = 8
+ABI = 9
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -152,22 +152,25 @@ class Library:
         self._loaded = loaded
         self.rms_norm = loaded.bulkhead_rms_norm
         self.activate_and_mul = loaded.bulkhead_activate_and_mul
-        self.rope_and_store = loaded.bulkhead_rope_and_store
-        self.attention = loaded.bulkhead_attention
+        self.attend = loaded.bulkhead_attend
         self.product = loaded.bulkhead_product
+        self.normed_product = loaded.bulkhead_normed_product
         self.top = loaded.bulkhead_top
         for function, args in (
             (self.rms_norm, NormArgs),
             (self.activate_and_mul, ActivationArgs),
-            (self.rope_and_store, RopeArgs),
-            (self.attention, AttentionArgs),
             (self.top, TopArgs),
         ):
             function.argtypes = (ctypes.c_int, POINTER(args))
             function.restype = None
         self.product.argtypes = (ctypes.c_int, POINTER(ProductArgs), c_void_p, c_void_p, c_int64)
-        self.product.restype = None
-
+        self.normed_product.argtypes = (
+            *(ctypes.c_int, POINTER(NormArgs), POINTER(ProductArgs)),
+            *(c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
+        )
+        self.attend.argtypes = (ctypes.c_int, POINTER(RopeArgs), POINTER(AttentionArgs), *(c_void_p,) * 6)
+        for function in (self.product, self.normed_product, self.attend):
+            function.restype = None
         self.digest_blocks = loaded.bulkhead_digest_blocks
         self.fill_blocks = loaded.bulkhead_fill_blocks
         for function in (self.digest_blocks, self.fill_blocks):

@@ -72,25 +72,25 @@ class NativeProduct:
         ordered = side_by_side(weight, self._panel // 2) if gated else weight
         self._packed = pack(ordered, self._panel, self._bf16_inputs, arena)
         self._bias = None if bias is None else bias.contiguous()
-        self._out_dtype = torch.float32 if head else weight.dtype
+        self.dtype, self.out_dtype = weight.dtype, torch.float32 if head else weight.dtype
         args = ProductArgs(
             weight=pointer(self._packed),
             bias=optional_pointer(self._bias),
             num_inputs=self.num_inputs,
             num_outputs=self.num_outputs,
             weight_dtype=DTYPES[weight.dtype],
-            y_dtype=DTYPES[self._out_dtype],
+            y_dtype=DTYPES[self.out_dtype],
             gated=gated,
         )
-        self._matrix = ctypes.byref(args)  # made once: a step calls every matrix of the model
+        self.matrix = ctypes.byref(args)  # made once: a step calls every matrix of the model
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out]."""
         assert x.shape[1:] == (self.num_inputs,)
-        assert x.dtype == self._packed.dtype
+        assert x.dtype == self.dtype
         num_rows = x.shape[0]
-        y = torch.empty((num_rows, self.num_outputs), dtype=self._out_dtype)
-        self._library.product(self._isa, self._matrix, pointer(x), pointer(y), num_rows)
+        y = torch.empty((num_rows, self.num_outputs), dtype=self.out_dtype)
+        self._library.product(self._isa, self.matrix, pointer(x), pointer(y), num_rows)
         return y
 
     def rows(self, indices: Tensor) -> Tensor:
@@ -104,4 +104,4 @@ class NativeProduct:
 
     def is_exact(self) -> bool:
         """True by construction, and tried all the same: a compiler's mistake would show here."""
-        return keeps_bits(self, self.num_inputs, self._packed.dtype)
+        return keeps_bits(self, self.num_inputs, self.dtype)

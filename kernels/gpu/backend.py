@@ -22,7 +22,7 @@ from kernels.gpu.rms_norm import rms_norm
 from kernels.gpu.rope_and_store_kv import rope_and_store_kv
 from kernels.gpu.scrub_blocks import scrub_blocks
 from kernels.gpu.silu_and_mul import silu_and_mul
-from kernels.products import Activated
+from kernels.products import Activated, NormThenProduct, Product
 
 CAPABILITY_MIN = 80  # bfloat16 in the matrix units
 
@@ -66,6 +66,9 @@ class TritonBackend:
         self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return rms_norm(x.contiguous(), weight, epsilon, residual)
+
+    def normed(self, weight: Tensor, epsilon: float, product: Product) -> NormThenProduct:
+        return NormThenProduct(self.rms_norm, weight, epsilon, product)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         return silu_and_mul(gate_up)

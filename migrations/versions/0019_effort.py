@@ -9,7 +9,7 @@ from tenancy.tables import append_only_ddl
 from tenancy.usage.engine_time import engine_time
 
 revision = "0019"
-down_revision = "0017"
+down_revision = "0018"
 branch_labels = None
 depends_on = None
 

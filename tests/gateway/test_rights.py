@@ -240,12 +240,20 @@ PLANTS = {
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-def test_each_right_too_many_is_found(postgres_server: PostgresServer, plant: str) -> None:
-    url = postgres_server.new_served_database()
-    serving, owner = serving_role_of(url), serving_role_of(url).removesuffix("_serves")
-    on_path = f"SET search_path = {owner}"
-    asyncio.run(postgres_server.execute(on_path, plant.format(serving=serving, owner=owner, place=PLACE_HOLD)))
-    found = seen(url)
+def test_each_right_too_many_is_found(postgres_server: PostgresServer, served: str, plant: str) -> None:
+    serving = serving_role_of(served)
+    owner = serving.removesuffix("_serves")
+
+    async def planted(conn: AsyncConnection) -> Standing:
+        """As a superuser in a transaction that is taken back; in it, the server looks."""
+        await conn.exec_driver_sql(f"SET LOCAL search_path = {owner}")
+        await conn.exec_driver_sql(plant.format(serving=serving, owner=owner, place=PLACE_HOLD))
+        await conn.exec_driver_sql(f"SET LOCAL SESSION AUTHORIZATION {serving}")
+        found = await standing(conn)
+        await conn.rollback()
+        return found
+
+    found = run(postgres_server.url_of("postgres"), planted)
     assert PLANTS[plant].format(owner=owner) in found.excess
     assert found.append_only == "triggers"
     assert "docs/operations.md" in found.sentence()

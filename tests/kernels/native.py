@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.backend import KernelError, StepTables
-from kernels.cpu.backend import NativeBackend
+from kernels.cpu.backend import NativeBackend, Plan
 from kernels.cpu.library import load
 
 
@@ -133,7 +133,14 @@ PLAIN = Features()
 
 def run(backend: NativeBackend, shape: Shape, step: Step, *, check: bool = True, features: Features = PLAIN) -> Tensor:
     plan = backend.plan(step.tables)
-    out = backend.attend(
+    out = attend(backend, shape, step, plan, features)
+    if check:
+        backend.check(plan)
+    return out
+
+
+def attend(backend: NativeBackend, shape: Shape, step: Step, plan: Plan, features: Features = PLAIN) -> Tensor:
+    return backend.attend(
         step.qkv.clone(),
         step.cos if features.rotate else None,
         step.sin if features.rotate else None,
@@ -146,9 +153,6 @@ def run(backend: NativeBackend, shape: Shape, step: Step, *, check: bool = True,
         soft_cap=features.soft_cap,
         sinks=features.sinks,
     )
-    if check:
-        backend.check(plan)
-    return out
 
 
 def expected(shape: Shape, step: Step) -> Tensor:

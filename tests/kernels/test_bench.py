@@ -7,6 +7,8 @@ import torch
 
 from gateway.commands.bench_kernels import steps_table, table_of
 from kernels import bench
+from kernels.bench_step import CALLS as CALLS_OF_A_STEP
+from kernels.bench_step import Times
 from kernels.call_times import CALLS, inside
 from kernels.cpu.backend import NativeBackend
 from kernels.cpu.library import load
@@ -34,18 +36,38 @@ def test_every_op_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert table_of(figures).row_count == len(figures)
     assert [step["rows"] for step in result["steps"]] == [1, 2]
     for step in result["steps"]:
-        parts = step["norms_ms"] + step["rope_ms"] + max(0, step["activation_ms"])  # noise is no gain
-        assert step["together_ms"] == pytest.approx(parts, abs=0.01)
-        assert step["activation_ms"] == pytest.approx(step["gate_up_ms"] - step["gate_up_bare_ms"], abs=0.01)
-        assert min(step[name] for name in ("norms_ms", "rope_ms", "gate_up_bare_ms", "separate_ms")) > 0
+        for name, call, without in (
+            ("rope", "attend", "attention"),
+            ("activation", "gate_up", "gate_up_bare"),
+        ):
+            assert step[f"{name}_ms"] == pytest.approx(step[f"{call}_ms"] - step[f"{without}_ms"], abs=0.01)
+        norms = step["normed_qkv_ms"] - step["qkv_ms"] + step["normed_gate_up_ms"] - step["gate_up_ms"]
+        assert step["norms_ms"] == pytest.approx(norms, abs=0.01)
+        parts = [step["normed_qkv_ms"] - step["qkv_ms"], step["normed_gate_up_ms"] - step["gate_up_ms"]]
+        parts += [step["rope_ms"], step["activation_ms"]]
+        assert step["together_ms"] == pytest.approx(sum(max(0, part) for part in parts), abs=0.01)  # noise is no gain
+        assert min(step[f"{name}_ms"] for name in CALLS_OF_A_STEP) > 0
         assert step["warm_ms"] > 0
         assert step["together_ms"] < step["step_ms"], "products and attention take time, too"
+        assert step["step_apart_ms"] > step["qkv_ms"] + step["attention_ms"] + step["gate_up_bare_ms"]
     assert steps_table(result["steps"]).row_count == 2
     chunk = result["chunk"]
     products = [figure["ours_us"] for figure in figures if figure["case"] == "33 rows bfloat16"]
     assert len(products) == len(bench.LAYER_PRODUCTS)
     assert chunk["products_us"] == pytest.approx(sum(products), abs=0.1)
     assert chunk["share"] == pytest.approx(chunk["attention_us"] / chunk["products_us"], abs=0.001)
+
+
+def test_a_steps_time_is_the_sum_of_its_calls_medians() -> None:
+    """One slow round must not count, wherever in the step it strikes; and no layer may be left out."""
+    times = Times()
+    for first, second in ((1.0, 10.0), (500.0, 30.0), (2.0, 700.0)):
+        times.begin_step()
+        times.add("qkv", first)
+        times.add("other", 0.5)
+        times.add("qkv", second)
+    assert times["qkv"] == 2.0 + 30.0
+    assert times["other"] == 0.5
 
 
 @pytest.mark.skipif(not isas(), reason="no native kernels: install a C++ compiler, run make native")

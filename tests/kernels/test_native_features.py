@@ -1,6 +1,7 @@
 """Windows, soft caps, sinks and queries that come rotated: against dense attention in float64 that knows no blocks and
 no tiles, and the same bits in any company."""
 
+import copy
 import itertools
 import math
 
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.cpu.backend import NativeBackend
-from tests.kernels.native import Features, Shape, Step, bits, every_isa, make_step, random_row, run, with_tables
-from tests.kernels.test_native_bits import put, stored
+from tests.kernels.native import Features, Shape, Step, attend, bits, every_isa, make_step, random_row, run, with_tables
+from tests.kernels.test_native_bits import DTYPES, put, stored
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 LENGTHS = st.one_of(st.sampled_from([1, 2, 31, 32, 33, 63, 64, 65, 97]), st.integers(1, 150))
@@ -181,3 +182,36 @@ def test_a_broken_number_harms_those_who_see_it(isa: str, part: str) -> None:
     assert broken[:, 3].nonzero().flatten().tolist() == list(range(10, 30))
     assert not broken[:, :3].any()
     assert not broken[:, 4:].any()
+
+
+@every_isa
+@given(
+    layers=st.lists(
+        st.tuples(st.sampled_from([1, 2, 3, 6]), st.sampled_from([8, 16]), st.sampled_from(DTYPES), features()),
+        min_size=2,
+        max_size=4,
+    )
+)
+def test_layers_that_differ_share_a_plan(isa: str, layers: list[tuple[int, int, torch.dtype, Features]]) -> None:
+    """What a plan holds of the layer before must not reach the next one."""
+    backend, plan = NativeBackend(isa), None
+    for num_kv_heads, head_size, dtype, wanted in layers:
+        shape = Shape(HEADS, num_kv_heads, head_size, 16, dtype)
+        step = make_step(shape, [random_row(shape, 70, index) for index in range(2)], [(69, 70), (40, 70)])
+        plan = plan or backend.plan(step.tables)  # of the first: the tables are equal
+        want = run(backend, shape, copy.deepcopy(step), features=wanted)
+        got = attend(backend, shape, step, plan, wanted)
+        assert torch.equal(bits(got), bits(want))
+
+
+@every_isa
+def test_angles_are_checked_again_for_other_heads(isa: str) -> None:
+    """The last layer's angles are taken for good, but only for heads of the same size: else memory is read that is not
+    theirs."""
+    backend, small, large = NativeBackend(isa), *(Shape(HEADS, 2, size, 16, torch.float32) for size in (8, 16))
+    step, other = (make_step(shape, [random_row(shape, 40, 0)], [(39, 40)]) for shape in (small, large))
+    plan = backend.plan(step.tables)
+    attend(backend, small, step, plan)
+    other.cos, other.sin = step.cos, step.sin
+    with pytest.raises(AssertionError):
+        attend(backend, large, other, plan)

@@ -101,7 +101,7 @@ struct Scratch {
 };
 
 thread_local Scratch scratch;
-thread_local Scratch inputs;  // of the calling thread, read by all
+thread_local Scratch inputs, normed;  // of the calling thread, read by all
 
 template <class Args> struct Job {
     const Args* args;
@@ -143,7 +143,7 @@ constexpr int64_t PANELS_PER_PIECE_MIN = 2;  // some microseconds of work
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int bulkhead_abi() {
-    return 8;
+    return 9;
 }
 
 // Name of the i-th instruction set that was built, best first; null beyond the last.
@@ -165,11 +165,6 @@ EXPORT void bulkhead_rms_norm(int isa, const NormArgs* args) {
 
 EXPORT void bulkhead_activate_and_mul(int isa, const ActivationArgs* args) {
     in_chunks(args, ISAS[isa].ops->activate_and_mul, args->num_tokens, tokens_per_piece(args->size));
-}
-
-EXPORT void bulkhead_rope_and_store(int isa, const RopeArgs* args) {
-    const int64_t size = static_cast<int64_t>(args->num_heads + 2 * args->num_kv_heads) * args->head_size;
-    in_chunks(args, ISAS[isa].ops->rope_and_store, args->num_tokens, tokens_per_piece(size));
 }
 
 EXPORT void bulkhead_digest_blocks(const BlocksArgs* args) {
@@ -194,6 +189,29 @@ EXPORT void bulkhead_attention(int isa, const AttentionArgs* args) {
             j->ops->attention(j->args, begin, end < j->num ? end : j->num, scratch.at_least(j->scratch_floats));
         },
         &job, (job.num + chunk - 1) / chunk);
+}
+
+// Rope with the write into the cache, then attention; of which either may be null, to measure the other. They hold the rest.
+EXPORT void bulkhead_attend(int isa, const RopeArgs* rope, const AttentionArgs* attention, void* qkv, const float* cos,
+                            const float* sin, void* key_cache, void* value_cache, void* out) {
+    if (rope) {
+        RopeArgs all = *rope;
+        all.qkv = qkv;
+        all.cos = cos;
+        all.sin = sin;
+        all.key_cache = key_cache;
+        all.value_cache = value_cache;
+        const int64_t size = static_cast<int64_t>(all.num_heads + 2 * all.num_kv_heads) * all.head_size;
+        in_chunks(&all, ISAS[isa].ops->rope_and_store, all.num_tokens, tokens_per_piece(size));
+    }
+    if (attention) {
+        AttentionArgs all = *attention;
+        all.query = qkv;
+        all.key_cache = key_cache;
+        all.value_cache = value_cache;
+        all.out = out;
+        bulkhead_attention(isa, &all);
+    }
 }
 
 EXPORT void bulkhead_top(int isa, const TopArgs* args) {
@@ -237,4 +255,19 @@ EXPORT void bulkhead_product(int isa, const ProductArgs* matrix, const void* x, 
     int64_t chunk = num_panels / (PIECES_PER_THREAD * pool().num_threads());
     chunk = chunk < PANELS_PER_PIECE_MIN ? PANELS_PER_PIECE_MIN : chunk / PANELS_PER_PIECE_MIN * PANELS_PER_PIECE_MIN;
     in_chunks(&all, ops->product, num_panels, chunk);
+}
+
+// rms_norm and a product of what comes, one after the other by the same threads, while they are awake: what the norm
+// gives is seen by nobody else and lies in memory that is used again. `norm` and `matrix` hold the rest.
+EXPORT void bulkhead_normed_product(int isa, const NormArgs* norm, const ProductArgs* matrix, const void* x, const float* residual,
+                                    float* total, void* y, int64_t num_rows) {
+    NormArgs all = *norm;
+    all.x = x;
+    all.residual = residual;
+    all.total = total;
+    all.num_tokens = num_rows;
+    const int64_t num = num_rows * all.size, num_floats = all.dtype == BFLOAT16 ? (num + 1) / 2 : num;
+    all.out = normed.at_least(static_cast<size_t>(num_floats));
+    bulkhead_rms_norm(isa, &all);
+    bulkhead_product(isa, matrix, all.out, y, num_rows);
 }
