@@ -132,9 +132,13 @@ KINDS: dict[str, dict[int, str]] = {
     "webhook.resent": {1: "endpoint_id:s delivery_id:s"},
     "webhook.given_up": {1: "endpoint_id:s delivery_id:s event_kind:s reason:s log_index:i num_attempts:i"},
     "operator.created": {1: "name:s"},
+    "operator.disabled": {1: "name:s reason:s"},
     "operator.logged_in": {1: "name:s"},
     "operator.logged_out": {1: "name:s"},
     "operator.login_failed": {1: "name:s"},
+    "operator.token_created": {1: "token_id:s operator:s name:s read_only:b expires_ns:d"},
+    "operator.token_revoked": {1: "token_id:s operator:s reason:s"},
+    "operator.request": {1: "operator:s token_id:s request_id:s route:s subject:s"},
     "report.issued": {1: "name:s statement_sha256:s since_ns:d until_ns:d"},
     "opening.erased": {1: "reason:s leaf_indexes:l"},
 }

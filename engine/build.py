@@ -1,6 +1,7 @@
 """From settings to an engine that is ready to step: tokenizer, kernels, model, cache, core."""
 
 import os
+import time
 from collections.abc import Callable
 
 import torch
@@ -97,6 +98,7 @@ def build(config: WorkerConfig, make_observer: MakeObserver, epoch: str = "") ->
         cache_ceiling_percent=config.cache_ceiling_percent,
         model_digest=digest,
         matchers=Matchers(config.model_dir, model.vocab_size, tokenizer.eos_token_ids),
+        clock_ns=time.perf_counter_ns,
     )
     ready = Ready(
         protocol_version=PROTOCOL_VERSION,

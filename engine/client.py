@@ -95,6 +95,7 @@ def merge(first: TokenOutput, second: TokenOutput) -> TokenOutput:
         error=second.error,
         logprobs=first.logprobs + second.logprobs,
         prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
+        effort=second.effort,
     )
 
 

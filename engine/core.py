@@ -1,4 +1,4 @@
-"""The engine as one synchronous object: add, abort, step. No I/O, no clock, no threads, no global state.
+"""The engine as one synchronous object: add, abort, step. No I/O, no clock of its own, no threads, no global state.
 
 One step, numbered here and marked below:
 
@@ -43,13 +43,14 @@ from engine.scheduling.scheduler import Scheduler
 from engine.sequence import Event, Sequence
 from engine.step_result import StepResult
 from engine.text.answer import Answer, Piece, output_of
+from engine.timekeeper import Timekeeper
 from kernels.backend import OwnershipError
 
 
 class EngineCore:
     """``decode`` turns token ids into text; ``vocab_size`` bounds the ids that a prompt may hold; ``model_digest`` is
     part of every name in the prefix cache; ``matchers`` makes what keeps an answer in a form (None: no form is
-    served), and raises GrammarError."""
+    served), and raises GrammarError. ``clock_ns`` is for the accounts (engine/timekeeper.py): no decision sees it."""
 
     def __init__(
         self,
@@ -72,11 +73,12 @@ class EngineCore:
         cache_ceiling_percent: int = 100,
         model_digest: str = "",
         matchers: Callable[[str], Matcher] | None = None,
+        clock_ns: Callable[[], int] = lambda: 0,
     ) -> None:
         self.step_number = 0
         self.num_failures_in_a_row = 0
         self._runner = runner
-        self._decode = decode
+        self._decode, self._output = decode, output_of
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
         self._max_waiting = max_waiting
@@ -85,6 +87,7 @@ class EngineCore:
         self._model_digest = model_digest
         self._events: list[EngineEvent] = []
         self._between = StepResult()
+        self.timekeeper = Timekeeper(clock_ns)
         shares = CacheShares(cache_floor_percent, cache_ceiling_percent, -(-context_max // runner.block_size))
         self.pool = BlockPool(runner.num_blocks, scrub=runner.scrub, on_event=self._events.append, shares=shares)
         self.scheduler = Scheduler(
@@ -139,6 +142,7 @@ class EngineCore:
         self._num_arrived += 1
         self._sequences[sequence.sequence_id] = sequence
         self._answers[sequence.sequence_id] = Answer(self._decode, submit.sampling)
+        self.timekeeper.enter(sequence)
         self.scheduler.add(sequence)
         self._events.append(begin_event(self.step_number, submit))
         return None
@@ -185,6 +189,7 @@ class EngineCore:
         """Advance every scheduled sequence by its share of the budget. ``newcomers`` tells who has come since it was
         last asked, and is not added yet: for one of them the step may be broken off, and nothing has happened then."""
         result = self.take_between()
+        self.timekeeper.begin_step()
         self.step_number += 1
         self.pool.step = self.step_number
         plan = self.scheduler.schedule()  # 1
@@ -205,6 +210,7 @@ class EngineCore:
                 except BrokenOffError as broken:
                     self._observer.broken_off(self.step_number, broken)
                     self.break_offs.broken(plan, broken.share)
+                    self.timekeeper.break_off(self.break_offs.cause)
                     break
                 except OwnershipError as refusal:
                     self._punish([refused(refusal, batch)], rows, result)
@@ -224,6 +230,7 @@ class EngineCore:
             self.pool.completed(self.step_number)
         self._withhold(result)  # 7
         self._show_events()
+        self.timekeeper.end_step(plan.rows)
         return result
 
     def stats(self) -> Stats:
@@ -249,6 +256,8 @@ class EngineCore:
             num_rescued=self.scheduler.rescue.num_rescued,
             num_steps_broken_off=self.break_offs.num_broken_off,
             num_tokens_lost=self.break_offs.num_tokens_lost,
+            step_ns=self.timekeeper.step_ns,
+            own_ns=self.timekeeper.own_ns,
         )
 
     def _audited_batch(self, rows: Line[ScheduledRow], result: StepResult) -> Batch | None:
@@ -342,17 +351,12 @@ class EngineCore:
     def _advance(self, sequence: Sequence, num_new_tokens: int) -> None:
         block_size = self._runner.block_size
         num_full_before = sequence.num_computed_tokens // block_size
-        if not sequence.num_computed_max:
-            sequence.num_cached_tokens = sequence.num_computed_tokens
-        sequence.num_computed_tokens += num_new_tokens
+        self._num_prompt_tokens += sequence.advance(num_new_tokens)
         for index in range(num_full_before, sequence.num_computed_tokens // block_size):
             block_id, sequence_id = sequence.block_ids[index], sequence.sequence_id
             self.pool.seal(block_id, sequence_id=sequence_id)
             if self._prefix_cache:
                 self.pool.publish(block_id, sequence.prefix(index, block_size), sequence_id=sequence_id)
-        served_before = sequence.num_prompt_tokens_served
-        sequence.num_computed_max = max(sequence.num_computed_max, sequence.num_computed_tokens)
-        self._num_prompt_tokens += sequence.num_prompt_tokens_served - served_before
 
     def _take_token(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> TokenOutput:
         if token_id == NOT_FINITE:
@@ -360,8 +364,7 @@ class EngineCore:
             return self._finish(sequence)
         sequence.token_ids.append(token_id)
         self._num_completion_tokens += 1
-        sampling = sequence.sampling
-        piece = Piece()
+        sampling, piece = sequence.sampling, Piece()
         if token_id in sampling.stop_token_ids or (token_id in self._eos_token_ids and not sampling.ignore_eos):
             sequence.apply(Event.STOP)
         else:
@@ -389,11 +392,9 @@ class EngineCore:
             piece = Piece(piece.text + rest.text, piece.logprobs + rest.logprobs)
         return self._output(sequence, piece, token_ids)
 
-    def _output(self, sequence: Sequence, piece: Piece, token_ids: tuple[int, ...]) -> TokenOutput:
-        return output_of(sequence, piece, token_ids)
-
     def _show_events(self) -> None:
         if self._events:
             events = self._events.copy()
             self._events.clear()
+            self.timekeeper.hear(events)
             self._observer.on_events(events)

@@ -6,7 +6,7 @@ from itertools import chain
 
 from msgspec.structs import replace
 
-from engine.protocol import Submit, TokenOutput
+from engine.protocol import Effort, Submit, TokenOutput
 from engine.scheduling.tiers import TIERS
 
 
@@ -23,12 +23,12 @@ def is_valid(submit: Submit, vocab_size: int, *, forms: bool) -> bool:
 
 def refusal(submit: Submit, error: str) -> TokenOutput:
     """The only output of a sequence that was never taken in: nothing computed, nothing to charge."""
-    return TokenOutput(submit.sequence_id, "", (), 0, 0, 0, "error", error, nonce=submit.nonce)
+    return TokenOutput(submit.sequence_id, "", (), 0, 0, 0, "error", error, nonce=submit.nonce, effort=Effort())
 
 
 def aborted(submit: Submit) -> TokenOutput:
     """The only output of a sequence that was aborted before it came to the core."""
-    return TokenOutput(submit.sequence_id, "", (), 0, 0, 0, "abort", nonce=submit.nonce)
+    return TokenOutput(submit.sequence_id, "", (), 0, 0, 0, "abort", nonce=submit.nonce, effort=Effort())
 
 
 def withheld(output: TokenOutput) -> TokenOutput:

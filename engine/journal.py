@@ -3,7 +3,7 @@
 One append-only file per worker epoch, one line per sequence and step that emitted something:
 
     <crc32 in 8 hex digits> <json array [sequence_id, num_prompt_tokens, num_completion_tokens, finish_reason,
-                             num_cached_tokens]>\n
+                             num_cached_tokens, [what it took of the engine: protocol.Effort]]>\n
 
 A step's lines are handed to the operating system in one write *before* the step's frames are sent, so what a client
 saw is in the journal. The page cache outlives the process; a power cut may lose the last moments (no fsync per step),
@@ -11,25 +11,25 @@ and then no client was served either. Counts are cumulative: the last good line 
 damaged line ends the file.
 """
 
-import json
 import os
 import zlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from engine.protocol import TokenOutput
+import msgspec
+
+from engine.protocol import Effort, TokenOutput
 
 SUFFIX = ".journal"
 
 
-@dataclass(frozen=True, slots=True)
-class JournalRecord:
+class JournalRecord(msgspec.Struct, frozen=True, array_like=True):
     sequence_id: str
     num_prompt_tokens: int
     num_completion_tokens: int
     finish_reason: str | None
     num_cached_tokens: int = 0  # part of num_prompt_tokens; a journal of an earlier version does not say
+    effort: Effort | None = None  # None: not measured, or of an earlier version
 
 
 def record_of(output: TokenOutput) -> JournalRecord:
@@ -39,6 +39,7 @@ def record_of(output: TokenOutput) -> JournalRecord:
         output.num_completion_tokens,
         output.finish_reason,
         output.num_cached_tokens,
+        output.effort,
     )
 
 
@@ -63,16 +64,7 @@ class Journal:
 
 
 def encode_record(record: JournalRecord) -> bytes:
-    body = json.dumps(
-        [
-            record.sequence_id,
-            record.num_prompt_tokens,
-            record.num_completion_tokens,
-            record.finish_reason,
-            record.num_cached_tokens,
-        ],
-        separators=(",", ":"),
-    ).encode("ascii")
+    body = _encoder.encode(record)
     return b"%08x %b\n" % (zlib.crc32(body), body)
 
 
@@ -83,7 +75,7 @@ def decode_records(data: bytes) -> list[JournalRecord]:
         checksum, _, body = line.partition(b" ")
         if checksum != b"%08x" % zlib.crc32(body):
             break
-        records.append(JournalRecord(*json.loads(body)))
+        records.append(_decoder.decode(body))
     return records
 
 
@@ -104,3 +96,7 @@ def prune(folder: Path, keep: Collection[str]) -> list[Path]:
             path.unlink(missing_ok=True)
             deleted.append(path)
     return deleted
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(JournalRecord)

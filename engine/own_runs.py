@@ -14,9 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.core import EngineCore
-from engine.protocol import Submit, TokenOutput
-
-OWN = "audit/"  # how the names of such sequences and of their domains begin
+from engine.protocol import OWN, Submit, TokenOutput
 
 
 def is_own(submit: Submit) -> bool:

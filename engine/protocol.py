@@ -19,6 +19,7 @@ FRAME_BYTES_MAX = (
     8 * 1024 * 1024
 )  # a prompt of a million token ids still fits; a lost reader cannot make us buffer more
 _LENGTH_BYTES = 4
+OWN = "audit/"  # how the names of sequences begin that no client has asked for, and those of their domains
 
 FINISH_REASONS = frozenset({"stop", "length", "abort", "error"})
 ERROR_CODES = frozenset(
@@ -169,6 +170,23 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     rank: int = 0
 
 
+class Effort(msgspec.Struct, array_like=True):
+    """What a sequence has taken of the engine so far (engine/timekeeper.py says how it is shared). An output in the
+    worker holds the very account that still grows; what is written of it is how it stands when the step is over.
+
+    ``engine_ns``: its parts of the steps' time. ``block_ns``: blocks times the time for which it had them; of several
+    sequences that share one, it counts for one. ``num_prefill_tokens``: prompt tokens computed, each once.
+    ``num_recomputed_tokens``: tokens computed again after its blocks were taken. ``num_decode_steps``: tokens of its
+    answer that were fed back, one in a step: the last one never is.
+    """
+
+    engine_ns: int = 0
+    block_ns: int = 0
+    num_prefill_tokens: int = 0
+    num_recomputed_tokens: int = 0
+    num_decode_steps: int = 0
+
+
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True, tag="token"):
     """New output of one sequence. ``text`` and ``token_ids`` are deltas, the counts are cumulative and exact.
 
@@ -190,6 +208,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, tag="token"):
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     nonce: int = 0  # its Submit's
+    effort: Effort | None = None  # None: not measured
 
 
 class Stats(msgspec.Struct, frozen=True, array_like=True, tag="stats"):
@@ -216,6 +235,8 @@ class Stats(msgspec.Struct, frozen=True, array_like=True, tag="stats"):
     closed: bool = False  # nothing is taken in any more: too many steps broke isolation
     num_steps_broken_off: int = 0  # for first tokens that were owed; computed again
     num_tokens_lost: int = 0  # of those steps, by the share of their layers that was computed
+    step_ns: int = 0  # of all steps
+    own_ns: int = 0  # of those, what is no client's: the observer's own runs, steps without a row
 
 
 class Incident(msgspec.Struct, frozen=True, array_like=True, tag="incident"):

@@ -9,6 +9,7 @@ from enum import Enum
 
 from engine.cache.prefix_index import Prefix
 from engine.cache.prefix_key import block_key, root_key
+from engine.effort import Account
 from engine.protocol import SamplingParams, Submit
 
 
@@ -79,6 +80,7 @@ class Sequence:
     row: int = -1  # its stable row while running
     status: Status = Status.WAITING
     error: str = ""
+    account: Account = field(default_factory=Account)  # what it has taken of the engine
     rank: int = field(init=False)  # its tier, or tiers.RESCUED
 
     @classmethod
@@ -124,6 +126,20 @@ class Sequence:
     def num_prompt_tokens_served(self) -> int:
         """Prompt tokens that the engine has worked on: 0 for a sequence that never ran."""
         return min(self.num_computed_max, self.num_prompt_tokens)
+
+    def advance(self, num_new_tokens: int) -> int:
+        """So many tokens have been computed; how many of them are of its prompt and had never been."""
+        first, known, num_prompt = self.num_computed_tokens, self.num_computed_max, self.num_prompt_tokens
+        self.num_computed_tokens = end = first + num_new_tokens
+        if num_prompt <= first >= known:  # of its answer, and new: nearly every row of nearly every step
+            self.num_computed_max = end
+            self.account.effort.num_decode_steps += num_new_tokens
+            return 0
+        if not known:
+            self.num_cached_tokens = first
+        self.num_computed_max = max(known, end)
+        self.account.compute(first, end, known, num_prompt)
+        return min(self.num_computed_max, num_prompt) - min(known, num_prompt)
 
     @property
     def finished(self) -> bool:

@@ -361,5 +361,12 @@ class Clerk:
         await self._log("operator.created", "", {"name": name})
         return password
 
+    async def disable_operator(self, name: str, reason: str) -> bool:
+        """False: it was disabled before. Raises UnknownOperatorError."""
+        if not await operators.disable_operator(self.conn, name, now_ns=self.now_ns):
+            return False
+        await self._log("operator.disabled", "", {"name": name, "reason": reason})
+        return True
+
     async def _log(self, kind: str, tenant_id: str, body: Body) -> None:
         await append(self.conn, Entry(kind, tenant_id, self.now_ns, body), entropy=self.entropy)

@@ -24,6 +24,7 @@ from gateway.commands import keys as keys_commands
 from gateway.commands import limits as limits_commands
 from gateway.commands import policies as policies_commands
 from gateway.commands import prices as prices_commands
+from gateway.commands import tokens as tokens_commands
 from gateway.commands import webhooks as webhooks_commands
 from gateway.commands.errors import KNOWN_ERRORS
 from gateway.logs import configure_logs
@@ -40,6 +41,7 @@ app.add_typer(prices_commands.price_app, name="price")
 app.add_typer(credits_commands.credit_app, name="credit")
 app.add_typer(books_commands.invoice_app, name="invoice")
 app.add_typer(webhooks_commands.webhook_app, name="webhook")
+directory_commands.admin_app.add_typer(tokens_commands.token_app, name="token")
 app.add_typer(directory_commands.admin_app, name="admin")
 app.add_typer(audit_commands.app, name="audit")
 bench_commands.app.command("kernels")(bench_kernels_commands.bench_kernels)
@@ -76,15 +78,17 @@ def worker(
 
 
 @app.command()
-def migrate() -> None:
-    """Bring the database to this version's schema."""
-    from gateway.host.folders import open_folders
-    from gateway.host.migrate import migrate as run
+def migrate(
+    serving_role: Annotated[str, typer.Option(help="PostgreSQL: the role that servers connect as, and not more")] = "",
+    check: Annotated[bool, typer.Option("--check", help="change nothing; say by what append-only is held")] = False,
+) -> None:
+    """Bring the database to this version's schema, and the roles that serve to their rights."""
+    from gateway.commands import migration
 
     settings = load_settings(real_world().environ)
-    open_folders(settings.data_dir, settings.secrets_dir)
-    changed = run(settings.effective_database_url)
-    typer.echo("database upgraded" if changed else "database is up to date")
+    if check:
+        raise typer.Exit(migration.check(settings))
+    migration.migrate(settings, serving_role)
 
 
 @model_app.command("fetch")

@@ -89,14 +89,6 @@ class Database:
         with _mapped_errors():
             return await self._trips.value(text, arguments)
 
-    async def has_row_security(self) -> bool:
-        """Whether bound transactions are: not on SQLite, and not for a role that the rules do not hold for."""
-        if self.is_sqlite:
-            return False
-        async with self.read() as conn:
-            query = text("SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user")
-            return not (await conn.execute(query)).scalar_one()
-
     async def _bind(self, conn: AsyncConnection, tenant_id: str) -> None:
         if tenant_id and not self.is_sqlite:
             await conn.execute(_BIND, {"tenant_id": tenant_id})

@@ -1,6 +1,10 @@
-"""When each key was last used: noted in memory while serving, written once a minute in a transaction of its own."""
+"""When each key, or operator's token, was last used: noted in memory while serving, written once a minute in a
+transaction of its own."""
 
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.database import Database
 from tenancy.access.keys import note_uses
@@ -8,7 +12,8 @@ from tenancy.access.keys import note_uses
 
 @dataclass(slots=True)
 class KeyUses:
-    _waiting: dict[str, int] = field(default_factory=dict)  # key id -> ns; only keys that exist get here
+    write_uses: Callable[[AsyncConnection, Mapping[str, int]], Awaitable[None]] = note_uses
+    _waiting: dict[str, int] = field(default_factory=dict)  # id -> ns; only ids that exist get here
 
     def note(self, key_id: str, now_ns: int) -> None:
         self._waiting[key_id] = now_ns
@@ -20,7 +25,7 @@ class KeyUses:
         uses, self._waiting = self._waiting, {}
         try:
             async with database.transaction() as conn:
-                await note_uses(conn, uses)
+                await self.write_uses(conn, uses)
         except BaseException:
             self._waiting = uses | self._waiting
             raise

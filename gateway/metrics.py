@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from engine.protocol import Ready, Stats
 from gateway.engine_link import EngineLink
+from gateway.rights.standing import StandingWatch
 
 TENANTS_MAX = 1_000
 TTFT_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -67,6 +68,9 @@ class Metrics:
 
     def watch_store(self, is_there: Callable[[], bool]) -> None:
         self.registry.register(_StoreCollector(is_there))
+
+    def watch_standing(self, standing: StandingWatch) -> None:
+        self.registry.register(_StandingCollector(standing))
 
     def store_lost(self) -> None:
         self._lost.inc()
@@ -177,6 +181,8 @@ def _engine_metrics(ready: Ready, stats: Stats) -> Iterable[Metric]:
     yield counter("bulkhead_engine_steps_broken_off", "Steps broken off and computed again", stats.num_steps_broken_off)
     yield counter("bulkhead_engine_tokens_lost", "Tokens of steps that were broken off", stats.num_tokens_lost)
     yield counter("bulkhead_engine_rescues", "Sequences that had waited too long", stats.num_rescued)
+    yield counter("bulkhead_engine_step_seconds", "Time of all steps", stats.step_ns / 1e9)
+    yield counter("bulkhead_engine_own_seconds", "Of that, what was no tenant's", stats.own_ns / 1e9)
     info = GaugeMetricFamily("bulkhead_isolation_info", "Isolation mode and kernels", labels=["isolation", "kernels"])
     info.add_metric([ready.isolation, ready.kernels], 1)
     yield info
@@ -193,6 +199,18 @@ class _StoreCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         yield GaugeMetricFamily("bulkhead_quota_store", "1 while the store of quotas answers", int(self._is_there()))
+
+
+class _StandingCollector(Collector):
+    def __init__(self, standing: StandingWatch) -> None:
+        self._standing = standing
+
+    def collect(self) -> Iterable[Metric]:
+        if (seen := self._standing.seen) is not None:
+            text = "By what append-only is held, and whether tenants are walled off"
+            family = GaugeMetricFamily("bulkhead_database_info", text, labels=["append_only", "row_security"])
+            family.add_metric([seen.append_only, "on" if seen.row_security else "off"], 1)
+            yield family
 
 
 class _LoopCollector(Collector):

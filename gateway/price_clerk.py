@@ -21,11 +21,13 @@ class PriceClerk:
     now_ns: int
 
     async def schedule(self, terms: PriceTerms, effective_from_ns: int) -> Price:
-        """A price in force from then on. Raises PriceConflictError."""
+        """A price in force from then on. A repeat changes and logs nothing. Raises PriceConflictError."""
+        known = {price.price_id for price in await price_book.list_prices(self.conn, terms.model)}
         price = await price_book.schedule(
             self.conn, terms, effective_from_ns=effective_from_ns, entropy=self.entropy, now_ns=self.now_ns
         )
-        await self._log_added(price)
+        if price.price_id not in known:
+            await self._log_added(price)
         return price
 
     async def draft(self, terms: PriceTerms) -> Draft:

@@ -7,7 +7,10 @@ hold no dot. Whoever reads the engine's counts, while it runs or from its journa
 from collections.abc import Iterable, Mapping
 
 from engine.journal import JournalRecord
-from tenancy.usage.meter import Usage
+from engine.protocol import Effort as Measured
+from tenancy.usage.meter import Effort, Usage
+
+BIGINT_MAX = 2**63 - 1  # what the usage row can hold
 
 
 def sequence_id(request_id: str, index: int) -> str:
@@ -38,3 +41,21 @@ def usage_by_request(records: Mapping[str, JournalRecord]) -> dict[str, Usage]:
         usage = Usage(record.num_prompt_tokens, record.num_cached_tokens, record.num_completion_tokens)
         parts.setdefault(request_id_of(name), []).append(usage)
     return {request_id: together(usages) for request_id, usages in parts.items()}
+
+
+def effort_of(parts: Iterable[Measured | None]) -> Effort | None:
+    """What the sequences of one request took together; None where one of them was not measured."""
+    names, sums = Effort.__slots__, [0] * len(Effort.__slots__)
+    for part in parts:
+        if part is None:
+            return None
+        sums = [num + getattr(part, name) for name, num in zip(names, sums, strict=True)]
+    return Effort(*(max(0, min(num, BIGINT_MAX)) for num in sums))
+
+
+def effort_by_request(records: Mapping[str, JournalRecord]) -> dict[str, Effort | None]:
+    """What the journals say that each request took, over all of its sequences."""
+    parts: dict[str, list[Measured | None]] = {}
+    for name, record in records.items():
+        parts.setdefault(request_id_of(name), []).append(record.effort)
+    return {request_id: effort_of(efforts) for request_id, efforts in parts.items()}

@@ -94,6 +94,7 @@ class Settings:
     tls_certificate: str = _setting("", str)  # empty: a certificate of the local CA
     tls_key: str = _setting("", str)
     database_url: str = _setting("", str)  # empty: SQLite in data_dir
+    migration_database_url: str = _setting("", str)  # of the tables' owner; `bulkhead migrate` alone reads it
     redis_url: str = _setting("", str)  # empty: embedded Valkey in data_dir
     secrets_dir: str = _setting("", str)  # empty: in data_dir
     model_dir: str = _setting("", str)  # empty: the demo model in data_dir

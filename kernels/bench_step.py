@@ -30,7 +30,6 @@ from kernels.cpu.library import load
 from kernels.memory import zeros
 
 NUM_LAYERS = 30
-STEPS_EACH = 5  # of every form in a round: small differences want many
 CALLS = (
     *("normed_qkv", "qkv", "attend", "attention", "normed_gate_up", "gate_up", "gate_up_bare"),
     *("norms_apart", "rope_apart", "activation_apart"),
@@ -213,7 +212,7 @@ def measure(
 
     def rounds(timer: Timer) -> Times:
         times = Times()
-        for index in range(-1, STEPS_EACH * num_rounds):
+        for index in range(-1, num_rounds):
             found = times if index >= 0 else Times()  # the first find memory that nobody has touched
             for form in Form:
                 found.begin_step()

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from audit.transparency import tables as audit_tables
 from tenancy import row_security as row_security  # and with it all tables that are in the same metadata
 from tenancy import tables as tenancy_tables
+from tenancy.access import token_tables as token_tables  # no tenant's, so row_security does not know it
 
 ADVISORY_LOCK = 0x62756C6B68656164  # "bulkhead"
 LOCK_TIMEOUT_MS = 4_000
@@ -35,6 +36,9 @@ def upgrade(connection: Connection) -> None:
     )
     with context.begin_transaction():
         context.run_migrations()
+        then = context.config.attributes.get("then")
+        if then is not None:  # the hall's part: grants, in the same transaction
+            then(connection)
 
 
 async def main() -> None:

@@ -16,6 +16,7 @@ from tenancy import tables, webhook_tables
 from tenancy.invoicing import invoice_tables
 from tenancy.pricing import price_tables
 from tenancy.quotas import quota_tables
+from tenancy.usage import engine_time as engine_time  # belongs to no tenant: here so that it is known with the rest
 
 _TENANT: Final = "current_setting('bulkhead.tenant', true)"
 UNBOUND: Final = f"coalesce({_TENANT}, '') = ''"

@@ -4,7 +4,8 @@ Three kinds of rows:
 - append-only (price, usage_record, ledger_transaction, ledger_entry, credit_use): triggers in the database refuse
   UPDATE and DELETE, so that a mistake in our code cannot rewrite history. `append_only_ddl` is the text; create_all
   installs it and the migration executes the same text.
-- lifecycle (tenant, api_key, hold, operator, idempotency_key): one state column or timestamp moves forward, never back.
+- lifecycle (tenant, api_key, hold, operator, operator_token, idempotency_key): one state column or timestamp moves
+  forward, never back.
 - current values (scope_limit, budget, budget_use, account.balance_nano_usd, credit.left_nano_usd): may change; a
   balance is always the sum of its entries, a budget's figures the sums of its period's holds.
 """
@@ -285,6 +286,9 @@ hold = Table(
     Index(None, "tenant_id", "created_ns"),
 )
 
+# What a request took of the engine; all null where that was not measured.
+EFFORT: Final = ("engine_ns", "block_ns", "num_prefill_tokens", "num_recomputed_tokens", "num_decode_steps")
+
 usage_record = Table(
     "usage_record",
     metadata,
@@ -304,6 +308,7 @@ usage_record = Table(
     Column("stream", Boolean, nullable=False),
     Column("tier", String(16), nullable=False, server_default="default"),
     _int("num_tokens_before", server_default="0"),  # where in its account's volume it began (volume.py)
+    *(_int(name, nullable=True) for name in EFFORT),
     CheckConstraint("num_cached_tokens BETWEEN 0 AND num_prompt_tokens", name="cached"),
     Index(None, "tenant_id", "finished_ns"),
     Index(None, "finished_ns"),

@@ -223,10 +223,7 @@ async def record_attempt(
 async def resend(conn: AsyncConnection, delivery_id: str, *, now_ns: int) -> Delivery:
     """Send it again, whatever became of it. Raises WebhookError where it or its endpoint is not there."""
     table = webhook_delivery
-    row = (await conn.execute(select(table).where(table.c.id == delivery_id))).one_or_none()
-    if row is None:
-        raise WebhookError(f"there is no delivery {delivery_id!r}")
-    endpoint = await get_endpoint(conn, row.endpoint_id)
+    endpoint = await get_endpoint(conn, (await get_delivery(conn, delivery_id)).endpoint_id)
     if endpoint.end_reason:
         raise WebhookError(f"the endpoint {endpoint.endpoint_id} has ended: {endpoint.end_reason}")
     await conn.execute(
@@ -234,7 +231,15 @@ async def resend(conn: AsyncConnection, delivery_id: str, *, now_ns: int) -> Del
         .where(table.c.id == delivery_id)
         .values(state="pending", num_attempts=0, next_attempt_ns=now_ns, updated_ns=now_ns)
     )
-    return _delivery((await conn.execute(select(table).where(table.c.id == delivery_id))).one())
+    return await get_delivery(conn, delivery_id)
+
+
+async def get_delivery(conn: AsyncConnection, delivery_id: str) -> Delivery:
+    """Raises WebhookError."""
+    row = (await conn.execute(select(webhook_delivery).where(webhook_delivery.c.id == delivery_id))).one_or_none()
+    if row is None:
+        raise WebhookError(f"there is no delivery {delivery_id!r}")
+    return _delivery(row)
 
 
 async def deliveries(conn: AsyncConnection, *, endpoint_id: str = "", limit: int = 100) -> list[Delivery]:

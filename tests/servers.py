@@ -1,7 +1,8 @@
 """Real servers for tests, from wheels: Valkey on a unix socket, PostgreSQL on a unix socket, one of each per session.
 
 A test folder uses them by importing the fixtures in its conftest.py: ``from tests.servers import valkey_socket``.
-`PostgresServer.new_database()` gives each test an empty database of its own.
+`PostgresServer.new_database()` gives each test an empty database of its own, `new_served_database()` one with all
+tables, as a server sees it: with the least rights.
 """
 
 import asyncio
@@ -18,8 +19,16 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from sqlalchemy import Connection, make_url
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from audit.transparency import tables as audit_tables
+from gateway.host.migrate import head_revision
+from gateway.rights.grants import renew_grants
+from tenancy import tables as tenancy_tables
 
 START_TIMEOUT_S = 20
+SERVES = "_serves"  # a role's name ends so that may do what a server does, and owns nothing
 
 
 @dataclass
@@ -34,8 +43,33 @@ class PostgresServer:
         make than CREATE DATABASE. Only server-wide things (roles, advisory locks) are shared between tests.
         """
         name = f"test_{next(self._numbers)}"
-        asyncio.run(self.execute(f"CREATE ROLE {name} LOGIN", f"CREATE SCHEMA {name} AUTHORIZATION {name}"))
-        return f"postgresql+asyncpg://{name}@/postgres?host={self.socket_dir}"
+        asyncio.run(
+            self.execute(
+                f"CREATE ROLE {name} LOGIN",
+                f"CREATE SCHEMA {name} AUTHORIZATION {name}",
+                f"CREATE ROLE {name}{SERVES} LOGIN",
+                f"ALTER ROLE {name}{SERVES} SET search_path = {name}",
+            )
+        )
+        return self.url_of(name)
+
+    def new_served_database(self) -> str:
+        """One with all tables, as a server finds it: the URL is that of a role that owns nothing and has the rights of
+        a server. `owner_of` gives the owner's."""
+        url = self.new_database()
+        asyncio.run(create_served_tables(url))
+        return url.replace("@", f"{SERVES}@", 1)
+
+    def superuser_of(self, url: str) -> str:
+        """The URL of a superuser who finds the tables of `url`."""
+        owner = make_url(owner_of(url)).username
+        role = f"{owner}_super{next(self._numbers)}"
+        create = (f"CREATE ROLE {role} LOGIN SUPERUSER", f"ALTER ROLE {role} SET search_path = {owner}")
+        asyncio.run(self.execute(*create))
+        return self.url_of(role)
+
+    def url_of(self, role: str) -> str:
+        return f"postgresql+asyncpg://{role}@/postgres?host={self.socket_dir}"
 
     async def execute(self, *statements: str) -> None:
         connection = await asyncpg.connect(host=str(self.socket_dir), user="postgres", database="postgres")
@@ -44,6 +78,35 @@ class PostgresServer:
                 await connection.execute(statement)
         finally:
             await connection.close()
+
+
+def owner_of(url: str) -> str:
+    """The URL of whom the tables belong to: for whoever plants what no server may do. SQLite's is its own."""
+    return url.replace(f"{SERVES}@", "@", 1)
+
+
+def serving_role_of(url: str) -> str:
+    """Its name, for either of the two URLs."""
+    role = make_url(owner_of(url)).username
+    return f"{role}{SERVES}"
+
+
+async def create_served_tables(owner_url: str) -> None:
+    """What migrations make of an empty database (tests/migrations compares), only faster; and the grants."""
+
+    def create(connection: Connection) -> None:
+        tenancy_tables.metadata.create_all(connection)
+        audit_tables.metadata.create_all(connection)
+        connection.exec_driver_sql("CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)")
+        connection.exec_driver_sql(f"INSERT INTO alembic_version VALUES ('{head_revision()}')")
+        renew_grants(connection, serving_role_of(owner_url))
+
+    engine = create_async_engine(owner_url)
+    try:
+        async with engine.begin() as conn:
+            await conn.run_sync(create)
+    finally:
+        await engine.dispose()
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from audit.transparency.billing_kinds import BILLING_KINDS
 from audit.transparency.entry_kind import SAFE_INT_MAX, Field, Kind
 from audit.transparency.entry_kind import counts as _count
 from audit.transparency.entry_kind import texts as _text
+from audit.transparency.operator_kinds import OPERATOR_KINDS
 
 Value = str | int | bool | list[str]
 
@@ -259,15 +260,7 @@ _ALL = (
         "The entry at log_index was not taken by an endpoint, however often it was tried.",
         (*_text("endpoint_id", "delivery_id", "event_kind", "reason"), *_count("log_index", "num_attempts")),
     ),
-    Kind("operator.created", 1, "An operator account was created.", _text("name")),
-    Kind("operator.logged_in", 1, "An operator logged in.", _text("name")),
-    Kind("operator.logged_out", 1, "An operator logged out; a session that ran out has no entry.", _text("name")),
-    Kind(
-        "operator.login_failed",
-        1,
-        "A log-in was refused; the name is empty when no such operator exists, since people type secrets there.",
-        _text("name"),
-    ),
+    *OPERATOR_KINDS,
     Kind(
         "report.issued",
         1,

@@ -6,6 +6,9 @@ log_opening what opens a leaf's commitment (nonce and body); deleting a row is e
 log_state   one row: tree size and frontier, and the lock that lets one sequencer work at a time
 checkpoint  every signed tree head
 
+A server may change no row but log_state's, and delete those of outbox and log_opening only: `Table.info` says so, and
+the hall makes grants of it on PostgreSQL.
+
 On PostgreSQL, in a transaction that is bound to a tenant (`bulkhead.tenant`, set by the hall), entries of others are
 not there; those that concern no tenant are.
 """
@@ -49,6 +52,7 @@ outbox = Table(
     Column("nonce", LargeBinary, nullable=False),  # 32 random bytes
     Column("body", LargeBinary, nullable=False),  # canonical JSON
     sqlite_autoincrement=True,
+    info={"changed": (), "deleted": True},
 )
 
 log_leaf = Table(
@@ -62,6 +66,7 @@ log_leaf = Table(
     Column("leaf", LargeBinary, nullable=False),  # the bytes that are hashed into the tree
     Index("ix_log_leaf_kind_at_ns", "kind", "at_ns"),
     Index("ix_log_leaf_at_ns", "at_ns"),
+    info={"changed": ()},
 )
 
 log_opening = Table(
@@ -71,6 +76,7 @@ log_opening = Table(
     Column("tenant_id", Text, nullable=False),
     Column("nonce", LargeBinary, nullable=False),
     Column("body", LargeBinary, nullable=False),
+    info={"changed": (), "deleted": True},
 )
 
 log_state = Table(
@@ -89,6 +95,7 @@ checkpoint = Table(
     Column("root", LargeBinary, nullable=False),
     Column("at_ns", BigInteger, nullable=False),
     Column("note", Text, nullable=False),  # the signed note, as published
+    info={"changed": ()},
 )
 
 OF_TENANTS: Final = (outbox, log_opening)

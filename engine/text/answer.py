@@ -68,4 +68,5 @@ def output_of(sequence: Sequence, piece: Piece, token_ids: tuple[int, ...]) -> T
         error=sequence.error,
         logprobs=piece.logprobs,
         nonce=sequence.nonce,
+        effort=sequence.account.effort,
     )

@@ -10,6 +10,7 @@ from typing import Literal
 from gateway.admin.audit_queries import LoggedEntry, LogState
 from gateway.admin.wording import NS_PER_S, count, duration, moment, plural
 from gateway.engine_link import EngineStatus
+from gateway.rights.standing import Standing
 
 HEARTBEATS_MISSED_MAX = 3
 CHECKPOINTS_MISSED_MAX = 5
@@ -110,12 +111,21 @@ def log_fact(log: LogState, *, checkpoint_interval_ms: int, now_ns: int) -> Fact
     return Fact("bad", "Behind", lines) if is_behind else Fact("good", "Signed", lines)
 
 
-def stores_fact(database_name: str, database_us: int, valkey_us: int) -> Fact:
-    """Both answered, or this page would not exist; so this says how fast. Times in microseconds."""
+def stores_fact(database_name: str, database_us: int, valkey_us: int, standing: Standing | None) -> Fact:
+    """Both answered, or this page would not exist; so this says how fast, and by what the books are held. Times in
+    microseconds."""
     lines = {
         "database": f"{database_name} answered in {_milliseconds(database_us)}",
         "valkey": f"Valkey answered in {_milliseconds(valkey_us)}",
+        "append_only": "",
     }
+    if standing is None:
+        return Fact("good", "Both answer", lines)
+    lines["append_only"] = f"Append-only is held by {standing.append_only}"
+    if standing.append_only == "nothing":
+        return Fact("bad", "Both answer, books unguarded", lines)
+    if standing.role and standing.append_only == "triggers":
+        return Fact("warn", "Both answer, append-only by triggers alone", lines)
     return Fact("good", "Both answer", lines)
 
 

@@ -126,7 +126,9 @@ async def gather(services: Services, period: Period) -> Overview:
         ),
         "worker": health.worker_fact(engine, worker_started, sum(blocks.values()) - total.num_blocks, now_ns),
         "log": health.log_fact(log, checkpoint_interval_ms=settings.checkpoint_interval_ms, now_ns=now_ns),
-        "stores": health.stores_fact("SQLite" if services.database.is_sqlite else "PostgreSQL", database_us, valkey_us),
+        "stores": health.stores_fact(
+            "SQLite" if services.database.is_sqlite else "PostgreSQL", database_us, valkey_us, services.standing.seen
+        ),
     }
     return Overview(now_ns, period, since_ns, rows, total, facts)
 

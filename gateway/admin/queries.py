@@ -40,6 +40,7 @@ class UsageRow:
     amount_nano_usd: int
     finished_ns: int
     finish_reason: str
+    engine_ns: int | None  # None: not measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,7 @@ async def recent_usage(
             u.amount_nano_usd,
             u.finished_ns,
             u.finish_reason,
+            u.engine_ns,
         )
         .join(api_key, api_key.c.id == u.key_id)
         .where(u.tenant_id == tenant_id)

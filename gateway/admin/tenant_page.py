@@ -8,7 +8,7 @@ from gateway.admin.chart import Chart, stacked_bars
 from gateway.admin.health import Fact
 from gateway.admin.invoice_lines import InvoiceLine, invoice_lines
 from gateway.admin.overview import empty_minutes, gather_minutes
-from gateway.admin.wording import count, duration, in_column, plural, utc
+from gateway.admin.wording import count, duration, in_column, milliseconds, plural, utc
 from gateway.services import Services
 from tenancy.accounts.budget_use import BudgetUse, budget_uses
 from tenancy.accounts.corrections import refunded_nano_usd
@@ -39,6 +39,7 @@ class RequestLine:
     prompt: str
     cached: str
     completion: str
+    engine: str
     amount: str
     finish_reason: str
     request_id: str
@@ -210,6 +211,7 @@ def _request_line(row: queries.UsageRow, currency: str) -> RequestLine:
         prompt=count(row.num_prompt_tokens),
         cached=count(row.num_cached_tokens),
         completion=count(row.num_completion_tokens),
+        engine=milliseconds(row.engine_ns),
         amount=in_column(row.amount_nano_usd, currency),
         finish_reason=row.finish_reason,
         request_id=row.request_id,

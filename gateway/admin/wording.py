@@ -50,6 +50,11 @@ def duration(duration_ns: int) -> str:
     return f"{seconds} s"
 
 
+def milliseconds(duration_ns: int | None) -> str:
+    """`12.3`, or a dash where nobody knows."""
+    return "-" if duration_ns is None else f"{duration_ns / 1e6:,.1f}"
+
+
 def plural(value: int, singular: str, plural_form: str = "") -> str:
     """`1 leaf`, `2 leaves`."""
     return f"{value:,} {singular if value == 1 else plural_form or singular + 's'}"

@@ -19,6 +19,7 @@ from gateway.api.problems import problem_of
 from gateway.api.scrape import Scrape
 from gateway.api.settlement import Settler
 from gateway.api.translation import Translator
+from gateway.operators.routes import operator_routes
 from gateway.organization.routes import organization_routes
 from gateway.services import Services
 
@@ -40,6 +41,7 @@ def create_app(services: Services, *, extra_routes: Sequence[BaseRoute] = ()) ->
             Route("/readyz", Readiness(services).answer, methods=["GET"]),
             Route("/metrics", Scrape(services).answer, methods=["GET"]),
             *organization_routes(services),
+            *operator_routes(services),
             *extra_routes,
         ],
         exception_handlers={HTTPException: _http_problem},

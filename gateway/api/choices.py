@@ -8,9 +8,10 @@ import asyncio
 from collections import deque
 
 from engine.client import EngineClient, Generation
+from engine.protocol import Effort as Measured
 from engine.protocol import Submit, TokenOutput
-from gateway.sequences import together
-from tenancy.usage.meter import Usage
+from gateway.sequences import effort_of, together
+from tenancy.usage.meter import Effort, Usage
 
 NOTHING = Usage(num_prompt_tokens=0, num_cached_tokens=0, num_completion_tokens=0)
 
@@ -27,6 +28,7 @@ class Choices:
         self._pulls: dict[int, asyncio.Task[TokenOutput]] = {}
         self._produced = [NOTHING] * len(submits)
         self._delivered = [NOTHING] * len(submits)
+        self._efforts: list[Measured | None] = [Measured() for _ in submits]
         self._alone = len(submits) == 1
         self._aborted = False
         self.cut = False  # an abort came before all had begun
@@ -40,6 +42,11 @@ class Choices:
     def delivered(self) -> Usage:
         """Of what has been sent to the client in a stream."""
         return together(self._delivered)
+
+    @property
+    def effort(self) -> Effort | None:
+        """What all of it has taken of the engine, as last reported."""
+        return effort_of(self._efforts)
 
     @property
     def started(self) -> bool:
@@ -67,6 +74,7 @@ class Choices:
             num_cached_tokens=output.num_cached_tokens,
             num_completion_tokens=output.num_completion_tokens,
         )
+        self._efforts[index] = output.effort
         if output.num_completion_tokens:
             await self._submit(len(self._waiting))
         return index, output

@@ -331,7 +331,7 @@ class Exchange:
         if reason in ("client_gone", "client_slow") and self._choices.started:
             # The prompt may have been computed: leaving early must not make prompts free of the rate limit.
             num_quota_tokens = max(num_quota_tokens, self._admission.num_prompt_tokens)
-        outcome = Outcome(usage, reason, self._services.world.now_ns(), num_quota_tokens)
+        outcome = Outcome(usage, reason, self._services.world.now_ns(), num_quota_tokens, self._choices.effort)
         self._settlement = self._settler.settle(self._admission, outcome)
         principal = self._admission.principal
         self._services.metrics.ended(

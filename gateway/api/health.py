@@ -42,7 +42,10 @@ class Readiness:
     async def _database(self) -> Json:
         async with self._services.database.read() as conn:
             await conn.execute(text("SELECT 1"))
-        return {"ok": True}
+        found: Json = {"ok": True}
+        if (seen := self._services.standing.seen) is not None:
+            found |= {"append_only": seen.append_only, "row_security": seen.row_security}
+        return found
 
     async def _redis(self) -> Json:
         return {"ok": await self._services.allowance.is_there()}

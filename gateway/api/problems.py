@@ -22,6 +22,7 @@ from engine.errors import EngineGoneError
 from gateway.database import DatabaseUnavailableError
 from gateway.engine_link import EngineUnavailableError
 from tenancy.access.keys import InvalidApiKeyError
+from tenancy.access.operator_tokens import InvalidTokenError
 from tenancy.accounts.ledger import Limiter
 from tenancy.closing import TenantInactiveError
 from tenancy.idempotency import TooManyKeysError
@@ -82,6 +83,30 @@ class TierNotAllowedError(Exception):
 
 class MissingScopeError(Exception):
     """The key is valid but may not do this."""
+
+
+class ReadOnlyTokenError(Exception):
+    """The operator's token is valid but may change nothing."""
+
+
+class TooManyTriesError(Exception):
+    """Too many wrong tokens came from this address."""
+
+    def __init__(self, retry_after_ms: int) -> None:
+        super().__init__(retry_after_ms)
+        self.retry_after_ms = retry_after_ms
+
+
+class RefusedError(Exception):
+    """What an operator or a tenant asked for is not there (404) or not possible as things are (409)."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+class PressBusyError(Exception):
+    """Too many files are being made at this moment."""
 
 
 class BodyTooLargeError(Exception):
@@ -201,6 +226,22 @@ def _invalid_key(_: Any) -> Problem:
     return Problem(401, "invalid_request_error", "Incorrect API key provided.", None, "invalid_api_key", headers)
 
 
+def _invalid_token(_: Any) -> Problem:
+    headers = (("www-authenticate", 'Bearer realm="bulkhead operators"'),)
+    return _invalid(401, "Incorrect operator token provided.", "invalid_operator_token", None, headers)
+
+
+def _refused(error: RefusedError) -> Problem:
+    return _invalid(
+        error.status, error.message[:1_024], "not_found" if error.status == 404 else "conflict", None, FINAL
+    )
+
+
+def _too_many_tries(error: TooManyTriesError) -> Problem:
+    message = "Too many wrong tokens came from this address. Check the token, then try again later."
+    return _invalid(429, message, "too_many_tries", None, retry_after(error.retry_after_ms))
+
+
 def _rate_limited(error: RateLimitedError) -> Problem:
     # 0: waiting does not help, because the limit itself is 0
     headers = error.headers + (retry_after(error.retry_after_ms) if error.retry_after_ms else FINAL)
@@ -296,6 +337,11 @@ def _too_large(what: str, status: int, code: str) -> Callable[[Any], Problem]:
 
 TABLE: tuple[tuple[type[BaseException], Callable[[Any], Problem]], ...] = (
     (InvalidApiKeyError, _invalid_key),
+    (InvalidTokenError, _invalid_token),
+    (ReadOnlyTokenError, lambda _: _invalid(403, "This token may only read.", "read_only_token")),
+    (TooManyTriesError, _too_many_tries),
+    (RefusedError, _refused),
+    (PressBusyError, _unavailable("press for files", "press_busy", 2_000)),
     (
         TierNotAllowedError,
         lambda error: _invalid(

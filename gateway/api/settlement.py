@@ -36,7 +36,7 @@ from tenancy.accounts.one_trip import settle_hold
 from tenancy.pricing.prices import charge_nano_usd
 from tenancy.pricing.volume import lock_hold, take_volume
 from tenancy.quotas.quota import Lease, QuotaUnavailableError
-from tenancy.usage.meter import Usage, UsageConflictError, UsageRecord, get_usage, record_usage
+from tenancy.usage.meter import Effort, Usage, UsageConflictError, UsageRecord, get_usage, record_usage
 
 FIRST_RETRY_S = 0.1
 RETRY_MAX_S = 5.0
@@ -53,6 +53,7 @@ class Outcome:
     finish_reason: str  # stop, length, or what broke it: client_gone, client_slow, engine_gone, deadline, shutdown, ...
     finished_ns: int
     num_quota_tokens: int  # what really counts against tokens per minute
+    effort: Effort | None = None  # what the engine measured, whatever of it is charged
 
 
 class Settler:
@@ -232,6 +233,7 @@ def _record(admission: Admission, outcome: Outcome, before: int) -> UsageRecord:
         stream=admission.stream,
         tier=admission.tier,
         num_tokens_before=before,
+        effort=outcome.effort,
     )
 
 

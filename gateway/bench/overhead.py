@@ -24,7 +24,6 @@ from gateway.bench.servers import MODEL_ID, GatewayProcess, Place, place
 from gateway.commands.session import CommandError
 from gateway.database import Database
 from gateway.host.folders import open_folders
-from gateway.host.migrate import migrate
 from gateway.secrets import load_secrets
 from gateway.world import World
 
@@ -70,8 +69,8 @@ async def measure_overhead(world: World, plan: Plan, say: Callable[[str], None])
     """`overhead`: a row for each rate, for half the highest sustained one, and for that, with each history in the
     ledger. The highest is that with the shortest one. Raises CommandError."""
     async with place(world, postgres=plan.postgres) as here:
-        await asyncio.to_thread(migrate, here.database_url)
-        database = Database(here.database_url)
+        await here.make_tables()
+        database = Database(here.own_url)
         try:
             pepper = load_secrets(here.secrets, world.entropy).key_pepper
             async with database.transaction() as conn:

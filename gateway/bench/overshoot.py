@@ -16,7 +16,6 @@ from gateway.bench.accounts import Account, num_pending, open_accounts, read_boo
 from gateway.bench.http import Connection
 from gateway.bench.servers import MODEL_ID, GatewayProcess, Place, place
 from gateway.database import Database
-from gateway.host.migrate import migrate
 from gateway.secrets import load_secrets
 from gateway.world import World
 
@@ -41,8 +40,8 @@ class Plan:
 async def measure_overshoot(world: World, plan: Plan) -> dict[str, Any]:
     """The figures of one run. Raises CommandError."""
     async with place(world) as here:
-        await asyncio.to_thread(migrate, here.database_url)
-        database = Database(here.database_url)
+        await here.make_tables()
+        database = Database(here.own_url)
         try:
             pepper = load_secrets(here.secrets, world.entropy).key_pepper
             async with database.transaction() as conn:

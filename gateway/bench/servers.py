@@ -19,13 +19,23 @@ import msgspec
 
 from engine.bench.byte_model import write_byte_model
 from gateway.commands.session import CommandError
+from gateway.database import Database
 from gateway.host.deathsig import dying_with_me
+from gateway.host.migrate import migrate
 from gateway.host.supervisor import Child
 from gateway.host.valkey import valkey_child
 from gateway.world import World
 
 START_TIMEOUT_S = 60.0
 MODEL_ID = "scripted"
+
+OWNER, SERVER = "bulkhead", "bulkhead_server"
+ROLES = (
+    f"CREATE ROLE {OWNER} LOGIN",
+    f"CREATE SCHEMA {OWNER} AUTHORIZATION {OWNER}",
+    f"CREATE ROLE {SERVER} LOGIN",
+    *(f"ALTER ROLE {role} SET search_path = {OWNER}" for role in (OWNER, SERVER, "postgres")),
+)
 
 
 @dataclass
@@ -34,9 +44,11 @@ class Place:
 
     folder: Path
     world: World
-    database_url: str = ""
+    database_url: str = ""  # as gateways connect: on PostgreSQL as a role that owns nothing
+    own_url: str = ""  # of the benchmark itself, which writes histories and reads everything
     _valkey: Child | None = None
     _num_valkeys: int = 0
+    _socket_dir: Path | None = None
     postgres_pid: int | None = None
     with_stages: bool = False  # gateways started from now on keep where time goes
     gateways: list["GatewayProcess"] = field(default_factory=list)
@@ -53,6 +65,28 @@ class Place:
     def counts(self) -> Path:
         """Every journal of every worker, by a name that nobody prunes."""
         return self.folder / "counts"
+
+    async def make_tables(self) -> None:
+        """As the owner, and the gateways' role gets the rights of a server."""
+        if self.postgres_pid is None:
+            await asyncio.to_thread(migrate, self.database_url)
+        else:
+            await asyncio.to_thread(migrate, self._url_of(OWNER), serving_role=SERVER)
+
+    async def make_roles(self, socket_dir: Path) -> None:
+        """The three URLs of a new PostgreSQL, where `postgres` is a superuser."""
+        self._socket_dir = socket_dir
+        self.own_url, self.database_url = self._url_of("postgres"), self._url_of(SERVER)
+        database = Database(self.own_url)
+        try:
+            async with database.transaction() as conn:
+                for statement in ROLES:
+                    await conn.exec_driver_sql(statement)
+        finally:
+            await database.dispose()
+
+    def _url_of(self, role: str) -> str:
+        return f"postgresql+asyncpg://{role}@/postgres?host={self._socket_dir}"
 
     async def start_valkey(self) -> None:
         """A new one, which knows nothing."""
@@ -162,9 +196,9 @@ async def place(world: World, *, postgres: bool = True) -> AsyncIterator[Place]:
             server = await asyncio.to_thread(_start_postgres, folder / "postgres")
             postmaster = server.get_postmaster_info()
             one.postgres_pid = postmaster.pid
-            one.database_url = f"postgresql+asyncpg://postgres@/postgres?host={postmaster.socket_dir}"
+            await one.make_roles(postmaster.socket_dir)
         else:
-            one.database_url = f"sqlite+aiosqlite:///{folder / 'bench.db'}"
+            one.database_url = one.own_url = f"sqlite+aiosqlite:///{folder / 'bench.db'}"
         await one.start_valkey()
         yield one
     finally:

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 
-from sqlalchemy import RowMapping, func, select
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from audit.transparency.entry import Entry, Value
@@ -33,7 +33,7 @@ from tenancy.invoicing.invoice_tables import invoice, invoice_document, invoice_
 from tenancy.invoicing.invoices import get_document, lines_now, list_invoices
 from tenancy.pricing.price_book import get_price
 from tenancy.pricing.prices import Price, charge_nano_usd
-from tenancy.usage.meter import Usage, UsageRecord
+from tenancy.usage.meter import Usage, UsageRecord, usage_record_of
 
 DIFFERENCES_MAX = 1_000
 LOGGED_MAX = 100  # of them in a log entry
@@ -91,7 +91,7 @@ async def _usage_and_ledger(conn: AsyncConnection, found: Reconciliation, journa
     async with conn.stream(query.execution_options(yield_per=1_000)) as rows:
         async for row in rows.mappings():
             found.num_requests += 1
-            record = _record(row)
+            record = usage_record_of(row)
             _against_engine(found, record, journals)
             request_id, amount = record.request_id, record.amount_nano_usd
             state, captured, nano = row["hold_state"], row["captured_nano_usd"], row["billed"]
@@ -235,12 +235,6 @@ async def _revenue(conn: AsyncConnection, since_ns: int, until_ns: int) -> dict[
         .group_by(account.c.tenant_id)
     )
     return {tenant_id: int(nano) for tenant_id, nano in await conn.execute(query)}
-
-
-def _record(row: RowMapping) -> UsageRecord:
-    values = {column.name: row[column.name] for column in tables.usage_record.columns}
-    usage = Usage(**{name: values.pop(name) for name in Usage.__slots__})
-    return UsageRecord(usage=usage, **values)
 
 
 def _counts(usage: Usage) -> str:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -16,12 +16,14 @@ from gateway.commands.invoices import Month, Since, Until
 from gateway.commands.invoices import invoice_app as invoice_app  # with the commands below, what cli.py mounts
 from gateway.commands.periods import instant_of, period_of
 from gateway.commands.session import CommandError, in_snapshot, open_session
+from gateway.records.books import HOUSE, margin_record
 from gateway.sequences import usage_by_request
 from tenancy.access.directory import list_tenants
-from tenancy.accounts.posting import CURRENCY, currency_of
+from tenancy.accounts.posting import CURRENCY
 from tenancy.invoicing.periods import DAY_NS, period_start_ns
 from tenancy.money import format_nano
-from tenancy.usage.attribution import Attribution, attribute, cost_nano_usd, read_spans
+
+COUNTS = ("num_requests", "num_prefill_tokens", "num_recomputed_tokens", "num_decode_steps")  # shown by `margin`
 
 
 @invoice_app.command("focus")
@@ -84,7 +86,7 @@ def invoice_margin(
     until: Until = "",
     as_json: AsJson = False,
 ) -> None:
-    """Estimate what each tenant cost and left over, by its share of the engine's time; idle time is shown apart.
+    """What each tenant cost and left over, by the engine's time that its requests took; idle time is shown apart.
 
     A tenant with an account in another currency has its share and revenue, and no margin: nothing is exchanged.
     """
@@ -95,29 +97,20 @@ def invoice_margin(
         raise CommandError("a margin needs --month, or --since and a later --until, that has begun")
     rate = exact(cost_per_hour, NANO_PER_USD, "--cost-per-hour")
 
-    async def work(conn: AsyncConnection) -> tuple[Attribution, dict[str, str], dict[str, str]]:
-        spans = await read_spans(conn, since_ns, until_ns)
-        found = attribute(spans, since_ns, until_ns, block_size=session.settings.block_size)
-        currencies = {tenant_id: await currency_of(conn, tenant_id) for tenant_id in found.shares}
-        return found, {one.tenant_id: one.name for one in await list_tenants(conn)}, currencies
+    async def work(conn: AsyncConnection) -> dict[str, Any]:
+        block_size = session.settings.block_size
+        return await margin_record(
+            conn, since_ns, until_ns, rate_nano_usd=rate, currency=currency, block_size=block_size
+        )
 
-    found, names, currencies = in_snapshot(session, work)
-    rows = []
-    for tenant_id, share in sorted(found.shares.items(), key=lambda one: -one[1].engine_ns):
-        cost = cost_nano_usd(share.engine_ns, rate)
-        own = currencies[tenant_id]
-        margin = share.revenue_nano_usd - cost if own == currency else None
-        figures = {"currency": own, "cost_nano_usd": cost, "margin_nano_usd": margin}
-        rows.append({"tenant": names[tenant_id], "tenant_id": tenant_id, **asdict(share), **figures})
-    idle_cost = cost_nano_usd(found.idle_ns, rate)
+    found = in_snapshot(session, work)
     if as_json:
-        idle = {"idle_ns": found.idle_ns, "idle_cost_nano_usd": idle_cost, "cost_currency": currency}
-        typer.echo(json.dumps({"since_ns": since_ns, "until_ns": until_ns, "tenants": rows, **idle}))
+        typer.echo(json.dumps(found))
         return
     table = [
         (
             row["tenant"],
-            *(f"{row[name]:,}" for name in ("num_requests", "num_prefill_tokens", "num_decode_steps")),
+            *(f"{row[name]:,}" for name in COUNTS),
             f"{row['cache_token_seconds']:,}",
             f"{row['cache_block_ns'] / 1e9:,.1f}",
             f"{row['engine_ns'] / 3.6e12:.3f}",
@@ -125,9 +118,13 @@ def invoice_margin(
             format_nano(row["cost_nano_usd"], currency),
             "-" if row["margin_nano_usd"] is None else format_nano(row["margin_nano_usd"], currency),
         )
-        for row in rows
+        for row in found["tenants"]
     ]
-    nothing = ("",) * 5
-    table.append(("(idle)", *nothing, f"{found.idle_ns / 3.6e12:.3f}", "", format_nano(idle_cost, currency), ""))
-    counts = ("tenant", "requests", "prefill", "decode", "token-seconds", "block-seconds")
+    nothing = ("",) * (len(COUNTS) + 2)
+    for name in HOUSE:
+        time_ns, cost = found[f"{name}_ns"], found[f"{name}_cost_nano_usd"]
+        table.append((f"({name})", *nothing, f"{time_ns / 3.6e12:.3f}", "", format_nano(cost, currency), ""))
+    counts = ("tenant", "requests", "prefill", "recomputed", "decode", "token-seconds", "block-seconds")
     print_table((*counts, "engine hours", "revenue", "cost", "margin"), table, numbers_from=1)
+    if found["num_estimated"]:
+        typer.echo(f"{found['num_estimated']:,} requests were not measured: their time is an estimate")

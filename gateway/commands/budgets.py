@@ -1,15 +1,15 @@
 """bulkhead budget: what a tenant, project or key may spend in a day, a month or in all."""
 
-from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.commands.directory import NANO_PER_USD, AsJson, Listed, clerk, exact, find_tenant, print_list
 from gateway.commands.session import in_transaction, open_session
+from gateway.records.money import budget_records
 from tenancy.access.directory import list_tenants
-from tenancy.accounts.budget_use import BudgetScope, budget_uses
+from tenancy.accounts.budget_use import BudgetScope
 from tenancy.accounts.posting import currency_of
 from tenancy.invoicing.periods import Period
 from tenancy.money import format_nano
@@ -64,27 +64,26 @@ def budget_list(tenant: Annotated[str, typer.Option(help="only this tenant")] = 
     async def work(conn: AsyncConnection) -> Listed:
         tenants = [await find_tenant(conn, tenant)] if tenant else await list_tenants(conn)
         return [
-            (
-                (
-                    one.name,
-                    f"{use.budget.scope_kind} {use.budget.scope_id}",
-                    use.budget.period,
-                    kind_of(use.budget.hard),
-                    f"{use.alerted_percent} %" if use.alerted_percent else "-",
-                    *(
-                        format_nano(amount, currency)
-                        for amount in (use.used_nano_usd, use.held_nano_usd, use.budget.limit_nano_usd)
-                    ),
-                ),
-                asdict(use) | {"currency": currency},
-            )
+            (budget_row(one.name, use), use)
             for one in tenants
-            for currency in [await currency_of(conn, one.tenant_id)]
-            for use in await budget_uses(conn, one.tenant_id, session.world.now_ns())
+            for use in await budget_records(conn, one.tenant_id, session.world.now_ns())
         ]
 
     columns = ("tenant", "of", "period", "kind", "alerted", "used", "held", "limit")
     print_list(columns, in_transaction(session, work), as_json, numbers_from=4)
+
+
+def budget_row(tenant: str, use: dict[str, Any]) -> tuple[str, ...]:
+    budget = use["budget"]
+    amounts = (use["used_nano_usd"], use["held_nano_usd"], budget["limit_nano_usd"])
+    return (
+        tenant,
+        f"{budget['scope_kind']} {budget['scope_id']}",
+        budget["period"],
+        kind_of(budget["hard"]),
+        f"{use['alerted_percent']} %" if use["alerted_percent"] else "-",
+        *(format_nano(amount, use["currency"]) for amount in amounts),
+    )
 
 
 async def find_scope(conn: AsyncConnection, scope: BudgetScope, of: str) -> str:

@@ -1,6 +1,5 @@
 """bulkhead credit grant, limit, list: prepaid credit, of a kind and with an end or without, and credit lines."""
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -20,8 +19,9 @@ from gateway.commands.directory import (
 )
 from gateway.commands.keys import Expires, instant_ns, iso
 from gateway.commands.session import in_transaction, open_session
+from gateway.records.money import credit_records
 from tenancy.accounts.credit_line import CreditLine, get_line
-from tenancy.accounts.credits import CreditKind, list_credits
+from tenancy.accounts.credits import CreditKind
 from tenancy.accounts.ledger import balance
 from tenancy.accounts.posting import currency_of
 from tenancy.money import format_nano
@@ -84,19 +84,18 @@ def credit_list(tenant: TenantName, as_json: AsJson = False) -> None:
 
     async def work(conn: AsyncConnection) -> Listed:
         found = await find_tenant(conn, tenant)
-        currency = await currency_of(conn, found.tenant_id)
         return [
             (
                 (
-                    one.credit_id,
-                    one.kind,
-                    iso(one.expires_ns),
-                    format_nano(one.amount_nano_usd, currency),
-                    format_nano(one.left_nano_usd, currency),
+                    one["credit_id"],
+                    one["kind"],
+                    iso(one["expires_ns"]),
+                    format_nano(one["amount_nano_usd"], one["currency"]),
+                    format_nano(one["left_nano_usd"], one["currency"]),
                 ),
-                asdict(one) | {"currency": currency},
+                one,
             )
-            for one in await list_credits(conn, found.tenant_id, session.world.now_ns())
+            for one in await credit_records(conn, found.tenant_id, session.world.now_ns())
         ]
 
     print_list(

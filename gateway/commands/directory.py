@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal
 
@@ -13,13 +12,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.clerk import Clerk
 from gateway.commands.session import CommandError, Session, in_transaction, open_session
+from gateway.records.tenants import tenant_records
 from gateway.secrets import metrics_token
 from tenancy.access.directory import Tenant, get_tenant_by_name, list_tenants
-from tenancy.accounts.ledger import balance
-from tenancy.accounts.posting import CURRENCY, currency_of
+from tenancy.accounts.posting import CURRENCY
 from tenancy.closing import Closed
 from tenancy.money import format_nano
-from tenancy.quotas.limits import LIMIT_NAMES, LimitName, ScopeLimits, get_limits
+from tenancy.quotas.limits import LIMIT_NAMES, LimitName
 
 NANO_PER_USD = 10**9
 WIDTH_MAX = 500  # tables are never cut: what does not fit a terminal is wrapped there
@@ -83,30 +82,7 @@ def tenant_list(as_json: AsJson = False) -> None:
     session = open_session()
 
     async def work(conn: AsyncConnection) -> Listed:
-        tenants = await list_tenants(conn)
-        rules = await get_limits(conn, [tenant.tenant_id for tenant in tenants])
-        rows: Listed = []
-        for tenant in tenants:
-            money = await balance(conn, tenant.tenant_id)
-            rule = rules.get(tenant.tenant_id, ScopeLimits(tenant.tenant_id))
-            currency = await currency_of(conn, tenant.tenant_id)
-            amounts = (money.credit_nano_usd, money.held_nano_usd, money.captured_nano_usd)
-            row = (
-                tenant.name,
-                tenant.tenant_id,
-                tenant.status,
-                *(format_nano(amount, currency) for amount in amounts),
-                *(limit_text(rule, name) for name in LIMIT_NAMES),
-                str(rule.weight),
-            )
-            limits = {name: getattr(rule, name) for name in LIMIT_NAMES} | {"shadow": rule.shadow}
-            rows.append(
-                (
-                    row,
-                    asdict(tenant) | {"currency": currency} | asdict(money) | {"limits": limits, "weight": rule.weight},
-                )
-            )
-        return rows
+        return [(tenant_row(one), one) for one in await tenant_records(conn, await list_tenants(conn))]
 
     columns = (
         "tenant",
@@ -124,9 +100,21 @@ def tenant_list(as_json: AsJson = False) -> None:
     print_list(columns, in_transaction(session, work), as_json, numbers_from=3)
 
 
-def limit_text(limits: ScopeLimits, name: LimitName) -> str:
-    value = getattr(limits, name)
-    return "-" if value is None else f"{value:,}" + (" (shadow)" if name in limits.shadow else "")
+def tenant_row(one: dict[str, Any]) -> tuple[str, ...]:
+    amounts = (one[f"{name}_nano_usd"] for name in ("credit", "held", "captured"))
+    return (
+        one["name"],
+        one["tenant_id"],
+        one["status"],
+        *(format_nano(amount, one["currency"]) for amount in amounts),
+        *(limit_text(one["limits"], name) for name in LIMIT_NAMES),
+        str(one["weight"]),
+    )
+
+
+def limit_text(limits: dict[str, Any], name: LimitName) -> str:
+    value = limits[name]
+    return "-" if value is None else f"{value:,}" + (" (shadow)" if name in limits["shadow"] else "")
 
 
 @tenant_app.command("suspend")
@@ -177,6 +165,18 @@ def admin_create(name: Annotated[str, typer.Option(help="log-in name")]) -> None
     typer.echo("This is shown once; only its hash is kept.", err=True)
 
 
+@admin_app.command("disable")
+def admin_disable(name: Annotated[str, typer.Argument(help="the operator's log-in name")], reason: Reason = "") -> None:
+    """Disable an operator for good: sessions and tokens end at once."""
+    session = open_session()
+
+    async def work(conn: AsyncConnection) -> bool:
+        return await clerk(session, conn).disable_operator(name, reason)
+
+    was = "is" if in_transaction(session, work) else "was already"
+    typer.echo(f"operator {name} {was} disabled")
+
+
 @admin_app.command("metrics-token")
 def admin_metrics_token() -> None:
     """Print the bearer token that a scraper of /metrics presents."""
@@ -191,7 +191,7 @@ def print_list(
 ) -> None:
     """A table for people, or one JSON array."""
     if as_json:
-        typer.echo(json.dumps([values for _, values in listed], default=sorted))  # sets are the only other type
+        typer.echo(json.dumps([values for _, values in listed]))
     else:
         print_table(columns, [row for row, _ in listed], numbers_from)
 

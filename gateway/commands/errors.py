@@ -11,11 +11,13 @@ from gateway.host.port import PortError
 from gateway.host.same_keys import ForeignKeysError
 from gateway.host.supervisor import ChildFailedError
 from gateway.host.tls import TlsError
+from gateway.rights.standing import NoTablesError
 from gateway.settings import SettingsError
 from tenancy.access.directory import DuplicateNameError, TenantStatusError, UnknownIdError
 from tenancy.access.key_rules import KeyRuleError
 from tenancy.access.keys import KeyScopeError
-from tenancy.access.operators import DuplicateOperatorError
+from tenancy.access.operator_tokens import OperatorTokenError
+from tenancy.access.operators import DuplicateOperatorError, UnknownOperatorError
 from tenancy.access.rotation import RotationError
 from tenancy.accounts.budgets import BudgetError
 from tenancy.accounts.corrections import CorrectionError
@@ -51,6 +53,8 @@ KNOWN_ERRORS = (
     LimitError,
     MoneyHeldError,
     MoneyRangeError,
+    NoTablesError,
+    OperatorTokenError,
     PartyError,
     PriceConflictError,
     PriceError,
@@ -61,6 +65,7 @@ KNOWN_ERRORS = (
     TooManyLinesError,
     TooManyRequestsError,
     UnknownIdError,
+    UnknownOperatorError,
     WebhookError,
     DatabaseUnavailableError,
     FolderError,

@@ -1,9 +1,7 @@
 """bulkhead invoice: who sells and who is billed, drafts, issued documents and their files."""
 
 import json
-from dataclasses import asdict
 from decimal import Decimal
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,18 +9,23 @@ import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.billing.bookkeeper import Bookkeeper
-from gateway.billing.csv_file import render_csv
-from gateway.billing.pdf import render_pdf
 from gateway.billing.wording import amount, day, describe, interval, quantity, unit_price
 from gateway.commands.directory import AsJson, Reason, TenantName, exact, find_tenant, print_table
 from gateway.commands.periods import period_of
 from gateway.commands.session import CommandError, Session, in_snapshot, in_transaction, open_session
+from gateway.records.invoices import (
+    FILE_KINDS,
+    InvoiceFile,
+    figures_of,
+    file_of,
+    invoice_record,
+    payments_record,
+)
 from tenancy.access.directory import list_tenants
 from tenancy.invoicing.endings import open_of
 from tenancy.invoicing.invoice_document import canonical
-from tenancy.invoicing.invoices import Invoice, get_document, get_invoice, list_invoices, preview
+from tenancy.invoicing.invoices import Invoice, get_document, get_invoice, list_invoices
 from tenancy.invoicing.parties import PAYMENT_DAYS_MAX, Buyer, Terms, find_issuer
-from tenancy.invoicing.payments import payments_of
 
 BP_PER_PERCENT = 100
 
@@ -36,12 +39,6 @@ Id = Annotated[str, typer.Argument(help="the invoice's id, from: bulkhead invoic
 Month = Annotated[str, typer.Option(help="a calendar month (UTC), such as 2027-01")]
 Since = Annotated[str, typer.Option(help="first instant: a day (UTC) or ISO 8601 with an offset")]
 Until = Annotated[str, typer.Option(help="first instant after it")]
-
-
-class FileKind(StrEnum):
-    pdf = "pdf"
-    csv = "csv"
-    json = "json"
 
 
 @invoice_app.command("issuer")
@@ -164,20 +161,7 @@ def invoice_payments(invoice: Id, as_json: AsJson = False) -> None:
     """List the payments of an invoice, in the order in which they came, and what is open."""
     session = open_session()
 
-    async def work(conn: AsyncConnection) -> dict[str, Any]:
-        one = await get_invoice(conn, invoice)
-        figures = await figures_of(conn, one)
-        return {
-            "invoice_id": invoice,
-            "state": one.state,
-            "currency": figures["currency"],
-            "minor_digits": figures["minor_digits"],
-            "due_minor": figures["due_minor"],
-            "open_minor": await open_of(conn, one),
-            "payments": [asdict(payment) for payment in await payments_of(conn, invoice)],
-        }
-
-    found = in_snapshot(session, work)
+    found = in_snapshot(session, lambda conn: payments_record(conn, invoice))
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -209,12 +193,7 @@ def invoice_list(tenant: Annotated[str, typer.Option(help="only this tenant's")]
     async def work(conn: AsyncConnection) -> list[dict[str, Any]]:
         tenant_id = (await find_tenant(conn, tenant)).tenant_id if tenant else None
         names = {one.tenant_id: one.name for one in await list_tenants(conn)}
-        found = []
-        for one in await list_invoices(conn, tenant_id):
-            figures = await figures_of(conn, one)
-            own = {"state": one.state, "tenant": names[one.tenant_id], "open_minor": await open_of(conn, one)}
-            found.append(own | figures)
-        return found
+        return [await invoice_record(conn, one, names[one.tenant_id]) for one in await list_invoices(conn, tenant_id)]
 
     found = in_snapshot(session, work)
     if as_json:
@@ -273,29 +252,17 @@ def invoice_export(
     out: Annotated[Path, typer.Option("--out", help="the file to write; its ending says what: .pdf, .csv or .json")],
 ) -> None:
     """Write an invoice as PDF, CSV or JSON: of an issued one the same bytes each time."""
-    kind = out.suffix.removeprefix(".")
-    if kind not in FileKind.__members__:
+    kind = next((one for one in FILE_KINDS if out.suffix == f".{one}"), None)
+    if kind is None:
         raise CommandError(f"{out} ends in none of .pdf, .csv and .json")
     session = open_session()
 
-    async def work(conn: AsyncConnection) -> tuple[dict[str, Any], str]:
-        one = await get_invoice(conn, invoice)
-        sha256 = "" if one.issued_ns is None else (await get_document(conn, invoice)).sha256
-        return await figures_of(conn, one), sha256
+    async def work(conn: AsyncConnection) -> InvoiceFile:
+        return await file_of(conn, await get_invoice(conn, invoice))
 
-    figures, sha256 = in_snapshot(session, work)
-    if kind == FileKind.pdf:
-        data = render_pdf(figures, sha256)
-    else:
-        data = render_csv(figures) if kind == FileKind.csv else canonical(figures).encode()
+    data = in_snapshot(session, work).render(kind)
     out.write_bytes(data)
     typer.echo(f"{out}: {len(data):,} bytes")
-
-
-async def figures_of(conn: AsyncConnection, invoice: Invoice) -> dict[str, Any]:
-    if invoice.issued_ns is None:
-        return await preview(conn, invoice)
-    return (await get_document(conn, invoice.invoice_id)).figures
 
 
 def bookkeeper(session: Session, conn: AsyncConnection) -> Bookkeeper:

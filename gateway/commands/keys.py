@@ -1,6 +1,5 @@
 """bulkhead key: create, list, rotate, revoke."""
 
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -9,6 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.commands.directory import AsJson, Listed, Reason, TenantName, clerk, find_tenant, print_list
 from gateway.commands.session import CommandError, Session, in_transaction, open_session
+from gateway.records.tenants import key_record
 from tenancy.access.directory import list_projects, owner_of
 from tenancy.access.key_rules import TIERS, read_rules
 from tenancy.access.keys import ApiKey, list_keys
@@ -98,7 +98,7 @@ def key_list(tenant: TenantName, as_json: AsJson = False) -> None:
 
     async def work(conn: AsyncConnection) -> Listed:
         found, now_ns = await list_keys(conn, (await find_tenant(conn, tenant)).tenant_id), session.world.now_ns()
-        return [(key_row(key, now_ns), asdict(key) | {"state": key.state(now_ns)}) for key in found]
+        return [(key_row(key, now_ns), key_record(key, now_ns)) for key in found]
 
     columns = ("id", "key", "name", "scopes", "state", "expires", "last used", "models", "networks", "tiers")
     print_list(columns, in_transaction(session, work), as_json)

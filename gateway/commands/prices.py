@@ -1,6 +1,5 @@
 """bulkhead price: add, draft, schedule, withdraw, discard, list."""
 
-from dataclasses import asdict
 from decimal import Decimal
 from typing import Annotated, Any
 
@@ -12,8 +11,9 @@ from gateway.commands.keys import iso
 from gateway.commands.periods import instant_of
 from gateway.commands.session import CommandError, Session, in_snapshot, in_transaction, open_session
 from gateway.price_clerk import PriceClerk
+from gateway.records.money import price_records
 from tenancy.money import format_nano
-from tenancy.pricing.price_book import PriceTerms, list_book, list_drafts
+from tenancy.pricing.price_book import PriceTerms
 from tenancy.pricing.prices import BATCH_PERCENT, DEFAULT_TIER, FLEX_PERCENT, PERCENT_MAX, PRIORITY_PERCENT, Step, Tier
 
 PICO_PER_USD_PER_MILLION = 10**6  # 1 USD per million tokens is 10**6 pico-USD per token
@@ -132,17 +132,7 @@ def price_list(model: Annotated[str, typer.Option(help="only this model")] = "",
     session = open_session()
 
     async def work(conn: AsyncConnection) -> Listed:
-        drafts = [one for one in await list_drafts(conn) if model in ("", one.terms.model)]
-        book = await list_book(conn, session.world.now_ns(), model or None)
-        return [
-            *(_listed(one.terms, one.draft_id, "draft", None, None) for one in drafts),
-            *(
-                _listed(
-                    PriceTerms.of(one.price), one.price.price_id, one.state, one.price.effective_from_ns, one.until_ns
-                )
-                for one in book
-            ),
-        ]
+        return [(_row(one), one) for one in await price_records(conn, session.world.now_ns(), model)]
 
     columns = ("model", "tier", "id", "state", "from", "until", "other tiers", "currency")
     figures = ("from token", "input/M", "cached/M", "output/M", "per request")
@@ -197,33 +187,29 @@ def per_million(text: str, option: str) -> int:
     return exact(text, PICO_PER_USD_PER_MILLION, option)
 
 
-def _listed(
-    terms: PriceTerms, name: str, state: str, since_ns: int | None, until_ns: int | None
-) -> tuple[tuple[str, ...], dict[str, Any]]:
-    since, until = ("-" if state == "draft" else iso(at_ns) for at_ns in (since_ns, until_ns))
-    values = {"id": name, "state": state, "effective_from_ns": since_ns, "until_ns": until_ns}
-    return _row(terms, name, state, since, until), values | asdict(terms)
-
-
-def _row(terms: PriceTerms, name: str, state: str, since: str, until: str) -> tuple[str, ...]:
-    steps = terms.price("", 0).all_steps
+def _row(one: dict[str, Any]) -> tuple[str, ...]:
+    since, until = (
+        "-" if one["state"] == "draft" else iso(at_ns) for at_ns in (one["effective_from_ns"], one["until_ns"])
+    )
+    names = ("input_pico_usd", "cached_input_pico_usd", "output_pico_usd")
+    steps = [{"from_tokens": 0, **{name: one[name] for name in names}}, *one["steps"]]
     others = "-"
-    if terms.tier == DEFAULT_TIER:
-        others = f"flex {terms.flex_percent} %, batch {terms.batch_percent} %, priority {terms.priority_percent} %"
+    if one["tier"] == DEFAULT_TIER:
+        others = ", ".join(f"{tier} {one[f'{tier}_percent']} %" for tier in ("flex", "batch", "priority"))
 
     def column(field: str) -> str:
-        return "\n".join(str(Decimal(getattr(step, field)) / PICO_PER_USD_PER_MILLION) for step in steps)
+        return "\n".join(str(Decimal(step[field]) / PICO_PER_USD_PER_MILLION) for step in steps)
 
     return (
-        terms.model,
-        terms.tier,
-        name,
-        state,
+        one["model"],
+        one["tier"],
+        one["id"],
+        one["state"],
         since,
         until,
         others,
-        terms.currency,
-        "\n".join(f"{step.from_tokens:,}" for step in steps),
-        *(column(f"{kind}_pico_usd") for kind in ("input", "cached_input", "output")),
-        format_nano(terms.request_nano_usd, terms.currency),
+        one["currency"],
+        "\n".join(f"{step['from_tokens']:,}" for step in steps),
+        *(column(name) for name in names),
+        format_nano(one["request_nano_usd"], one["currency"]),
     )

@@ -1,6 +1,5 @@
 """bulkhead webhook: who is told of alerts, and what became of it."""
 
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -9,6 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.commands.directory import AsJson, Listed, clerk, find_tenant, print_list, print_table
 from gateway.commands.session import CommandError, in_transaction, open_session
+from gateway.records.plain import record
 from gateway.webhooks.events import ALERT_KINDS, EVENT_KINDS, num_leaves
 from gateway.webhooks.post import PostError, check_url
 from gateway.webhooks.signature import endpoint_secret
@@ -57,7 +57,7 @@ def webhook_list(as_json: AsJson = False) -> None:
         return [
             (
                 (one.endpoint_id, names.get(one.tenant_id, "(all)"), one.url, " ".join(sorted(one.kinds))),
-                asdict(one),
+                record(one),
             )
             for one in await endpoints(conn)
         ]

@@ -35,7 +35,7 @@ class Folders:
 
     @property
     def journal(self) -> Path:
-        return self.data / "journal"
+        return journal_of(self.data)
 
     @property
     def log(self) -> Path:
@@ -56,6 +56,11 @@ class Folders:
     @property
     def engine_socket(self) -> Path:
         return self.run / "engine.sock"
+
+
+def journal_of(data_dir: Path) -> Path:
+    """Where the engine's workers of a data folder count what they produced."""
+    return data_dir / "journal"
 
 
 def open_folders(data_dir: Path, secrets_dir: str = "") -> Folders:

@@ -13,11 +13,12 @@ from engine.journal import read_journals
 from gateway import __version__
 from gateway.billing.reconcile import reconcile, reconciled_entry, reconciled_since
 from gateway.budget_alerts import append_expired
+from gateway.engine_times import EngineTimes
 from gateway.host.background import Loop
 from gateway.host.engine_host import EngineHost
 from gateway.host.folders import Folders
 from gateway.host.overdue import abandoned_holds, settle_abandoned
-from gateway.sequences import usage_by_request
+from gateway.sequences import effort_by_request, usage_by_request
 from gateway.services import Services
 from gateway.webhooks.delivery import Webhooks
 from tenancy.accounts.credits import tenants_with_due_credit
@@ -32,10 +33,12 @@ REAP_BATCH_MAX = 256  # holds settled in one round
 SEQUENCE_PAUSE_S = 0.01  # between pieces of the log: at most 1.3 s in all; SQLite has one writer, which does not pause
 WATCH_INTERVAL_S = 0.5  # a suspended tenant's sequences end within a second
 KEY_USE_INTERVAL_S = 60.0
+ENGINE_TIME_INTERVAL_S = 60.0
 FORGET_INTERVAL_S = 60.0
 STORE_INTERVAL_S = 0.25  # how soon a store of quotas that is back is noticed where nobody asks
 WEBHOOK_INTERVAL_S = 1.0
 BOOKS_INTERVAL_S = 300.0  # how often it is looked whether yesterday was compared
+RIGHTS_INTERVAL_S = 60.0  # how soon a right that somebody granted is noticed
 ERASE_INTERVAL_S = 2.0
 ERASE_TIMEOUT_S = 30.0  # a step may be under way
 
@@ -50,6 +53,7 @@ class Housekeeping:
         self._keyring = keyring
         self._engine = engine
         self._erased: tuple[str, set[str]] = ("", set())  # of the worker of this epoch
+        self._engine_times = EngineTimes()
         webhooks = Webhooks(services)
         self.loops = (
             Loop("sequencer", settings.checkpoint_interval_ms / 1_000, self.sequence),
@@ -57,12 +61,14 @@ class Housekeeping:
             Loop("watch", WATCH_INTERVAL_S, self.watch),
             Loop("quotas", STORE_INTERVAL_S, services.allowance.watch),
             Loop("key uses", KEY_USE_INTERVAL_S, self.write_key_uses),
+            Loop("engine time", ENGINE_TIME_INTERVAL_S, self.write_engine_time),
             Loop("credit", REAP_INTERVAL_S, self.expire_credit),
             Loop("erasure", ERASE_INTERVAL_S, self.erase_deleted),
             Loop("webhooks", WEBHOOK_INTERVAL_S, webhooks.round),
             Loop("old deliveries", FORGET_INTERVAL_S, webhooks.forget),
             Loop("answers", FORGET_INTERVAL_S, self.forget_answers),
             Loop("books", BOOKS_INTERVAL_S, self.reconcile),
+            Loop("rights", RIGHTS_INTERVAL_S, services.standing.look),
             Loop("heartbeat", float(settings.heartbeat_interval_s), engine.heartbeat),
         )
 
@@ -78,6 +84,7 @@ class Housekeeping:
         await Loop("slices", 0, self._services.allowance.close).run_once()
         await Loop("last outages", 0, self._services.allowance.watch).run_once()
         await Loop("last key uses", 0, self.write_key_uses).run_once()
+        await Loop("last engine time", 0, self.write_engine_time).run_once()
         await Loop("last heartbeat", 0, self._engine.last_heartbeat).run_once()
         await Loop("farewell", 0, lambda: self._note("gateway.stopped", {"reason": "asked to stop"})).run_once()
         await self.loops[0].run_once()
@@ -103,10 +110,12 @@ class Housekeeping:
             holds = await abandoned_holds(conn, services, REAP_BATCH_MAX)
         if not holds:
             return
-        journals = usage_by_request(await asyncio.to_thread(read_journals, self._folders.journal))
+        records = await asyncio.to_thread(read_journals, self._folders.journal)
+        journals, efforts = usage_by_request(records), effort_by_request(records)
         for hold in holds:
+            counted, effort = journals.get(hold.request_id), efforts.get(hold.request_id)
             async with services.database.transaction() as conn:
-                await settle_abandoned(conn, services, hold, journals.get(hold.request_id))
+                await settle_abandoned(conn, services, hold, counted, effort=effort)
 
     async def expire_credit(self) -> None:
         """Post what has expired of tenants that ask for nothing; for others their next request does it."""
@@ -171,6 +180,10 @@ class Housekeeping:
 
     async def write_key_uses(self) -> None:
         await self._services.key_uses.write(self._services.database)
+        await self._services.token_uses.write(self._services.database)
+
+    async def write_engine_time(self) -> None:
+        await self._engine_times.write(self._services)
 
     async def _note(self, kind: str, body: dict[str, str | int | bool | list[str]], tenant_id: str = "") -> None:
         services = self._services

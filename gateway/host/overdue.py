@@ -14,6 +14,7 @@ Whose it is to settle (`abandoned_holds`):
 """
 
 import json
+from dataclasses import replace
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -29,7 +30,7 @@ from tenancy.invoicing.periods import SECOND_NS
 from tenancy.pricing.price_book import get_price
 from tenancy.pricing.prices import charge_nano_usd
 from tenancy.pricing.volume import take_volume
-from tenancy.usage.meter import Usage, UsageRecord, record_usage
+from tenancy.usage.meter import Effort, Usage, UsageRecord, record_usage
 
 FINISH_REASON = "gateway_lost"
 
@@ -43,12 +44,18 @@ async def abandoned_holds(conn: AsyncConnection, services: Services, limit: int)
 
 
 async def settle_abandoned(
-    conn: AsyncConnection, services: Services, hold: Hold, counted: Usage | None, *, wait: bool = False
+    conn: AsyncConnection,
+    services: Services,
+    hold: Hold,
+    counted: Usage | None,
+    *,
+    effort: Effort | None = None,
+    wait: bool = False,
 ) -> int:
     """Settle one hold, with its usage row and log entry, unless another was quicker; the nano-USD charged here.
 
-    ``counted``: what the journals say of its request. ``wait``: also where another is at it, until it is known whether
-    that one has settled it; else such a hold is left for the next round.
+    ``counted``, ``effort``: what the journals say of its request. ``wait``: also where another is at it, until it is
+    known whether that one has settled it; else such a hold is left for the next round.
     """
     if not await claim_pending(conn, hold.hold_id, wait=wait):
         return 0
@@ -64,7 +71,8 @@ async def settle_abandoned(
         before = await take_volume(conn, hold.tenant_id, price, hold.created_ns, num_tokens)
         amount = charge_nano_usd(price, usage, hold.tier, before)
         settled = await capture(conn, hold.hold_id, amount, now_ns, num_tokens=num_tokens)
-        await record_usage(conn, _usage_record(hold, whose, price.model, usage, amount, before, now_ns))
+        record = _usage_record(hold, whose, price.model, usage, amount, before, now_ns)
+        await record_usage(conn, replace(record, effort=effort))
     elif hold.expires_ns <= now_ns:
         outcome = "expired"
         settled = await expire(conn, hold.hold_id, now_ns)

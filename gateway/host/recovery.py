@@ -12,7 +12,7 @@ import structlog
 from engine.journal import prune, read_journals
 from gateway.host.folders import Folders
 from gateway.host.overdue import settle_abandoned
-from gateway.sequences import usage_by_request
+from gateway.sequences import effort_by_request, usage_by_request
 from gateway.services import Services
 from tenancy.accounts.ledger import pending_holds
 
@@ -34,16 +34,17 @@ async def recover(services: Services, folders: Folders, epoch: str) -> Recovered
     hold's end is awaited, because the journals that count it are deleted after this. A hold that it had asked for and
     that is placed only after this was never asked of an engine: it expires.
     """
-    journals = usage_by_request(read_journals(folders.journal))
+    records = read_journals(folders.journal)
+    journals, efforts = usage_by_request(records), effort_by_request(records)
     async with services.database.read() as conn:
         pending = await pending_holds(conn)
     # Without a name: from before gateways had one, when there was only one.
     holds = [hold for hold in pending if hold.gateway_id in (None, services.gateway_id)]
     num_captured = num_voided = amount = 0
     for hold in holds:
-        counted = journals.get(hold.request_id)
+        counted, effort = journals.get(hold.request_id), efforts.get(hold.request_id)
         async with services.database.transaction() as conn:
-            charged = await settle_abandoned(conn, services, hold, counted, wait=True)
+            charged = await settle_abandoned(conn, services, hold, counted, effort=effort, wait=True)
         amount += charged
         num_captured += charged > 0
         num_voided += charged == 0

@@ -31,12 +31,13 @@ from gateway.host.folders import Folders, gateway_id, only_server, open_folders
 from gateway.host.housekeeping import Housekeeping
 from gateway.host.https import HttpsServer, https_server
 from gateway.host.memory import keep_what_started, let_the_loop_in, return_freed_memory
-from gateway.host.migrate import migrate
+from gateway.host.migrate import MigrationError, migrate
 from gateway.host.port import bind
 from gateway.host.recovery import recover
 from gateway.host.same_keys import require_same_keys
 from gateway.host.tls import TlsFiles, ensure_certificates, own_certificate
 from gateway.host.valkey import connect_redis, valkey_child
+from gateway.rights.standing import standing
 from gateway.secrets import load_secrets
 from gateway.services import Services
 from gateway.settings import Settings
@@ -47,6 +48,7 @@ from tenancy.quotas.quota import Quota
 
 WORKER_GRACE_S = 5.0
 VALKEY_GRACE_S = 5.0
+MISSING_NAMED_MAX = 8
 
 log = structlog.get_logger(__name__)
 
@@ -146,8 +148,7 @@ async def _start(
         await asyncio.to_thread(migrate, settings.effective_database_url)
         database = Database(settings.effective_database_url)
         stack.push_async_callback(database.dispose)
-        if not database.is_sqlite and not await database.has_row_security():
-            log.warning("row-level security does not hold for this database role: use one without SUPERUSER, BYPASSRLS")
+        await _require_rights(database)
         link = EngineLink()
         engine = EngineHost(settings, world, folders, database, link, engine_command)
         starts = [engine.child.start()]
@@ -167,6 +168,7 @@ async def _start(
         services = Services(
             settings, world, database, redis, Quota(redis), link, tokenizer, secrets, gateway_id=name, stages=stages
         )
+        await _say_standing(services, console)
         services.metrics.watch_engine(link)
         status.update("first run and recovery")
         fresh = await _first_run(services) if settings.demo_tenants else None
@@ -180,6 +182,29 @@ async def _start(
         await housekeeping.start()
         stack.push_async_callback(housekeeping.stop)
     return services, fresh
+
+
+async def _require_rights(database: Database) -> None:
+    """Raises MigrationError where the server could not do its work."""
+    async with database.read() as conn:
+        found = await standing(conn)
+    if found.missing:
+        some = ", ".join(found.missing[:MISSING_NAMED_MAX])
+        raise MigrationError(
+            f"the role {found.role} lacks rights that the server needs ({some}): run"
+            f" `bulkhead migrate --serving-role {found.role}` as the tables' owner (BULKHEAD_MIGRATION_DATABASE_URL)"
+        )
+
+
+async def _say_standing(services: Services, console: Console) -> None:
+    found = await services.standing.look()
+    if found.role:
+        console.print(f"PostgreSQL: {found.sentence()}", soft_wrap=True)
+    if services.settings.migration_database_url:
+        log.warning(
+            "BULKHEAD_MIGRATION_DATABASE_URL is in the server's environment: it is for `bulkhead migrate` alone,"
+            " and whoever gets at this process could use it to take the triggers away"
+        )
 
 
 async def _first_run(services: Services) -> FirstRun | None:

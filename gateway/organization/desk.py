@@ -34,12 +34,15 @@ class Desk:
         self.services = services
 
     def open_to(self, scope: str, answer: Answer) -> Callable[[Request], Awaitable[Response]]:
-        """An endpoint for keys that have ``scope``; ``answer`` gives what JSON can hold."""
+        """An endpoint for keys that have ``scope``; ``answer`` gives what JSON can hold, or a file."""
 
         async def endpoint(request: Request) -> Response:
             caller = await authenticated(self.services, request.scope, scope)
             await show_limits(self.services, caller, request.scope["state"])
-            return Response(msgspec.json.encode(await answer(request, caller)), media_type="application/json")
+            found = await answer(request, caller)
+            if isinstance(found, Response):
+                return found
+            return Response(msgspec.json.encode(found), media_type="application/json")
 
         return endpoint
 
@@ -70,11 +73,15 @@ def page_of(items: Sequence[Item], id_of: Callable[[Item], str], after: str, lim
 
 
 def listing(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
-    """OpenAI's list object."""
-    ids = [item["id"] for item in data]
+    """OpenAI's list object, of items that have an `id`."""
+    return listed(data, [item["id"] for item in data], has_more)
+
+
+def listed(data: Sequence[dict[str, Any]], ids: Sequence[str], has_more: bool) -> dict[str, Any]:
+    """The same, of any items; `ids` are what `after` takes."""
     return {
         "object": "list",
-        "data": data,
+        "data": list(data),
         "first_id": ids[0] if ids else None,
         "last_id": ids[-1] if ids else None,
         "has_more": has_more,

@@ -130,6 +130,11 @@ async def get_tenant_by_name(conn: AsyncConnection, name: str) -> Tenant | None:
     return None if row is None else _tenant(row)
 
 
+async def get_tenant(conn: AsyncConnection, tenant_id: str) -> Tenant | None:
+    row = (await conn.execute(_TENANTS.where(tables.tenant.c.id == tenant_id))).first()
+    return None if row is None else _tenant(row)
+
+
 async def list_projects(conn: AsyncConnection, tenant_id: str) -> list[Project]:
     table = tables.project
     rows = await conn.execute(

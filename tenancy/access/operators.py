@@ -11,7 +11,7 @@ from typing import Final
 
 from argon2 import PasswordHasher, Type
 from argon2.exceptions import InvalidHashError, VerificationError
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
@@ -36,6 +36,10 @@ class WeakPasswordError(ValueError):
 
 class DuplicateOperatorError(ValueError):
     """There is an operator of this name."""
+
+
+class UnknownOperatorError(LookupError):
+    """There is no operator of this name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,16 @@ async def verify_operator(conn: AsyncConnection, name: str, password: str) -> Op
     if row is None or not matches or row.disabled_ns is not None or len(password) > PASSWORD_LENGTH_MAX:
         return None
     return Operator(row.id, row.name, row.created_ns)
+
+
+async def disable_operator(conn: AsyncConnection, name: str, *, now_ns: int) -> bool:
+    """Ends the operator's sessions and tokens, for good. False where it was disabled. Raises UnknownOperatorError."""
+    active = (_TABLE.c.name == name) & _TABLE.c.disabled_ns.is_(None)
+    if (await conn.execute(update(_TABLE).where(active).values(disabled_ns=now_ns))).rowcount:
+        return True
+    if not await conn.scalar(select(_TABLE.c.id).where(_TABLE.c.name == name)):
+        raise UnknownOperatorError(f"there is no operator {name!r}")
+    return False
 
 
 _TABLE: Final = tables.operator

@@ -13,17 +13,17 @@ The functions bind their transaction to the tenant (row_security.py) and run wit
 never changed, only followed by others: a gateway of the version before may still call them.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.resources import files
 from typing import Final
 
 from sqlalchemy import DDL, event
 
 from tenancy.invoicing.periods import period_start_ns
-from tenancy.tables import metadata
+from tenancy.tables import EFFORT, metadata
 from tenancy.usage.meter import UsageRecord
 
-FUNCTIONS: Final = ("place_hold_v1", "settle_hold_v1")
+FUNCTIONS: Final = ("place_hold_v1", "settle_hold_v1", "settle_hold_v2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,8 @@ def settle_hold(hold_id: str, record: UsageRecord, *, num_tokens: int) -> Statem
     scopes = (record.tenant_id, record.project_id, record.key_id, record.request_id, hold_id)
     ending = (state, record.amount_nano_usd, num_tokens, record.finished_ns, *_periods(record.started_ns))
     row = (record.model, record.price_id, record.tier, *counts, record.started_ns, record.finish_reason, record.stream)
-    return Statement(_SETTLE, (*scopes, *ending, *row))
+    effort = astuple(record.effort) if record.effort is not None else (None,) * len(EFFORT)
+    return Statement(_SETTLE, (*scopes, *ending, *row, *effort))
 
 
 def function_ddl(name: str) -> str:
@@ -84,7 +85,7 @@ def _call(name: str, num_arguments: int) -> str:
 
 
 _PLACE: Final = _call("place_hold_v1", 16)
-_SETTLE: Final = _call("settle_hold_v1", 20)
+_SETTLE: Final = _call("settle_hold_v2", 25)
 
 for _name in FUNCTIONS:
     _ddl = DDL(function_ddl(_name).replace("%", "%%"))  # type: ignore[no-untyped-call]  # it formats with %

@@ -182,10 +182,22 @@ async def get_document(conn: AsyncConnection, invoice_id: str) -> Document:
 
 
 async def list_invoices(
-    conn: AsyncConnection, tenant_id: str | None = None, *, within: tuple[int, int] | None = None
+    conn: AsyncConnection,
+    tenant_id: str | None = None,
+    *,
+    within: tuple[int, int] | None = None,
+    before: Invoice | None = None,
+    issued: bool = False,
+    limit: int = LIST_MAX,
 ) -> list[Invoice]:
-    """Newest first, at most LIST_MAX; with `within`, those whose period has a part in it."""
-    query = _INVOICES.order_by(_INVOICE.c.created_ns.desc(), _INVOICE.c.id).limit(LIST_MAX)
+    """Newest first; with `within`, those whose period has a part in it, with `before`, those that follow it here, with
+    `issued`, those that have a number."""
+    query = _INVOICES.order_by(_INVOICE.c.created_ns.desc(), _INVOICE.c.id).limit(limit)
+    if issued:
+        query = query.where(_INVOICE.c.issued_ns.is_not(None))
+    if before is not None:
+        same = (_INVOICE.c.created_ns == before.created_ns) & (_INVOICE.c.id > before.invoice_id)
+        query = query.where(or_(_INVOICE.c.created_ns < before.created_ns, same))
     if tenant_id is not None:
         query = query.where(_INVOICE.c.tenant_id == tenant_id)
     if within is not None:

@@ -15,6 +15,7 @@ transaction, so no request has been admitted at it.
 
 import json
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from typing import Any, Final, Literal
 
 from sqlalchemy import ColumnElement, ScalarSelect, Select, case, exists, func, insert, select, update
@@ -193,7 +194,7 @@ async def list_book(conn: AsyncConnection, now_ns: int, model: str | None = None
     """The same with each row's interval and what it is at `now_ns`; those that were withdrawn are the last."""
     prices = await list_prices(conn, model)
     entries = []
-    for price, following in zip(prices, [*prices[1:], None], strict=True):
+    for price, following in zip_longest(prices, prices[1:]):
         same = following is not None and _line(following) == _line(price)
         until_ns = following.effective_from_ns if same and following is not None else None
         state: PriceState = "active"

@@ -1,17 +1,20 @@
-"""Whose the engine's time was, as far as usage rows tell: for margins, never for bills.
+"""Whose the engine's time was: for margins, never for bills.
 
-    busy   instants at which at least one request was between its admission and its end; each such instant is shared
-           equally by the requests that were
-    idle   the rest of the period, which is nobody's: shown apart, not smeared over tenants
+    shares    what the engine measured of each request (engine/timekeeper.py), counted in the period in which it ended
+    own       of the engine's steps, what was no tenant's: the auditor's runs, steps without a row
+    idle      when no step ran, as the engines' own counts say (engine_time.py)
+    other     the rest of the steps: requests that had not ended by the period's end, less what those that had ended
+              took before it began; and what is on no usage row, because a request broke or was lost
 
-    sum of the tenants' shares + idle = the period, to the nanosecond
+    sum of the tenants' shares + own + idle + other = the period, once for each engine, to the nanosecond
 
-An engine does not report yet how long its steps took nor which sequences were in them, so a request that waits counts
-as one that is served, and a long prompt's step as a short one's. Beside the share stand the counts that drive cost:
-prefill tokens (prompt less what the cache had), decode steps (one for each token of an answer), and token-seconds and
-block-seconds in the cache, as if an answer grew evenly: a block is held whole from its first token on, and one that
-several requests share counts for each of them. Rows are of requests that have ended; those still in flight count when
-they end.
+Rows from before the engine measured anything have an estimate: an instant at which such requests were between admission
+and end is shared equally by them, so waiting counts as being served. How many there are is said with each share; their
+time is in the shares, and not idle. Their blocks are computed as if an answer had grown evenly.
+
+Prefill tokens were computed once each; what preemption made the engine compute again is counted apart. A decode step is
+a token of an answer that was fed back: of a request that was not measured, every token of the answer. Token-seconds are
+always estimates. Rows are of requests that have ended.
 """
 
 from collections.abc import Iterable
@@ -21,7 +24,9 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
+from tenancy.usage.engine_time import EngineTime
 
+NOTHING = EngineTime()
 REQUESTS_MAX = 2_000_000  # read into memory: some 500 MB
 SECOND_NS = 10**9
 
@@ -41,6 +46,11 @@ class Span:
     num_cached_tokens: int
     num_completion_tokens: int
     amount_nano_usd: int
+    engine_ns: int | None = None  # None, and then all below: not measured
+    block_ns: int | None = None
+    num_prefill_tokens: int | None = None
+    num_recomputed_tokens: int | None = None
+    num_decode_steps: int | None = None
 
 
 @dataclass(slots=True)
@@ -48,8 +58,11 @@ class Share:
     """A tenant's part of a period. Counts and revenue are of requests that ended in it."""
 
     engine_ns: int = 0
+    estimated_ns: int = 0  # part of engine_ns: of requests that were not measured
     num_requests: int = 0
+    num_estimated: int = 0  # of those, not measured
     num_prefill_tokens: int = 0
+    num_recomputed_tokens: int = 0
     num_decode_steps: int = 0
     cache_token_seconds: int = 0
     cache_block_ns: int = 0
@@ -61,44 +74,80 @@ class Attribution:
     since_ns: int
     until_ns: int
     shares: dict[str, Share]  # by tenant id
+    own_ns: int
     idle_ns: int
+    other_ns: int  # may be negative
+    num_engines: int = 1
 
 
-def attribute(spans: Iterable[Span], since_ns: int, until_ns: int, *, block_size: int) -> Attribution:
-    """Share [since_ns, until_ns) between the spans and idleness. Spans may begin before it and end after it.
+def attribute(
+    spans: Iterable[Span], since_ns: int, until_ns: int, *, block_size: int, engines: EngineTime = NOTHING
+) -> Attribution:
+    """Share [since_ns, until_ns) between the spans, the house and idleness. Spans may begin before it and end after it.
 
-    `block_size`: tokens in a block of the engine's cache.
+    `block_size`: tokens in a block of the engine's cache, for what is estimated. `engines`: what they say of the
+    period; where that is nothing, whatever is in no share is idle.
     """
     shares: dict[str, Share] = {}
-    changes: list[tuple[int, str, int]] = []
+    estimated: list[Span] = []
+    measured_ns = 0
     for span in spans:
         share = shares.setdefault(span.tenant_id, Share())
-        if since_ns <= span.finished_ns < until_ns:
-            share.num_requests += 1
-            share.num_prefill_tokens += span.num_prompt_tokens - span.num_cached_tokens
-            share.num_decode_steps += span.num_completion_tokens
-            held = 2 * span.num_prompt_tokens + span.num_completion_tokens  # twice the tokens in the cache on average
-            share.cache_token_seconds += held * (span.finished_ns - span.started_ns) // (2 * SECOND_NS)
-            share.cache_block_ns += block_ns(span, block_size)
-            share.revenue_nano_usd += span.amount_nano_usd
+        ended = since_ns <= span.finished_ns < until_ns
+        if ended:
+            _count(share, span, block_size)
+        if span.engine_ns is None:
+            estimated.append(span)
+        elif ended:
+            share.engine_ns += span.engine_ns
+            measured_ns += span.engine_ns
+    estimated_ns = _estimate(estimated, since_ns, until_ns, shares)
+    time_ns = (until_ns - since_ns) * engines.num_engines
+    busy_ns = estimated_ns + (engines.step_ns or measured_ns)
+    own_ns, idle_ns = engines.own_ns, max(0, time_ns - busy_ns)
+    other_ns = time_ns - measured_ns - estimated_ns - own_ns - idle_ns
+    return Attribution(since_ns, until_ns, shares, own_ns, idle_ns, other_ns, engines.num_engines)
+
+
+def _count(share: Share, span: Span, block_size: int) -> None:
+    """One request that has ended in the period, but for its time."""
+    share.num_requests += 1
+    share.revenue_nano_usd += span.amount_nano_usd
+    held = 2 * span.num_prompt_tokens + span.num_completion_tokens  # twice the tokens in the cache on average
+    share.cache_token_seconds += held * (span.finished_ns - span.started_ns) // (2 * SECOND_NS)
+    if span.engine_ns is None:
+        share.num_estimated += 1
+        share.num_prefill_tokens += span.num_prompt_tokens - span.num_cached_tokens
+        share.num_decode_steps += span.num_completion_tokens
+        share.cache_block_ns += block_ns(span, block_size)
+    else:
+        share.num_prefill_tokens += span.num_prefill_tokens or 0
+        share.num_recomputed_tokens += span.num_recomputed_tokens or 0
+        share.num_decode_steps += span.num_decode_steps or 0
+        share.cache_block_ns += span.block_ns or 0
+
+
+def _estimate(spans: Iterable[Span], since_ns: int, until_ns: int, shares: dict[str, Share]) -> int:
+    """Share each instant equally between the spans that it is in; how many had any."""
+    changes: list[tuple[int, str, int]] = []
+    for span in spans:
         start, end = max(span.started_ns, since_ns), min(span.finished_ns, until_ns)
         if start < end:
             changes += [(start, span.tenant_id, 1), (end, span.tenant_id, -1)]
     changes.sort()
     present: dict[str, int] = {}
-    at_ns, idle_ns, num_present = since_ns, 0, 0
+    at_ns, busy_ns, num_present = since_ns, 0, 0
     for change_ns, tenant_id, step in changes:
         length = change_ns - at_ns
-        if num_present == 0:
-            idle_ns += length
-        elif length:
+        if num_present and length:
+            busy_ns += length
             _share_out(length, present, num_present, shares)
         at_ns = change_ns
         num_present += step
         present[tenant_id] = present.get(tenant_id, 0) + step
         if not present[tenant_id]:
             del present[tenant_id]
-    return Attribution(since_ns, until_ns, shares, idle_ns + until_ns - at_ns)
+    return busy_ns
 
 
 def block_ns(span: Span, block_size: int) -> int:
@@ -142,6 +191,8 @@ def _share_out(length: int, present: dict[str, int], num_present: int, shares: d
     for tenant_id, count in present.items():
         part = length * count // num_present
         shares[tenant_id].engine_ns += part
+        shares[tenant_id].estimated_ns += part
         left -= part
     for tenant_id in sorted(present)[:left]:
         shares[tenant_id].engine_ns += 1
+        shares[tenant_id].estimated_ns += 1

@@ -6,7 +6,7 @@ A request belongs to the period in which it finished, so a period that has ended
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from sqlalchemy import func, insert, select
+from sqlalchemy import RowMapping, func, insert, select
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -35,6 +35,21 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Effort:
+    """What one request took of the engine, as that measured it. Nobody is billed by it."""
+
+    engine_ns: int  # its parts of the steps' time
+    block_ns: int  # blocks of the cache times the time for which it had them
+    num_prefill_tokens: int
+    num_recomputed_tokens: int  # computed again after its blocks were taken
+    num_decode_steps: int
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            require_amount(getattr(self, name), name)
+
+
+@dataclass(frozen=True, slots=True)
 class UsageRecord:
     request_id: str
     tenant_id: str
@@ -50,6 +65,7 @@ class UsageRecord:
     stream: bool
     tier: str = "default"  # the service tier that it ran in
     num_tokens_before: int = 0  # where it stands on the steps of its price (volume.py)
+    effort: Effort | None = None  # None: not measured
 
     def __post_init__(self) -> None:
         require_amount(self.amount_nano_usd, "amount_nano_usd")
@@ -73,6 +89,7 @@ async def record_usage(conn: AsyncConnection, record: UsageRecord) -> bool:
     """Write the row; False where the same row is already there. Raises UsageConflictError for another one."""
     values = asdict(record)
     values.update(values.pop("usage"))
+    values.update(values.pop("effort") or dict.fromkeys(tables.EFFORT))
     # On SQLite looked for beforehand: its trigger refuses an insert over a row that is there, conflict clause or not.
     existing = await get_usage(conn, record.request_id) if conn.dialect.name == "sqlite" else None
     if existing is None and (await conn.execute(_NEW[conn.dialect.name], values)).rowcount == 1:
@@ -84,11 +101,16 @@ async def record_usage(conn: AsyncConnection, record: UsageRecord) -> bool:
 
 async def get_usage(conn: AsyncConnection, request_id: str) -> UsageRecord | None:
     row = (await conn.execute(select(_TABLE).where(_TABLE.c.request_id == request_id))).mappings().first()
-    if row is None:
-        return None
-    values = dict(row)
+    return usage_record_of(row) if row is not None else None
+
+
+def usage_record_of(row: RowMapping) -> UsageRecord:
+    """From a row that has the table's columns, perhaps among others."""
+    values = {column.name: row[column.name] for column in _TABLE.columns}
     usage = Usage(**{name: values.pop(name) for name in Usage.__slots__})
-    return UsageRecord(usage=usage, **values)
+    measured = {name: values.pop(name) for name in tables.EFFORT}
+    effort = None if measured["engine_ns"] is None else Effort(**measured)
+    return UsageRecord(usage=usage, effort=effort, **values)
 
 
 async def usage_by_tenant(conn: AsyncConnection, since_ns: int, until_ns: int) -> list[TenantUsage]:

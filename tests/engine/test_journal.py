@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine.journal import Journal, JournalRecord, decode_records, encode_record, prune, read_journals
+from engine.protocol import Effort
 
 RECORDS = st.builds(
     JournalRecord,
@@ -17,6 +18,7 @@ RECORDS = st.builds(
     num_completion_tokens=st.integers(0, 10**6),
     finish_reason=st.sampled_from([None, "stop", "length", "abort", "error"]),
     num_cached_tokens=st.integers(0, 10**6),
+    effort=st.none() | st.builds(Effort, *[st.integers(0, 2**63)] * 5),
 )
 
 
@@ -60,6 +62,8 @@ def test_the_last_record_of_a_sequence_wins_over_all_epochs(epochs: list[list[Jo
 def test_a_line_of_an_earlier_version_says_nothing_of_a_cache() -> None:
     body = b'["s",5,2,null]'
     assert decode_records(b"%08x %b\n" % (zlib.crc32(body), body)) == [JournalRecord("s", 5, 2, None, 0)]
+    body = b'["s.1",5,2,"stop",3]'
+    assert decode_records(b"%08x %b\n" % (zlib.crc32(body), body)) == [JournalRecord("s.1", 5, 2, "stop", 3, None)]
 
 
 def test_prune_keeps_what_it_is_told(tmp_path: Path) -> None:

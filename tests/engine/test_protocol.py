@@ -12,6 +12,7 @@ from engine.errors import ProtocolError
 from engine.protocol import (
     Abort,
     Drain,
+    Effort,
     FrameReader,
     FromWorker,
     Incident,
@@ -61,6 +62,7 @@ TOKEN_OUTPUTS = st.builds(
     num_completion_tokens=COUNTS,
     finish_reason=st.sampled_from([None, "stop", "length", "abort", "error"]),
     error=st.sampled_from(["", "busy"]),
+    effort=st.none() | st.builds(Effort, *[COUNTS] * 5),
 )
 FROM_WORKER = st.one_of(
     TOKEN_OUTPUTS,
@@ -94,6 +96,8 @@ FROM_WORKER = st.one_of(
         audit=st.dictionaries(NAMES, COUNTS, max_size=3),
         num_batch_tokens=COUNTS,
         num_rescued=COUNTS,
+        step_ns=COUNTS,
+        own_ns=COUNTS,
     ),
     st.builds(
         Incident,

@@ -162,7 +162,8 @@ async def open_hall(
     client = await EngineClient.connect(socket_path, timeout_s=60)
     own = Settings(data_dir=folder, **settings)
     database = FlakyDatabase(database_url or f"sqlite+aiosqlite:///{folder / 'hall.db'}")
-    await _create_tables(database)
+    if database.is_sqlite:  # on PostgreSQL they are the owner's, and there (PostgresServer.new_served_database)
+        await _create_tables(database)
     tokenizer = Tokenizer.load(model_dir)
     secrets = Secrets(b"p" * 32, b"c" * 32, b"s" * 32)
     accounts = {}
@@ -183,6 +184,8 @@ async def open_hall(
     link = EngineLink()
     link.attach(client)
     services = Services(own, world, database, redis, Quota(redis), link, tokenizer, secrets)
+    standing = await services.standing.look()
+    assert standing.append_only == ("triggers" if database.is_sqlite else "rights"), standing.sentence()
     if not remember:  # most tests change limits and go on at once
         services.remembered.keep_caller = lambda *_: None  # type: ignore[method-assign]
     await _count_from_the_start(services)

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from engine.protocol import (
     PROTOCOL_VERSION,
     Abort,
+    Effort,
     Erase,
     Erased,
     FrameReader,
@@ -93,6 +94,12 @@ class Counts:
     cache_salt: bytes = b""
 
 
+def pretended(counts: Counts) -> Effort:
+    num_prefill = counts.num_prompt_tokens - counts.num_cached_tokens
+    num_decode = max(0, counts.num_completion_tokens - 1)
+    return Effort(100 * num_prefill + 7 * num_decode, 11 * counts.num_completion_tokens, num_prefill, 2, num_decode)
+
+
 @dataclass
 class IntegerWorker:
     path: Path
@@ -105,6 +112,7 @@ class IntegerWorker:
     aborted: list[str] = field(default_factory=list)
     erased: list[str] = field(default_factory=list)
     num_erased: int = 3  # blocks, pretended
+    measures: bool = True  # what each sequence takes, pretended
     on_token: Callable[[str, int], None] | None = None
 
     def __post_init__(self) -> None:
@@ -237,6 +245,7 @@ class IntegerWorker:
             counts.num_completion_tokens,
             reason,
             nonce=submit.nonce,
+            effort=pretended(counts) if self.measures else None,
         )
 
     def _ready(self) -> Ready:

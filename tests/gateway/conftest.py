@@ -94,12 +94,12 @@ class Stage:
 
 @pytest.fixture(scope="session")
 def new_database(request: pytest.FixtureRequest) -> Callable[[], str]:
-    """The URL of an empty database for each hall: SQLite in its folder (""), or PostgreSQL where
+    """The URL of a database for each hall: SQLite in its folder (""), or PostgreSQL, as a role that owns nothing, where
     BULKHEAD_TEST_DATABASE=postgresql asks for it, as make test-all does in a second run."""
     if os.environ.get("BULKHEAD_TEST_DATABASE") != "postgresql":
         return lambda: ""
     server: PostgresServer = request.getfixturevalue("postgres_server")
-    return server.new_database
+    return server.new_served_database
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from gateway.bench.http import Connection
 from gateway.bench.overhead import Plan as OverheadPlan
 from gateway.bench.overhead import measure_overhead, open_loop
 from gateway.bench.overshoot import Plan, measure_overshoot
+from gateway.database import Database
 from gateway.stages import STAGES, Stages, passed, read_passages
 from gateway.world import real_world
 from tenancy.accounts.ledger_check import check_ledger
@@ -151,12 +152,17 @@ def test_an_open_loop_does_not_wait_for_slow_answers(runner: asyncio.Runner) -> 
     runner.run(scenario())
 
 
-def test_a_history_is_a_ledger(stage: Stage, runner: asyncio.Runner) -> None:
+def test_a_history_is_a_ledger(stage: Stage, runner: asyncio.Runner, request: pytest.FixtureRequest) -> None:
     hall, _ = stage.make()
+    url = hall.database.url
+    if not hall.database.is_sqlite:
+        url = request.getfixturevalue("postgres_server").superuser_of(url)  # foreign keys are not looked up
 
     async def scenario() -> None:
-        await write_history(hall.database, 1_000, lambda _: None)
-        await write_history(hall.database, 4_000, lambda _: None, written_rows=1_000)
+        database = Database(url)
+        await write_history(database, 1_000, lambda _: None)
+        await write_history(database, 4_000, lambda _: None, written_rows=1_000)
+        await database.dispose()
         async with hall.database.read() as conn:
             checked = await check_ledger(conn)
         assert checked.unbalanced == []

@@ -26,6 +26,7 @@ from tenancy.invoicing.invoices import get_document
 from tenancy.invoicing.parties import Buyer
 from tenancy.invoicing.periods import DAY_NS
 from tenancy.usage.meter import Usage
+from tests.servers import owner_of
 from tests.tenancy.books import MONTH_NS, Books, open_books
 from tests.tenancy.conftest import database_url, opened, postgres_url, sqlite_url
 from tests.tenancy.test_credit_line import post_paid_books
@@ -120,7 +121,7 @@ def test_a_receivable_is_what_documents_say_is_due(database_url: str) -> None:
 
 def test_books_agree_and_what_is_planted_between_two_is_found(database_url: str) -> None:
     async def run() -> None:
-        async with opened(database_url) as database:
+        async with opened(owner_of(database_url)) as database:  # who plants is not the server
             async with database.transaction() as conn:
                 await conn.run_sync(audit_tables.metadata.create_all)
                 books, journals = await write_books(conn)

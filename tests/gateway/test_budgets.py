@@ -23,7 +23,7 @@ def test_many_at_once_spend_a_budget_and_no_more(
     short_folder: Path,
     tmp_path: Path,
 ) -> None:
-    url = request.getfixturevalue("postgres_server").new_database() if kind == "postgresql" else ""
+    url = request.getfixturevalue("postgres_server").new_served_database() if kind == "postgresql" else ""
 
     async def scenario() -> None:
         worker = IntegerWorker(short_folder / f"budget-{kind}.sock", model=IntegerModel(eos_every=1_000_003))

@@ -8,13 +8,23 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import astuple
 from redis.asyncio import Redis
 
 from gateway.sequences import request_id_of, sequence_id, together
 from tenancy.usage.meter import Usage
 from tests.fakes.byte_model import write_byte_model
 from tests.fakes.hall import USD, Hall, open_hall, world
-from tests.fakes.integer_worker import EOS, IntegerModel, IntegerWorker, Script, logprob_of, prompt_logprobs_of, text_of
+from tests.fakes.integer_worker import (
+    EOS,
+    IntegerModel,
+    IntegerWorker,
+    Script,
+    logprob_of,
+    pretended,
+    prompt_logprobs_of,
+    text_of,
+)
 from tests.gateway.conftest import Stage
 
 
@@ -71,6 +81,30 @@ def test_each_answer_has_its_seed_and_the_prompt_counts_once(
     assert (row.num_prompt_tokens, row.num_completion_tokens) == (num_prompt, num_completion)
     assert body["usage"]["total_tokens"] == num_prompt + num_completion
     assert row.finish_reason == ("length" if any(reason == "length" for _, reason, _ in answers) else "stop")
+
+
+def test_what_all_answers_took_is_on_the_row_however_they_end(
+    hall: Hall, worker: IntegerWorker, runner: asyncio.Runner
+) -> None:
+    def on_row(answer: Any) -> tuple[int | None, ...]:
+        runner.run(hall.settler.drain(5))
+        row = runner.run(hall.usage_rows())[answer.headers["x-request-id"]]
+        return (row.engine_ns, row.block_ns, row.num_prefill_tokens, row.num_recomputed_tokens, row.num_decode_steps)
+
+    def took(num: int) -> tuple[int, ...]:
+        counts = [worker.counts[submit.sequence_id] for submit in worker.submits[-num:]]
+        return tuple(map(sum, zip(*(astuple(pretended(one)) for one in counts), strict=True)))
+
+    assert on_row(runner.run(hall.chat("whole", n=3, max_tokens=9, seed=5))) == took(3)
+    left = runner.run(hall.chat("left", n=2, max_tokens=200, seed=6, stream=True, leave_after=3))
+    assert on_row(left) == took(2)
+    worker.scripts.append(Script(error_after=(4, "engine_failure")))
+    broken = runner.run(hall.chat("broken", max_tokens=20, seed=3))
+    assert broken.status >= 500
+    assert on_row(broken) == took(1)  # nothing is charged, and yet it took that
+    worker.measures = False
+    assert on_row(runner.run(hall.chat("unmeasured", max_tokens=3))) == (None,) * 5
+    worker.measures = True
 
 
 @pytest.mark.parametrize("withhold", [0, 3])

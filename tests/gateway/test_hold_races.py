@@ -35,7 +35,7 @@ LONG = IntegerModel(eos_every=1_000_003)
 def postgres_stage(
     runner: asyncio.Runner, redis: Redis, tmp_path: Path, short_folder: Path, postgres_server: PostgresServer
 ) -> Iterator[Stage]:
-    one = Stage(runner, redis, tmp_path, short_folder, postgres_server.new_database)
+    one = Stage(runner, redis, tmp_path, short_folder, postgres_server.new_served_database)
     yield one
     one.close()
 

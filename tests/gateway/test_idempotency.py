@@ -85,7 +85,7 @@ def test_many_at_once_run_once(stage: Stage, runner: asyncio.Runner) -> None:
 def test_many_at_once_run_once_on_postgresql(
     runner: asyncio.Runner, redis: Redis, postgres_server: PostgresServer, short_folder: Path, tmp_path: Path
 ) -> None:
-    url = postgres_server.new_database()
+    url = postgres_server.new_served_database()
 
     async def scenario() -> None:
         worker = IntegerWorker(short_folder / "idempotency.sock", model=LONG)

@@ -8,6 +8,7 @@ from typing import Any, cast
 from msgspec.structs import replace
 
 from engine.journal import Journal, JournalRecord
+from engine.protocol import Effort
 from engine.scheduling.tiers import TIERS
 from gateway.clerk import Clerk
 from gateway.host.folders import open_folders
@@ -158,8 +159,10 @@ def test_reaper_and_recovery_settle_a_hold_alike(stage: Stage, runner: asyncio.R
         if counted:
             journal = Journal(folders.journal, "epoch-1")
             num_prompt = answer.json()["usage"]["prompt_tokens"]
-            journal.append([JournalRecord(request_id, num_prompt, 1, None)])
-            journal.append([JournalRecord(request_id + ".1", num_prompt, 2, "stop", num_prompt - 1)])
+            journal.append([JournalRecord(request_id, num_prompt, 1, None, 0, Effort(3, 4, 0, 0, 0))])
+            journal.append([JournalRecord(request_id, num_prompt, 1, None, 0, Effort(50, 60, num_prompt, 0, 0))])
+            second = JournalRecord(request_id + ".1", num_prompt, 2, "stop", num_prompt - 1, Effort(9, 8, 1, 3, 1))
+            journal.append([second])
             journal.close()
         await asyncio.sleep(1.1)
         keeper = Housekeeping(hall.services, folders, cast(Any, None), cast(Any, SimpleNamespace(heartbeat=None)))
@@ -179,6 +182,15 @@ def test_reaper_and_recovery_settle_a_hold_alike(stage: Stage, runner: asyncio.R
         assert int(settled["amount_nano_usd"]) == hold.captured_nano_usd == balance.captured_nano_usd
         if counted:  # the prompt once, as it was first read
             assert (settled["num_prompt_tokens"], settled["num_cached_tokens"]) == (num_prompt, 0)
+            [row] = rows.values()  # and what both took, as each was last counted
+            took = (
+                row.engine_ns,
+                row.block_ns,
+                row.num_prefill_tokens,
+                row.num_recomputed_tokens,
+                row.num_decode_steps,
+            )
+            assert took == (59, 68, num_prompt + 1, 3, 1)
         return settled["outcome"], settled["num_completion_tokens"], hold.state, hold.captured_nano_usd, len(rows)
 
     async def hall_hold(conn: Any) -> str:

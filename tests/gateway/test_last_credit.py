@@ -39,7 +39,7 @@ def test_many_at_once_spend_all_and_no_more(
     short_folder: Path,
     tmp_path: Path,
 ) -> None:
-    url = request.getfixturevalue("postgres_server").new_database() if kind == "postgresql" else ""
+    url = request.getfixturevalue("postgres_server").new_served_database() if kind == "postgresql" else ""
     credit = 200 * USD + USD // 2  # of it `line` is a post-paid tenant's limit
 
     async def scenario() -> None:

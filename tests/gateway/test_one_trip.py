@@ -38,8 +38,8 @@ from tenancy.accounts.one_trip import function_ddl
 from tenancy.pricing.prices import Step
 from tenancy.quotas import quota_tables
 from tenancy.quotas.quota import Lease, QuotaSnapshot
-from tenancy.usage.meter import Usage
-from tests.servers import PostgresServer
+from tenancy.usage.meter import Effort, Usage
+from tests.servers import PostgresServer, owner_of
 from tests.tenancy.world import SECOND, T0, Populated, counting_entropy, populate
 
 DAY = 86_400 * SECOND
@@ -173,7 +173,8 @@ class Twins:
             admission = side.running.pop(number)
             num_prompt, num_completion = admission.num_prompt_tokens, min(num_tokens, admission.max_tokens)
             usage = Usage(num_prompt, num_prompt // 2 * cached, num_completion) if num_completion else NOTHING
-            outcome = Outcome(usage, "length", self.now_ns, num_completion)
+            effort = Effort(num_completion + 7, 5, num_prompt, 2, num_completion) if num_completion % 3 else None
+            outcome = Outcome(usage, "length", self.now_ns, num_completion, effort)
             if not side.quick or not await _settle_in_one_trip(side.database, admission, outcome, entropy=self.entropy):
                 async with side.database.transaction(admission.principal.tenant_id) as conn:
                     await write_settlement(conn, admission, outcome, entropy=self.entropy)
@@ -260,18 +261,7 @@ class Twins:
 
 @pytest.fixture(scope="module")
 def urls(postgres_server: PostgresServer) -> list[str]:
-    made = [postgres_server.new_database() for _ in range(2)]
-
-    async def create(url: str) -> None:
-        database = Database(url)
-        async with database.transaction() as conn:
-            await conn.run_sync(tables.metadata.create_all)
-            await conn.run_sync(audit_tables.metadata.create_all)
-        await database.dispose()
-
-    for url in made:
-        asyncio.run(create(url))
-    return made
+    return [postgres_server.new_served_database() for _ in range(2)]
 
 
 @pytest.fixture
@@ -375,25 +365,31 @@ PLANTS: dict[str, tuple[str, str, str, list[Any]]] = {
         [ASK, (A, (1, 1, "default", True))],
     ),
     "an alert is not given": (
-        "settle_hold_v1",
+        "settle_hold_v2",
         "threshold > u.alerted_percent",
         "false",
         [(Twins.set_budget, ("tenant", "total", False, 31)), ASK, ASK, (S, (0, 10, True, 0)), (S, (0, 10, True, 0))],
     ),
     "the dear credit first": (
-        "settle_hold_v1",
+        "settle_hold_v2",
         "c.kind = 'paid', c.expires_ns NULLS LAST",
         "c.expires_ns NULLS LAST",
         [(Twins.grant, (50, "promotional", 0)), ASK, ASK, (S, (1, 10, False, 0))],
     ),
     "a credit that is too small": (
-        "settle_hold_v1",
+        "settle_hold_v2",
         "one.nano < p_captured",
         "false",
         [(Twins.grant, (3, "promotional", 0)), ASK, (S, (0, 10, False, 0))],
     ),
+    "time for blocks": (
+        "settle_hold_v2",
+        "0, p_engine, p_blocks",
+        "0, p_blocks, p_engine",
+        [ASK, (S, (0, 10, False, 0))],
+    ),
     "a budget of another day": (
-        "settle_hold_v1",
+        "settle_hold_v2",
         "WHEN 'day' THEN p_day",
         "WHEN 'day' THEN p_now - p_now % 86400000000000",
         [(Twins.set_budget, ("tenant", "day", False, 600)), ASK, ASK, (Twins.pass_time, (1,)), (S, (1, 3, False, 0))],
@@ -409,8 +405,10 @@ def test_planted_bugs_are_seen(twins: Twins, plant: str) -> None:
     run(twins, history)
 
     async def install(text: str) -> None:
-        async with twins.sides[0].database.transaction() as conn:
+        owner = Database(owner_of(twins.sides[0].database.url))
+        async with owner.transaction() as conn:
             await conn.exec_driver_sql(text)
+        await owner.dispose()
 
     twins.runner.run(install(source.replace(right, wrong)))
     try:

@@ -14,7 +14,7 @@ from tests.servers import PostgresServer
 def test_the_books_agree_on_postgresql(
     runner: asyncio.Runner, redis: Redis, postgres_server: PostgresServer, short_folder: Path, tmp_path: Path
 ) -> None:
-    url = postgres_server.new_database()
+    url = postgres_server.new_served_database()
 
     async def scenario() -> None:
         worker = IntegerWorker(short_folder / "postgres.sock", model=IntegerModel(eos_every=1_000_003))

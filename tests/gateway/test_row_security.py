@@ -93,11 +93,13 @@ async def count(hall: Hall, table: Table, tenant_id: str = "") -> int:
 def test_a_query_that_forgets_its_tenant_sees_its_tenant_only(
     runner: asyncio.Runner, redis: Redis, postgres_server: PostgresServer, short_folder: Path, tmp_path: Path
 ) -> None:
-    url = postgres_server.new_database()
+    url = postgres_server.new_served_database()
 
     async def scenario() -> None:
         async with busy_hall(url, redis, short_folder, tmp_path) as hall:
-            assert await hall.services.database.has_row_security()
+            seen = hall.services.standing.seen
+            assert seen is not None
+            assert seen.row_security
             acme, globex = hall.accounts["acme"].tenant_id, hall.accounts["globex"].tenant_id
             filled = 0
             for table in WALLED:
@@ -134,7 +136,7 @@ def test_what_a_request_does_for_a_tenant_is_bound(
     """Of a request's transactions only the one that finds out whose key it is may see everything."""
     bound: list[str] = []
 
-    url = postgres_server.new_database()
+    url = postgres_server.new_served_database()
 
     async def scenario() -> None:
         async with busy_hall(url, redis, short_folder, tmp_path) as hall:
@@ -197,14 +199,3 @@ def test_one_statement_binds_itself(postgres_server: PostgresServer) -> None:
             await database.dispose()
 
     asyncio.run(scenario())
-
-
-def test_sqlite_has_no_second_wall(tmp_path: Path) -> None:
-    async def scenario() -> bool:
-        database = Database(f"sqlite+aiosqlite:///{tmp_path / 'x.db'}")
-        try:
-            return await database.has_row_security()
-        finally:
-            await database.dispose()
-
-    assert asyncio.run(scenario()) is False

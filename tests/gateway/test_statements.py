@@ -28,7 +28,7 @@ from tests.servers import PostgresServer
 def postgres_stage(
     runner: asyncio.Runner, redis: Redis, tmp_path: Path, short_folder: Path, postgres_server: PostgresServer
 ) -> Iterator[Stage]:
-    one = Stage(runner, redis, tmp_path, short_folder, postgres_server.new_database)
+    one = Stage(runner, redis, tmp_path, short_folder, postgres_server.new_served_database)
     yield one
     one.close()
 
@@ -99,7 +99,7 @@ def test_on_postgresql_a_request_is_two_statements(
             await one_more(hall, asked, stream=stream)
             assert [one.partition("(SELECT ")[2].partition("(")[0] for one in asked.statements] == [
                 "place_hold_v1",
-                "settle_hold_v1",
+                "settle_hold_v2",
             ]
             assert asked.num_transactions == 0
             assert asked.num_calls == 2

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from engine.protocol import PROTOCOL_VERSION, Ready, Stats
 from gateway.admin.audit_queries import LoggedEntry, LogState
-from gateway.admin.health import audit_fact, log_fact, worker_fact
+from gateway.admin.health import audit_fact, log_fact, stores_fact, worker_fact
 from gateway.admin.wording import NS_PER_S, duration, in_column, moment, plural, utc
 from gateway.engine_link import EngineStatus
+from gateway.rights.standing import Standing
 from tenancy.money import format_nano_usd
 
 NOW = 1_700_000_000 * NS_PER_S
@@ -94,6 +95,21 @@ def test_facts_of_one_kind_have_the_same_lines() -> None:
     assert down.lines["uptime"] == "2 restarts"
     never = log_fact(LogState(0, None, 0, None), checkpoint_interval_ms=2000, now_ns=NOW)
     assert never.lines.keys() == log_fact(LogState(1, NOW, 0, None), checkpoint_interval_ms=1, now_ns=NOW).lines.keys()
+
+
+@pytest.mark.parametrize(
+    ("seen", "state", "line"),
+    [
+        (None, "good", ""),
+        (Standing("server"), "good", "Append-only is held by rights"),
+        (Standing(""), "good", "Append-only is held by triggers"),  # SQLite: there is no more to be had
+        (Standing("owner", excess=("owns the tables",)), "warn", "Append-only is held by triggers"),
+        (Standing("owner", excess=("owns the tables",), unguarded=("price",)), "bad", "Append-only is held by nothing"),
+    ],
+)
+def test_books_that_a_server_could_rewrite_are_not_shown_as_fine(seen: Standing | None, state: str, line: str) -> None:
+    fact = stores_fact("PostgreSQL", 100, 100, seen)
+    assert (fact.state, fact.lines["append_only"]) == (state, line)
 
 
 @given(st.integers(-(10**15), 10**18))

@@ -52,6 +52,7 @@ def render_overview(name: str, status: str) -> tuple[str, str]:
             "lag",
             "database",
             "valkey",
+            "append_only",
         ),
         name,
     )

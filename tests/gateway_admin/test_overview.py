@@ -217,12 +217,14 @@ async def test_without_tenants_the_page_says_what_to_do(house: House) -> None:
 async def test_the_same_figures_on_postgresql(
     tmp_path: Path, valkey_socket: Path, postgres_server: PostgresServer, anyio_backend: str
 ) -> None:
-    url = await asyncio.to_thread(postgres_server.new_database)
+    url = await asyncio.to_thread(postgres_server.new_served_database)
     async with build_house(tmp_path, valkey_socket, database_url=url) as house, house.visitor() as browser:
         await busy(house)
         await house.heartbeat()
+        await house.services.standing.look()
         fields = await fields_of(browser)
         assert (fields["total.requests"], fields["total.prompt"]) == ("6", "3,057")
+        assert (fields["stores.word"], fields["stores.append_only"]) == ("Both answer", "Append-only is held by rights")
         assert fields["stores.database"].startswith("PostgreSQL answered in ")
         acme = house.customers["acme"].tenant_id
         assert "most in the minute from" in fields[f"{acme}.chart"]

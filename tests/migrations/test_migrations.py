@@ -20,11 +20,14 @@ from audit.transparency import tables as audit_tables
 from gateway.host.migrate import MigrationError, migrate
 from tenancy import tables as tenancy_tables
 from tenancy import webhook_tables
+from tenancy.access import token_tables
 from tenancy.invoicing import invoice_tables
 from tenancy.pricing import price_tables
+from tenancy.usage import engine_time
 from tests.servers import PostgresServer
 
-TABLES = (invoice_tables, price_tables, webhook_tables)  # imported: they add to the metadata
+# imported: they add to the metadata
+TABLES = (engine_time, invoice_tables, price_tables, token_tables, webhook_tables)
 METADATA = [tenancy_tables.metadata, audit_tables.metadata]
 
 

@@ -14,9 +14,10 @@ from gateway.database import Database
 from tenancy import webhook_tables  # their tables are in the same metadata
 from tenancy.invoicing import invoice_tables
 from tenancy.tables import metadata
+from tenancy.usage import engine_time
 from tests.servers import PostgresServer
 
-ALL_TABLES = (invoice_tables, webhook_tables)
+ALL_TABLES = (invoice_tables, webhook_tables, engine_time)
 OpenDatabase = Callable[[], AbstractAsyncContextManager[Database]]
 OpenRedis = Callable[[], AbstractAsyncContextManager[Redis]]
 
@@ -44,9 +45,8 @@ def sqlite_url(tmp_path: Path) -> str:
 
 @pytest.fixture
 def postgres_url(postgres_server: PostgresServer) -> str:
-    url = postgres_server.new_database()
-    asyncio.run(create_tables(url))
-    return url
+    """As a server: the role owns nothing (tests.servers.owner_of gives the owner's URL)."""
+    return postgres_server.new_served_database()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -36,6 +36,7 @@ from tenancy.accounts.ledger import (
 from tenancy.accounts.ledger_check import check_ledger
 from tenancy.accounts.posting import UnknownAccountError, open_accounts
 from tenancy.money import MoneyRangeError
+from tests.servers import owner_of
 from tests.tenancy.conftest import create_tables, opened
 from tests.tenancy.world import SECOND, T0, Populated, counting_entropy, populate
 
@@ -338,8 +339,10 @@ def _write_attempts(dialect: str) -> list[str]:
 
 
 def test_the_database_itself_refuses_to_rewrite_history(database_url: str) -> None:
+    """Whoever asks: the owner of the tables is a role that no right is taken from."""
+
     async def run() -> None:
-        async with opened(database_url) as database:
+        async with opened(owner_of(database_url)) as database:
             await _fund(database)
             for attempt in _write_attempts(database_url.split("+")[0]):
                 with pytest.raises(Exception, match="append-only"):
@@ -469,4 +472,4 @@ def test_racing_settlements_end_a_hold_once(postgres_url: str) -> None:
 
 
 def test_tables_are_created_twice_without_harm(database_url: str) -> None:
-    asyncio.run(create_tables(database_url))
+    asyncio.run(create_tables(owner_of(database_url)))

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tenancy.accounts.ledger import capture, grant_credit, place_hold
 from tenancy.quotas.limits import set_limits
 from tenancy.usage.meter import (
+    Effort,
     TenantUsage,
     Usage,
     UsageConflictError,
@@ -49,10 +50,16 @@ def test_a_request_is_recorded_once(database_url: str) -> None:
             assert not await record_usage(conn, first)
             assert await get_usage(conn, "req_1") == first
             assert await get_usage(conn, "req_2") is None
+            measured = replace(first, request_id="req_3", effort=Effort(5, 0, 60, 3, 6))
+            assert await record_usage(conn, measured)
+            assert await get_usage(conn, "req_3") == measured
+            with pytest.raises(UsageConflictError, match="req_3"):
+                await record_usage(conn, replace(measured, effort=None))
             for changed in (
                 replace(first, amount_nano_usd=71),
                 replace(first, usage=Usage(100, 40, 8)),
                 replace(first, stream=False),
+                replace(first, effort=Effort(0, 0, 0, 0, 0)),  # measured and nothing is not the same as not measured
             ):
                 with pytest.raises(UsageConflictError, match="req_1"):
                     await record_usage(conn, changed)

@@ -118,7 +118,7 @@ def test_parts_free_the_line_in_proportion_and_a_part_makes_it_too_late_to_void(
                 await pay(conn, of, "", amount_minor=1, now_ns=PAID_NS)
             transactions = text("SELECT id FROM ledger_transaction WHERE kind = 'payment' AND corrects_id = :issued")
             assert list(await conn.scalars(transactions, {"issued": f"{of}:issued"})) == ["first"]
-            with pytest.raises(DBAPIError, match="append-only"):
+            with pytest.raises(DBAPIError, match=r"append-only|permission denied"):
                 async with conn.begin_nested():
                     await conn.execute(text("UPDATE invoice_payment SET amount_minor = 1"))
             # What was wrong is refunded: its credit note is paid out in two parts, while there is room for them.

@@ -233,6 +233,20 @@ def test_the_life_of_a_draft(database_url: str) -> None:
     asyncio.run(run())
 
 
+def test_a_book_without_prices_in_it(database_url: str) -> None:
+    """Nothing at all, and a model whose only price was withdrawn."""
+
+    async def run() -> None:
+        async with opened(database_url) as database, database.transaction() as conn:
+            assert await list_book(conn, T0) == []
+            terms, begins = PriceTerms("m", 1, 1, 1), T0 + 2 * WITHDRAW_NS
+            price = await schedule(conn, terms, effective_from_ns=begins, entropy=counting_entropy(), now_ns=T0)
+            await withdraw(conn, price.price_id, now_ns=T0)
+            assert [(one.price, one.state) for one in await list_book(conn, T0, "m")] == [(price, "withdrawn")]
+
+    asyncio.run(run())
+
+
 def test_a_scheduled_price_is_withdrawn_before_it_is_in_force(database_url: str) -> None:
     """What was in force goes on without a gap; another may begin at the same instant."""
 
