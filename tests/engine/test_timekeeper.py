@@ -59,7 +59,7 @@ def test_forks_breaks_aborts_and_own_runs_are_counted(trace: list[Act]) -> None:
 
 
 @pytest.mark.deep
-@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=1_500, deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=500, deadline=None)
 @given(traces())
 def test_they_are_in_many_more_traces(trace: list[Act]) -> None:
     world = World()

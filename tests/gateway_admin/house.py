@@ -38,7 +38,7 @@ from tenancy.pricing.price_book import add_price
 from tenancy.pricing.prices import Price, charge_nano_usd, worst_case_nano_usd
 from tenancy.quotas.quota import Quota
 from tenancy.tables import metadata as tenancy_metadata
-from tenancy.usage.meter import Usage, UsageRecord, record_usage
+from tenancy.usage.meter import Effort, Usage, UsageRecord, record_usage
 from tests.model import demo_model_dir
 
 NS_PER_S = 10**9
@@ -137,7 +137,9 @@ class House:
         assert isinstance(placed, Hold)
         return placed
 
-    async def settle(self, customer: Customer, hold: Hold, usage: Usage, *, ago_s: int = 0) -> None:
+    async def settle(
+        self, customer: Customer, hold: Hold, usage: Usage, *, ago_s: int = 0, effort: Effort | None = None
+    ) -> None:
         amount = charge_nano_usd(self.price, usage)
         finished_ns = self.clock() - ago_s * NS_PER_S
         async with self.services.database.transaction() as conn:
@@ -155,6 +157,7 @@ class House:
                 finished_ns,
                 "stop",
                 stream=True,
+                effort=effort,
             )
             await record_usage(conn, record)
 

@@ -18,6 +18,7 @@ from tenancy.accounts.budgets import set_budget
 from tenancy.invoicing.parties import Buyer
 from tenancy.money import BIGINT_MAX
 from tenancy.tables import account, hold
+from tenancy.usage.meter import Effort, Usage
 from tests.gateway_admin.house import House
 from tests.gateway_admin.reading import busy
 
@@ -43,6 +44,18 @@ async def test_the_tenant_page(house: House) -> None:
     assert acme.tenant_id not in other
     rows = re.findall(r"<code>(req_[0-9a-f]{32})</code>", text)
     assert len(rows) == len(set(rows)) == 5, "four requests and one hold"
+
+
+async def test_the_engine_s_time_is_shown_where_it_was_measured(house: House) -> None:
+    acme = await house.add_tenant("acme")
+    for effort in (Effort(1_234_567_890, 0, 0, 0, 0), None):
+        placed = await house.hold(acme, 10, 10)
+        await house.settle(acme, placed, Usage(10, 0, 5), effort=effort)
+    async with house.visitor() as browser:
+        text = (await browser.get(f"/admin/tenants/{acme.tenant_id}")).text
+    assert '<th scope="col" class="n">Engine, ms</th>' in text
+    assert text.count('<td class="n">1,234.6</td>') == 1
+    assert text.count('<td class="n">-</td>') == 1
 
 
 async def test_budgets_are_shown_with_use_and_alert(house: House) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gateway.commands.bench_kernels import steps_table, table_of
-from kernels import bench
+from kernels import bench, bench_ops
 from kernels.bench_step import CALLS as CALLS_OF_A_STEP
 from kernels.bench_step import Times
 from kernels.call_times import CALLS, inside
@@ -53,7 +53,7 @@ def test_every_op_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert steps_table(result["steps"]).row_count == 2
     chunk = result["chunk"]
     products = [figure["ours_us"] for figure in figures if figure["case"] == "33 rows bfloat16"]
-    assert len(products) == len(bench.LAYER_PRODUCTS)
+    assert len(products) == len(bench_ops.LAYER_PRODUCTS)
     assert chunk["products_us"] == pytest.approx(sum(products), abs=0.1)
     assert chunk["share"] == pytest.approx(chunk["attention_us"] / chunk["products_us"], abs=0.001)
 
