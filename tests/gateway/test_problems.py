@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from gateway.api.problems import problem_of, retry_after
 from gateway.database import DatabaseUnavailableError
 from gateway.engine_link import EngineUnavailableError
 from tenancy.access.keys import InvalidApiKeyError
+from tenancy.access.operator_tokens import InvalidTokenError
 from tenancy.accounts.ledger import Limiter
 from tenancy.closing import TenantInactiveError
 from tenancy.idempotency import TooManyKeysError
@@ -29,6 +31,12 @@ def out_of(limiter: str, held_nano_usd: int) -> problems.CreditExhaustedError:
 # error -> status, type, code, and whether a client should try again: never, later (Retry-After), or as it likes
 ROWS: list[tuple[Callable[[], Exception], int, str, str | None, str]] = [
     (InvalidApiKeyError, 401, "invalid_request_error", "invalid_api_key", "open"),
+    (InvalidTokenError, 401, "invalid_request_error", "invalid_operator_token", "open"),
+    (problems.ReadOnlyTokenError, 403, "invalid_request_error", "read_only_token", "open"),
+    (lambda: problems.TooManyTriesError(5), 429, "invalid_request_error", "too_many_tries", "later"),
+    (lambda: problems.RefusedError(404, "m"), 404, "invalid_request_error", "not_found", "never"),
+    (lambda: problems.RefusedError(409, "m"), 409, "invalid_request_error", "conflict", "never"),
+    (problems.PressBusyError, 503, "server_error", "press_busy", "later"),
     (lambda: problems.MissingScopeError("x"), 403, "invalid_request_error", "missing_scope", "open"),
     (lambda: problems.TierNotAllowedError("t"), 403, "invalid_request_error", "service_tier_not_allowed", "open"),
     (lambda: problems.InvalidRequestError("m", "f"), 400, "invalid_request_error", "invalid_value", "open"),
@@ -104,6 +112,11 @@ def test_the_table(make: Callable[[], Exception], status: int, kind: str, code: 
 def test_every_row_is_tested() -> None:
     tested = {type(row[0]()) for row in ROWS}
     assert {kind for kind, _ in problems.TABLE} == tested
+
+
+def test_every_code_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    assert [code for *_, code, _ in ROWS if code and f"`{code}`" not in page] == []
 
 
 def test_the_rest_is_a_bug_of_ours() -> None:
