@@ -7,6 +7,7 @@ admitted at the same moment the tenant's account rows decide: placing a hold tak
 status after that (`require_active`). So either the hold is there first and deletion is refused, or the hold is refused.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -71,11 +72,11 @@ async def require_active(conn: AsyncConnection, tenant_id: str) -> str:
     return row.epoch or ""
 
 
-async def inactive_among(conn: AsyncConnection, tenant_ids: list[str]) -> list[str]:
+async def inactive_among(conn: AsyncConnection, tenant_ids: Collection[str]) -> set[str]:
     """Those of the tenants that are suspended or deleted."""
     table = tables.tenant
     query = select(table.c.id).where(table.c.id.in_(tenant_ids), table.c.status != "active")
-    return list((await conn.execute(query)).scalars())
+    return set((await conn.execute(query)).scalars())
 
 
 def _status() -> Select[Any]:

@@ -11,7 +11,8 @@ How a request ends -> what is charged:
 
     stop, length               all that the engine produced
     client_gone, client_slow   all that the engine produced, also what was not sent
-    engine_gone, engine errors, deadline, shutdown, error, tenant_inactive    what had been sent in a stream
+    engine_gone, engine errors, deadline, shutdown, error,                    what had been sent in a stream
+    tenant_inactive, key_revoked
 """
 
 import asyncio
@@ -45,6 +46,7 @@ from gateway.api.streaming import HEARTBEAT, HEARTBEAT_S, EventStream, SlowReade
 from gateway.api.translation import Work, submits_of
 from gateway.services import Services
 from gateway.stages import passed
+from tenancy.access.keys import KeyRevokedError
 from tenancy.closing import TenantInactiveError
 from tenancy.idempotency import IdempotencyKey
 from tenancy.quotas.quota import QuotaUnavailableError
@@ -125,7 +127,7 @@ class Exchange:
         self._pull: asyncio.Task[tuple[int, TokenOutput]] | None = None
         self._gone: asyncio.Task[None] | None = None
         self._settlement: asyncio.Task[bool] | None = None
-        self._dismissed = asyncio.get_running_loop().create_future()
+        self._dismissed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         self._renewing: asyncio.Task[None] | None = None
         self._started_ns = services.world.monotonic_ns()
         self._life = Life(services.world, admission.expires_ns, services.settings.hold_ttl_s)
@@ -136,8 +138,8 @@ class Exchange:
     async def run(self) -> None:
         self._gone = asyncio.create_task(self._until_gone())
         renewal = asyncio.get_running_loop().call_later(self._services.settings.lease_ttl_s / 3, self._renew)
-        tenant_id, running = self._admission.principal.tenant_id, self._services.running
-        running.add(tenant_id, self)
+        principal, running = self._admission.principal, self._services.running
+        running.add(principal, self)
         try:
             self._life.require()
             async with asyncio.timeout(self._life.left_s):
@@ -149,6 +151,8 @@ class Exchange:
             await self._client_left("client_slow")
         except TenantInactiveError as error:
             await self._broken(error, "tenant_inactive")
+        except KeyRevokedError as error:
+            await self._broken(error, "key_revoked")
         except (TimeoutError, DeadlineExceededError):
             await self._broken(DeadlineExceededError(), "deadline")
         except EngineGoneError as error:
@@ -162,16 +166,16 @@ class Exchange:
         except Exception as error:
             await self._broken(error, "error")
         finally:
-            running.remove(tenant_id, self)
+            running.remove(principal, self)
             renewal.cancel()
             await _cancel(self._gone, self._renewing, self._pull)
             await self._events.stop()
             await self._choices.close()
 
-    def dismiss(self) -> None:
-        """The tenant is no longer active: free the engine at once; the answer ends when it next looks."""
+    def dismiss(self, why: Exception) -> None:
+        """Free the engine at once; the answer ends with `why` when it next looks."""
         if not self._dismissed.done():
-            self._dismissed.set_result(None)
+            self._dismissed.set_result(why)
         self._choices.abort()
 
     # --- the answer ---------------------------------------------------------------------------------------------------
@@ -246,7 +250,7 @@ class Exchange:
     async def _next(self, timeout_s: float | None) -> tuple[int, TokenOutput] | None:
         """The next output and whose it is; None when there was none for `timeout_s`.
 
-        Raises ClientGoneError, TenantInactiveError or EngineGoneError.
+        Raises ClientGoneError, TenantInactiveError, KeyRevokedError or EngineGoneError.
         """
         assert self._gone is not None
         if self._pull is None:
@@ -257,7 +261,7 @@ class Exchange:
         if self._gone.done():
             raise ClientGoneError
         if self._dismissed.done():
-            raise TenantInactiveError
+            raise self._dismissed.result()
         return self._pulled() if self._pull.done() else None
 
     def _pulled(self) -> tuple[int, TokenOutput]:

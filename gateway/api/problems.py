@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from engine.errors import EngineGoneError
 from gateway.database import DatabaseUnavailableError
 from gateway.engine_link import EngineUnavailableError
-from tenancy.access.keys import InvalidApiKeyError
+from tenancy.access.keys import InvalidApiKeyError, KeyRevokedError
 from tenancy.access.operator_tokens import InvalidTokenError
 from tenancy.accounts.ledger import Limiter
 from tenancy.closing import TenantInactiveError
@@ -361,6 +361,7 @@ TABLE: tuple[tuple[type[BaseException], Callable[[Any], Problem]], ...] = (
     (RateLimitedError, _rate_limited),
     (NeverFitsError, _never_fits),
     (CreditExhaustedError, _credit_exhausted),
+    (KeyRevokedError, lambda _: _invalid(403, "This API key was revoked.", "key_revoked", None, FINAL)),
     (TenantInactiveError, lambda _: _invalid(403, "This account is not active.", "account_inactive", None, FINAL)),
     (
         IdempotencyMismatchError,

@@ -21,9 +21,10 @@ from gateway.host.overdue import abandoned_holds, settle_abandoned
 from gateway.sequences import effort_by_request, usage_by_request
 from gateway.services import Services
 from gateway.webhooks.delivery import Webhooks
+from tenancy.access.keys import KeyRevokedError, revoked_among
 from tenancy.accounts.credits import tenants_with_due_credit
 from tenancy.accounts.ledger import expire_credit
-from tenancy.closing import deleted_tenants, inactive_among
+from tenancy.closing import TenantInactiveError, deleted_tenants, inactive_among
 from tenancy.idempotency import forget_expired
 from tenancy.invoicing.invoices import SETTLE_NS
 from tenancy.invoicing.periods import DAY_NS, SECOND_NS, period_start_ns
@@ -31,7 +32,7 @@ from tenancy.invoicing.periods import DAY_NS, SECOND_NS, period_start_ns
 REAP_INTERVAL_S = 5.0
 REAP_BATCH_MAX = 256  # holds settled in one round
 SEQUENCE_PAUSE_S = 0.01  # between pieces of the log: at most 1.3 s in all; SQLite has one writer, which does not pause
-WATCH_INTERVAL_S = 0.5  # a suspended tenant's sequences end within a second
+WATCH_INTERVAL_S = 0.5  # sequences of a suspended tenant or a revoked key end within a second
 KEY_USE_INTERVAL_S = 60.0
 ENGINE_TIME_INTERVAL_S = 60.0
 FORGET_INTERVAL_S = 60.0
@@ -170,13 +171,18 @@ class Housekeeping:
             self._erased[1].add(tenant_id)
 
     async def watch(self) -> None:
-        """End what runs for tenants that are no longer active: looked at, not signalled, so none is missed."""
+        """End what runs for tenants that are no longer active and for keys that are revoked: looked at, not signalled,
+        so none is missed."""
         running = self._services.running
-        if tenant_ids := running.tenant_ids():
+        if owners := running.owners():
             async with self._services.database.read() as conn:
-                inactive = await inactive_among(conn, tenant_ids)
-            for tenant_id in inactive:
-                running.dismiss(tenant_id)
+                inactive = await inactive_among(conn, {owner.tenant_id for owner in owners})
+                revoked = await revoked_among(conn, {owner.key_id for owner in owners})
+            for owner in owners:
+                if owner.tenant_id in inactive:  # its keys may be revoked, too
+                    running.dismiss(owner, TenantInactiveError())
+                elif owner.key_id in revoked:
+                    running.dismiss(owner, KeyRevokedError())
 
     async def write_key_uses(self) -> None:
         await self._services.key_uses.write(self._services.database)

@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import re
 from base64 import urlsafe_b64encode
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -41,6 +41,10 @@ class InvalidApiKeyError(Exception):
 
     def __init__(self) -> None:
         super().__init__("Incorrect API key provided.")
+
+
+class KeyRevokedError(Exception):
+    """The key was revoked while what it had asked for ran."""
 
 
 class KeyScopeError(ValueError):
@@ -231,6 +235,13 @@ async def revoke_keys_of(conn: AsyncConnection, tenant_id: str, *, now_ns: int) 
         update(table).where(table.c.project_id.in_(own), table.c.revoked_ns.is_(None)).values(revoked_ns=now_ns)
     )
     return revoked.rowcount
+
+
+async def revoked_among(conn: AsyncConnection, key_ids: Collection[str]) -> set[str]:
+    """Those of the keys that are revoked."""
+    table = tables.api_key
+    query = select(table.c.id).where(table.c.id.in_(key_ids), table.c.revoked_ns.is_not(None))
+    return set((await conn.execute(query)).scalars())
 
 
 async def note_uses(conn: AsyncConnection, uses: Mapping[str, int]) -> None:

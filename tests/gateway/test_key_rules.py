@@ -146,6 +146,47 @@ def test_suspension_ends_what_runs_and_resuming_serves_again(
     runner.run(scenario())
 
 
+def test_revoking_a_key_ends_what_it_has_running_and_nothing_else(
+    stage: Stage, runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    hall, worker = stage.make()
+    worker.model = IntegerModel(eos_every=1_000_003)
+
+    async def scenario() -> None:
+        keeper = house(hall, tmp_path)
+        worker.scripts += [Script(delay_s=0.02)] * 3
+        key_id = await key_with(hall)
+        started = asyncio.Event()
+
+        def on_sent(answer: Answer) -> None:
+            if len(answer.body) > 600:
+                started.set()
+
+        stream = asyncio.create_task(hall.chat(max_tokens=200, stream=True, tenant="other", on_sent=on_sent))
+        whole = asyncio.create_task(hall.chat(max_tokens=200, tenant="other"))
+        same_tenant = asyncio.create_task(hall.chat(max_tokens=20, stream=True))
+        await started.wait()
+        async with hall.database.transaction() as conn:
+            clerk = Clerk(conn, hall.services.world.entropy, hall.services.world.now_ns())
+            assert await clerk.revoke_key(hall.accounts["other"].tenant_id, key_id, "it leaked")
+        keeper.loops[2].start()
+        async with asyncio.timeout(3):  # as above
+            cut, refused = await asyncio.gather(stream, whole)
+        await keeper.loops[2].stop()
+        assert cut.events()[-2]["error"]["code"] == "key_revoked"
+        assert (refused.status, refused.json()["error"]["code"]) == (403, "key_revoked")
+        assert (await hall.chat(max_tokens=1, tenant="other")).status == 401
+        assert (await same_tenant).events()[-2]["choices"][0]["finish_reason"] == "length"
+        await hall.check_books()
+        rows = {row.request_id: row for row in (await hall.usage_rows()).values()}
+        row = rows[cut.headers["x-request-id"]]
+        assert row.finish_reason == "key_revoked"
+        assert 0 < row.num_completion_tokens < 200
+        assert rows[refused.headers["x-request-id"]].amount_nano_usd == 0
+
+    runner.run(scenario())
+
+
 def test_reaper_and_recovery_settle_a_hold_alike(stage: Stage, runner: asyncio.Runner, tmp_path: Path) -> None:
     """Counted by the journal: charged. Not counted: returned. Whoever comes first, and once."""
 

@@ -15,7 +15,7 @@ from gateway.api.admission import duration
 from gateway.api.problems import problem_of, retry_after
 from gateway.database import DatabaseUnavailableError
 from gateway.engine_link import EngineUnavailableError
-from tenancy.access.keys import InvalidApiKeyError
+from tenancy.access.keys import InvalidApiKeyError, KeyRevokedError
 from tenancy.access.operator_tokens import InvalidTokenError
 from tenancy.accounts.ledger import Limiter
 from tenancy.closing import TenantInactiveError
@@ -68,6 +68,7 @@ ROWS: list[tuple[Callable[[], Exception], int, str, str | None, str]] = [
     (lambda: out_of("project-day", 0), 429, "insufficient_quota", "insufficient_quota", "never"),
     (lambda: out_of("project-day", 1), 429, "insufficient_quota", "budget_on_hold", "later"),
     (lambda: problems.NotThereError("project", "prj_x"), 404, "invalid_request_error", "not_found", "open"),
+    (KeyRevokedError, 403, "invalid_request_error", "key_revoked", "never"),
     (TenantInactiveError, 403, "invalid_request_error", "account_inactive", "never"),
     (problems.IdempotencyMismatchError, 422, "invalid_request_error", "idempotency_key_reused", "never"),
     (problems.ClaimTakenError, 409, "invalid_request_error", "idempotency_request_running", "later"),
