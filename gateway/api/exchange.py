@@ -255,9 +255,8 @@ class Exchange:
         assert self._gone is not None
         if self._pull is None:
             self._pull = asyncio.create_task(self._choices.next())
-        await asyncio.wait(
-            {self._pull, self._gone, self._dismissed}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-        )
+        ends: set[asyncio.Future[Any]] = {self._pull, self._gone, self._dismissed}
+        await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if self._gone.done():
             raise ClientGoneError
         if self._dismissed.done():
