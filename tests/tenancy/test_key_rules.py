@@ -178,7 +178,7 @@ def test_a_tenant_with_money_held_is_not_deleted(database_url: str) -> None:
                 await delete_tenant(conn, made.tenant_id, now_ns=T0)
             assert await alive(conn, made.secret_text)
             await set_tenant_status(conn, made.tenant_id, "suspended")
-            assert await inactive_among(conn, [made.tenant_id]) == [made.tenant_id]
+            assert await inactive_among(conn, [made.tenant_id]) == {made.tenant_id}
             await void(conn, "hold_1", T0)
             closed = await delete_tenant(conn, made.tenant_id, now_ns=T0)
             assert (closed.num_keys_revoked, closed.credit_nano_usd) == (1, 100)
