@@ -1,17 +1,9 @@
-"""API keys: a public id to find the row, and a 256-bit secret that only its holder has.
+"""API keys: `bk-...`, a public id and a secret of which an HMAC is stored (presented.py).
 
-    bk-<public id: 16 hex>-<secret: 43 base64url characters>
-
-The database holds HMAC-SHA256(pepper, public id and secret text), so neither a stolen table nor a stolen pepper is
-enough. The HMAC covers the text, not the decoded bytes: base64 has several texts for the same bytes, and each key has
-one. `authenticate` does the same work for every kind of wrong key - one query, one HMAC, one constant-time compare -
-and answers all of them with one message, also a good key from a network that it may not come from.
+`authenticate` does the same work for every kind of wrong key - one query, one HMAC, one constant-time compare - and
+answers all of them with one message, also a good key from a network that it may not come from.
 """
 
-import hashlib
-import hmac
-import re
-from base64 import urlsafe_b64encode
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -21,19 +13,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
 from tenancy.access.key_rules import UNRESTRICTED, KeyRules, loaded, stored
+from tenancy.access.presented import Presented
 from tenancy.ids import Entropy, new_id, require_name
 from tenancy.money import require_int
 from tenancy.quotas import quota_tables
 from tenancy.quotas.failure_policy import CLOSED, FailurePolicy, policy_of
 
 SCOPES: Final = frozenset({"inference", "usage", "audit", "admin"})
-SECRET_BYTES: Final = 32
-KEY_PATTERN: Final = re.compile(r"bk-([0-9a-f]{16})-([A-Za-z0-9_-]{43})")
-
-# Stand-ins for the parts of a malformed key: no row has this public id, no secret has this HMAC.
-_NO_PUBLIC_ID: Final = "-" * 16
-_NO_SECRET: Final = "-" * 43
-_NO_HMAC: Final = bytes(32)
 
 
 class InvalidApiKeyError(Exception):
@@ -121,14 +107,13 @@ async def mint_key(
     if expires_ns is not None and require_int(expires_ns, "expires_ns") <= now_ns:
         raise ValueError(f"expires_ns must be later than now ({now_ns}): {expires_ns}")
     key_id = new_id("key", entropy)
-    public_id = entropy(8).hex()
-    secret = urlsafe_b64encode(entropy(SECRET_BYTES)).rstrip(b"=").decode()
+    secret_text, made = PresentedKey.mint(entropy, pepper)
     await conn.execute(
         insert(tables.api_key).values(
             id=key_id,
             project_id=project_id,
-            public_id=public_id,
-            secret_hmac=_secret_hmac(pepper, public_id, secret),
+            public_id=made.public_id,
+            secret_hmac=made.secret_hmac,
             name=require_name(name),
             scopes=" ".join(sorted(wanted)),
             created_ns=now_ns,
@@ -140,21 +125,13 @@ async def mint_key(
             last_used_ns=None,
         )
     )
-    return MintedKey(key_id, f"bk-{public_id}-{secret}")
+    return MintedKey(key_id, secret_text)
 
 
-@dataclass(frozen=True, slots=True)
-class PresentedKey:
-    """A key text as a client sent it, without its secret: where its row is, and what must stand there."""
-
-    public_id: str
-    secret_hmac: bytes = field(repr=False)
-
-    @classmethod
-    def of(cls, presented: str, pepper: bytes) -> "PresentedKey":
-        match = KEY_PATTERN.fullmatch(presented)
-        public_id, secret = match.groups() if match else (_NO_PUBLIC_ID, _NO_SECRET)
-        return cls(public_id, _secret_hmac(pepper, public_id, secret))
+class PresentedKey(Presented):
+    __slots__ = ()
+    PREFIX = "bk"
+    CONTEXT = "bulkhead/api-key/v1"
 
 
 async def authenticate(
@@ -171,8 +148,7 @@ async def authenticate(
 
 def principal_of(key: PresentedKey, row: Any, now_ns: int, peer: str | None) -> Principal:
     """`row`: of by_public_id, or None. Raises InvalidApiKeyError."""
-    stored = _NO_HMAC if row is None else row.secret_hmac
-    matches = hmac.compare_digest(stored, key.secret_hmac)
+    matches = key.matches(None if row is None else row.secret_hmac)
     if row is None or not matches or row.status != "active" or not _alive(row.expires_ns, row.revoked_ns, now_ns):
         raise InvalidApiKeyError
     rules = loaded(row.models, row.networks, row.tiers)
@@ -269,11 +245,6 @@ def _api_key(row: Any) -> ApiKey:
 
 def _alive(expires_ns: int | None, revoked_ns: int | None, now_ns: int) -> bool:
     return revoked_ns is None and (expires_ns is None or now_ns < expires_ns)
-
-
-def _secret_hmac(pepper: bytes, public_id: str, secret: str) -> bytes:
-    message = f"bulkhead/api-key/v1\0{public_id}\0{secret}".encode()
-    return hmac.new(pepper, message, hashlib.sha256).digest()
 
 
 def by_public_id() -> Select[Any]:

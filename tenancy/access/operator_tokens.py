@@ -1,16 +1,10 @@
 """Operators' tokens: what an operator's programs present to the operators' routes. Like an API key, and never one.
 
-    bko-<public id: 16 hex>-<secret: 43 base64url characters>
-
-Neither text has the other's form, and the HMACs have different prefixes: what is stored of one can never answer for the
-other. A token is its operator's: it is dead once it is revoked or has expired, or the operator is disabled, and it may
-be for reading only. As of a key, nothing says what is wrong with a token, and every wrong one costs the same work.
+They read `bko-...`: a public id and a secret of which an HMAC is stored (presented.py). A token is its operator's: it
+is dead once it is revoked or has expired, or the operator is disabled, and it may be for reading only. As of a key,
+nothing says what is wrong with a token, and every wrong one costs the same work.
 """
 
-import hashlib
-import hmac
-import re
-from base64 import urlsafe_b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -19,18 +13,12 @@ from sqlalchemy import bindparam, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy import tables
+from tenancy.access.presented import Presented
 from tenancy.access.token_tables import operator_token as _TOKEN
 from tenancy.ids import Entropy, new_id, require_name
 from tenancy.money import require_int
 
-SECRET_BYTES: Final = 32
 TOKENS_MAX: Final = 100  # of one operator that are not revoked
-TOKEN_PATTERN: Final = re.compile(r"bko-([0-9a-f]{16})-([A-Za-z0-9_-]{43})")
-
-# Stand-ins for the parts of a malformed token, as in keys.py.
-_NO_PUBLIC_ID: Final = "-" * 16
-_NO_SECRET: Final = "-" * 43
-_NO_HMAC: Final = bytes(32)
 
 
 class InvalidTokenError(Exception):
@@ -85,23 +73,10 @@ class OperatorToken:
         return "active" if self.expires_ns is None or now_ns < self.expires_ns else "expired"
 
 
-@dataclass(frozen=True, slots=True)
-class PresentedToken:
-    """A token text as a client sent it, without its secret."""
-
-    public_id: str
-    secret_hmac: bytes = field(repr=False)
-
-    @classmethod
-    def of(cls, presented: str, pepper: bytes) -> "PresentedToken":
-        match = TOKEN_PATTERN.fullmatch(presented)
-        public_id, secret = match.groups() if match else (_NO_PUBLIC_ID, _NO_SECRET)
-        return cls(public_id, _secret_hmac(pepper, public_id, secret))
-
-    @property
-    def is_one(self) -> bool:
-        """Whether the text had a token's form."""
-        return self.public_id != _NO_PUBLIC_ID
+class PresentedToken(Presented):
+    __slots__ = ()
+    PREFIX = "bko"
+    CONTEXT = "bulkhead/operator-token/v1"
 
 
 async def mint_token(
@@ -129,21 +104,21 @@ async def mint_token(
     count = select(func.count()).where(_TOKEN.c.operator_id == row.id, _TOKEN.c.revoked_ns.is_(None))
     if int(await conn.scalar(count) or 0) >= TOKENS_MAX:
         raise OperatorTokenError(f"{operator_name} has {TOKENS_MAX} tokens already: revoke one first")
-    token_id, public_id = new_id("opt", entropy), entropy(8).hex()
-    secret = urlsafe_b64encode(entropy(SECRET_BYTES)).rstrip(b"=").decode()
+    token_id = new_id("opt", entropy)
+    secret_text, made = PresentedToken.mint(entropy, pepper)
     await conn.execute(
         insert(_TOKEN).values(
             id=token_id,
             operator_id=row.id,
-            public_id=public_id,
-            secret_hmac=_secret_hmac(pepper, public_id, secret),
+            public_id=made.public_id,
+            secret_hmac=made.secret_hmac,
             name=require_name(name),
             read_only=read_only,
             created_ns=now_ns,
             expires_ns=expires_ns,
         )
     )
-    return MintedToken(token_id, f"bko-{public_id}-{secret}")
+    return MintedToken(token_id, secret_text)
 
 
 async def authenticate_token(conn: AsyncConnection, token: PresentedToken, *, now_ns: int) -> Bearer:
@@ -154,7 +129,7 @@ async def authenticate_token(conn: AsyncConnection, token: PresentedToken, *, no
 
 def bearer_of(token: PresentedToken, row: Any, now_ns: int) -> Bearer:
     """`row`: of the token's public id, or None. Raises InvalidTokenError."""
-    matches = hmac.compare_digest(_NO_HMAC if row is None else row.secret_hmac, token.secret_hmac)
+    matches = token.matches(None if row is None else row.secret_hmac)
     if row is None or not matches or not _alive(row, now_ns):
         raise InvalidTokenError
     return Bearer(row.operator_id, row.operator_name, row.id, row.read_only)
@@ -211,11 +186,6 @@ async def note_token_uses(conn: AsyncConnection, uses: Mapping[str, int]) -> Non
 def _alive(row: Any, now_ns: int) -> bool:
     is_ended = row.revoked_ns is not None or row.disabled_ns is not None
     return not is_ended and (row.expires_ns is None or now_ns < row.expires_ns)
-
-
-def _secret_hmac(pepper: bytes, public_id: str, secret: str) -> bytes:
-    message = f"bulkhead/operator-token/v1\0{public_id}\0{secret}".encode()
-    return hmac.new(pepper, message, hashlib.sha256).digest()
 
 
 _BY_PUBLIC_ID: Final = (

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.database import Database
 from tenancy import tables
-from tenancy.access import keys
+from tenancy.access import keys, presented
 from tenancy.access.directory import set_tenant_status
 from tenancy.access.keys import (
     InvalidApiKeyError,
@@ -172,11 +172,13 @@ def test_revoked_expired_and_suspended_keys_are_dead(database_url: str) -> None:
 def test_every_refusal_does_the_same_work(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One query, one HMAC, one constant-time compare of 32 bytes, whatever is wrong with the key."""
     work: list[str] = []
-    compare, compute = keys.hmac.compare_digest, keys._secret_hmac
+    compare, compute = presented.hmac.compare_digest, presented.secret_hmac
     monkeypatch.setattr(
-        keys.hmac, "compare_digest", lambda a, b: (work.append(f"compare {len(a)} {len(b)}"), compare(a, b))[1]
+        presented.hmac, "compare_digest", lambda a, b: (work.append(f"compare {len(a)} {len(b)}"), compare(a, b))[1]
     )
-    monkeypatch.setattr(keys, "_secret_hmac", lambda *a: (work.append(f"hmac {sum(map(len, a))}"), compute(*a))[1])
+    monkeypatch.setattr(
+        presented, "secret_hmac", lambda *a: (work.append(f"hmac {sum(map(len, a[1:]))}"), compute(*a))[1]
+    )
 
     async def run() -> None:
         entropy = counting_entropy()
@@ -187,14 +189,14 @@ def test_every_refusal_does_the_same_work(sqlite_url: str, monkeypatch: pytest.M
             event.listen(database._engine.sync_engine, "before_cursor_execute", lambda *_: work.append("query"))
             text = made.secret_text
             wrong_secret = text[:-2] + ("AA" if text[-2:] != "AA" else "BB")
-            for presented in ("", "bk-x", "bk-" + "0" * 16 + text[19:], wrong_secret, dead.secret_text, text):
+            for sent in ("", "bk-x", "bk-" + "0" * 16 + text[19:], wrong_secret, dead.secret_text, text):
                 work.clear()
-                if presented == text:
-                    await authenticate(conn, presented, pepper=PEPPER, now_ns=T0)
+                if sent == text:
+                    await authenticate(conn, sent, pepper=PEPPER, now_ns=T0)
                 else:
                     with pytest.raises(InvalidApiKeyError):
-                        await authenticate(conn, presented, pepper=PEPPER, now_ns=T0)
-                assert sorted(work) == ["compare 32 32", f"hmac {len(PEPPER) + 16 + 43}", "query"], presented
+                        await authenticate(conn, sent, pepper=PEPPER, now_ns=T0)
+                assert sorted(work) == ["compare 32 32", f"hmac {len(PEPPER) + 16 + 43}", "query"], sent
 
     asyncio.run(run())
 
