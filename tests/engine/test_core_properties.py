@@ -5,10 +5,19 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.core import EngineCore
 from engine.protocol import TokenOutput
 from engine.scheduling.order import POLICIES, WAIT_MAX_TOKENS
 from engine.scheduling.tiers import BATCH, TIERS
-from tests.strategies.integer_model import VOCAB_SIZE, Watcher, continuation, decode, integer_core, submit
+from tests.strategies.integer_model import (
+    VOCAB_SIZE,
+    IntegerRunner,
+    Watcher,
+    continuation,
+    decode,
+    integer_core,
+    submit,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,19 @@ class Load:
     scheduling: str
     wait_max_tokens: int = WAIT_MAX_TOKENS
     max_prompt_tokens: int = 0
+
+    def core(self, observer: Watcher | None = None) -> tuple[EngineCore, IntegerRunner]:
+        """An engine for it."""
+        return integer_core(
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            max_batched_tokens=self.max_batched_tokens,
+            max_num_seqs=self.max_num_seqs,
+            scheduling=self.scheduling,
+            wait_max_tokens=self.wait_max_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
+            observer=observer,
+        )
 
 
 def prompts() -> st.SearchStrategy[list[int]]:
@@ -70,16 +92,7 @@ def fits(load: Load, arrival: Arrival) -> bool:
 @given(loads())
 def test_every_sequence_gets_exactly_its_own_tokens(load: Load) -> None:
     watcher = Watcher(load.max_batched_tokens, load.max_num_seqs, load.block_size)
-    core, _ = integer_core(
-        num_blocks=load.num_blocks,
-        block_size=load.block_size,
-        max_batched_tokens=load.max_batched_tokens,
-        max_num_seqs=load.max_num_seqs,
-        scheduling=load.scheduling,
-        wait_max_tokens=load.wait_max_tokens,
-        max_prompt_tokens=load.max_prompt_tokens,
-        observer=watcher,
-    )
+    core, _ = load.core(watcher)
     arrivals = {f"s{index}": arrival for index, arrival in enumerate(load.arrivals)}
     received: dict[str, list[TokenOutput]] = {name: [] for name in arrivals}
     refused = set()

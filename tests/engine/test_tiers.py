@@ -132,15 +132,7 @@ class Checked:
 @given(loads())
 @settings(max_examples=80)
 def test_every_step_keeps_the_order_of_ranks_and_wastes_no_room(load: Load) -> None:
-    core, _ = integer_core(
-        num_blocks=load.num_blocks,
-        block_size=load.block_size,
-        max_batched_tokens=load.max_batched_tokens,
-        max_num_seqs=load.max_num_seqs,
-        scheduling=load.scheduling,
-        wait_max_tokens=load.wait_max_tokens,
-        max_prompt_tokens=load.max_prompt_tokens,
-    )
+    core, _ = load.core()
     Checked(core, load)
     for index, arrival in enumerate(sorted(load.arrivals, key=lambda arrival: arrival.step)):
         while core.step_number < arrival.step:

@@ -11,22 +11,13 @@ from engine.scheduling.schedule import ScheduledRow
 from engine.timekeeper import Timekeeper
 from tests.engine.test_core_properties import Load, loads
 from tests.strategies.engine_traces import Act, World, perform, traces
-from tests.strategies.integer_model import Watcher, integer_core, submit
+from tests.strategies.integer_model import submit
 from tests.strategies.naive_accounts import NaiveAccounts
 
 
 def serve(load: Load, keeper: type[Timekeeper] = Timekeeper, fail_steps: Collection[int] = ()) -> NaiveAccounts:
     """Few blocks and rows, so that sequences are preempted and their tokens computed again; aborts at any time."""
-    core, runner = integer_core(
-        num_blocks=load.num_blocks,
-        block_size=load.block_size,
-        max_batched_tokens=load.max_batched_tokens,
-        max_num_seqs=load.max_num_seqs,
-        scheduling=load.scheduling,
-        wait_max_tokens=load.wait_max_tokens,
-        max_prompt_tokens=load.max_prompt_tokens,
-        observer=Watcher(load.max_batched_tokens, load.max_num_seqs, load.block_size),
-    )
+    core, runner = load.core()
     runner.fail_steps = set(fail_steps)
     accounts = NaiveAccounts(core, keeper)
     last_step = max(max(arrival.step, arrival.abort_step or 0) for arrival in load.arrivals)
