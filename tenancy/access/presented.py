@@ -30,13 +30,17 @@ class Presented:
 
     PREFIX: ClassVar[str]
     CONTEXT: ClassVar[str]
+    PATTERN: ClassVar[re.Pattern[str]]
 
     public_id: str
     secret_hmac: bytes = field(repr=False)
 
+    def __init_subclass__(cls) -> None:
+        cls.PATTERN = re.compile(rf"{cls.PREFIX}-([0-9a-f]{{16}})-([A-Za-z0-9_-]{{43}})")
+
     @classmethod
     def of(cls, text: str, pepper: bytes) -> Self:
-        match = re.fullmatch(rf"{cls.PREFIX}-([0-9a-f]{{16}})-([A-Za-z0-9_-]{{43}})", text)
+        match = cls.PATTERN.fullmatch(text)
         public_id, secret = match.groups() if match else (_NO_PUBLIC_ID, _NO_SECRET)
         return cls(public_id, secret_hmac(cls.CONTEXT, pepper, public_id, secret))
 
